@@ -1,0 +1,41 @@
+"""`python -m cxrdist.bench NAME`: the project's benchmarks. Each module in this folder with a `run` is one.
+
+A benchmark has `add_arguments(parser)` and `run(args) -> list[Row]`; its first docstring line is its help.
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import cast
+
+import cxrdist.bench
+from cxrdist.bench.timing import Row, as_json, table
+from cxrdist.cli import Parser, add_flags
+from cxrdist.errors import UserError, run_entry
+
+NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one benchmark, print its rows as a table, and write them to `--json FILE` where asked for."""
+    argv = sys.argv[1:] if argv is None else argv
+    chooser = Parser(prog="python -m cxrdist.bench", description=f"benchmarks: {', '.join(NAMES)}")
+    chooser.add_argument("name", choices=NAMES, metavar="NAME", help="which one; NAME --help lists its flags")
+    name = chooser.parse_args(argv[:1]).name
+    module = importlib.import_module(f"cxrdist.bench.{name}")
+    parser = Parser(prog=f"python -m cxrdist.bench {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    add_flags(parser, "--json")
+    args = parser.parse_args(argv[1:])
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    rows = cast(Callable[..., list[Row]], module.run)(args)
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(rows), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))
