@@ -27,7 +27,9 @@ setup() {
   [ -n "$python" ] || { echo "error: no python3.11 found; install Python 3.11 with venv and pip" >&2; exit 2; }
   echo "making .venv with $("$python" --version) (a few minutes, once)"
   "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+  local quiet=--quiet
+  [ ! -t 1 ] || quiet=
+  .venv/bin/python -m pip install $quiet --constraint constraints.txt --editable '.[dev]'
   echo "$want" > "$stamp"
 }
 
