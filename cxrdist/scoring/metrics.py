@@ -1,0 +1,207 @@
+"""How good a table of probabilities is: AUROC, average precision, their bootstrap intervals, and calibration.
+
+All functions take targets (N, K) of 0 and 1 and probs (N, K); K is 14 in this project. AUROC comes from rank sums with
+ties counted half, in exact integer arithmetic on float64, so it does not depend on the order of the rows. A label that
+lacks positives or negatives has no AUROC: it is nan here and left out of the macro, which says how many labels it
+holds (torchmetrics scores such a label 0 and drags the macro down).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+_CELLS_AT_ONCE = 4_000_000  # float64 cells of one bootstrap block: 32 MB per temporary
+
+
+class _Ranking:
+    """One label's rows in ascending order of prob, with the start of every group of equal probs."""
+
+    def __init__(self, targets: Floats, probs: NDArray[np.floating]) -> None:
+        self.order = np.argsort(probs, kind="stable")
+        ordered = probs[self.order]
+        self.starts = np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
+        self.positive = targets[self.order]
+
+    def auroc(self, weights: Floats) -> Floats:
+        """(B,) weighted AUROC for weights (B, N) in the rows' original order; nan where a class has no weight."""
+        weights = weights[:, self.order]
+        positive = np.add.reduceat(weights * self.positive, self.starts, axis=1)
+        negative = np.add.reduceat(weights * (1.0 - self.positive), self.starts, axis=1)
+        below = np.cumsum(negative, axis=1) - negative
+        num_pairs = positive.sum(axis=1) * negative.sum(axis=1)
+        won = (positive * (below + 0.5 * negative)).sum(axis=1)
+        values: Floats = np.divide(won, num_pairs, out=np.full(len(weights), np.nan), where=num_pairs > 0)
+        return values
+
+
+def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
+    """(K,) AUROC of each label, in [0, 1]; nan where a label has no positives, no negatives, or a prob that is nan.
+
+    Args: targets (N, K) of 0 and 1; probs (N, K), any monotone score (logits give the same).
+    Raises ValueError when the shapes differ or a target is neither 0 nor 1.
+    """
+    target_table, prob_table = _checked(targets, probs)
+    ones = np.ones((1, len(target_table)))
+    values = np.full(target_table.shape[1], np.nan)
+    for label, ranking in _rankings(target_table, prob_table):
+        values[label] = ranking.auroc(ones)[0]
+    return values
+
+
+def macro_auroc(targets: ArrayLike, probs: ArrayLike) -> tuple[float, int]:
+    """The mean AUROC over the labels that have one, and how many those are; (nan, 0) when none has."""
+    return macro(auroc_per_label(targets, probs))
+
+
+def macro(per_label: Floats) -> tuple[float, int]:
+    """The mean of the values that are not nan, and their number."""
+    defined = per_label[~np.isnan(per_label)]
+    return (float(defined.mean()), len(defined)) if len(defined) else (float("nan"), 0)
+
+
+def average_precision_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
+    """(K,) average precision: precision at each distinct threshold, weighted by the recall gained there.
+
+    nan without positives. Source: scikit-learn's definition (no interpolation).
+    """
+    target_table, prob_table = _checked(targets, probs)
+    values = np.full(target_table.shape[1], np.nan)
+    for label, ranking in _rankings(target_table, prob_table):
+        positive = np.add.reduceat(ranking.positive, ranking.starts)[::-1]
+        sizes = np.diff(np.append(ranking.starts, len(ranking.positive)))[::-1]
+        if positive.sum() > 0:
+            precision = np.cumsum(positive) / np.cumsum(sizes)
+            values[label] = float((precision * positive).sum() / positive.sum())
+    return values
+
+
+def roc_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
+    """One label's ROC: false and true positive rates (T,), from (0, 0) to (1, 1), one point per distinct prob."""
+    positive, negative = _counts_from_the_top(targets, probs)
+    return negative / max(negative[-1], 1), positive / max(positive[-1], 1)
+
+
+def precision_recall_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
+    """One label's recall and precision (T,), one point per distinct prob, from the highest down."""
+    positive, negative = (counts[1:] for counts in _counts_from_the_top(targets, probs))
+    return positive / max(positive[-1], 1), positive / (positive + negative)
+
+
+def bootstrap_auroc(
+    targets: ArrayLike,
+    tables: Sequence[ArrayLike],
+    patients: Sequence[str] | NDArray[np.object_],
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Floats:
+    """(T, num_resamples, K) AUROCs on resamples of the patients, drawn with replacement with all their images.
+
+    All T tables are scored on the same resamples, so the difference of two of them is a paired comparison. A label is
+    nan in a resample that left it without positives or negatives. Images of a patient are alike: resampling images
+    instead of patients gives intervals that are too narrow.
+    """
+    checked = [_checked(targets, table) for table in tables]
+    _, patient_ids = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    num_patients = int(patient_ids.max()) + 1 if len(patient_ids) else 0
+    rng = np.random.default_rng(seed)
+    rankings = [list(_rankings(target_table, prob_table)) for target_table, prob_table in checked]
+    values = np.full((len(tables), num_resamples, checked[0][0].shape[1]), np.nan)
+    block = max(1, _CELLS_AT_ONCE // max(1, len(patient_ids)))
+    for start in range(0, num_resamples, block):
+        rows = slice(start, min(start + block, num_resamples))
+        draws = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=rows.stop - rows.start)
+        weights = draws[:, patient_ids].astype(np.float64)
+        for table, labels in enumerate(rankings):
+            for label, ranking in labels:
+                values[table, rows, label] = ranking.auroc(weights)
+    return values
+
+
+def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The central `confidence` interval of bootstrap samples without the nan ones; (nan, nan) if none is left."""
+    values = np.asarray(samples, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def macro_samples(samples: Floats, per_label: Floats) -> Floats:
+    """(..., B) macro AUROC of bootstrap samples (..., B, K), over the labels that `per_label` (K,) defines.
+
+    A resample that lost one of those labels gives nan: a mean over fewer labels would be another quantity.
+    """
+    return np.asarray(samples[..., ~np.isnan(per_label)].mean(axis=-1))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: mean prob and share of positives in bins of equal width; empty bins are left out."""
+
+    mean_prob: Floats
+    positive_share: Floats
+    count: NDArray[np.int64]
+    expected_error: float  # expected calibration error: the gap's mean, weighted by count
+
+
+def reliability(targets: ArrayLike, probs: ArrayLike, num_bins: int = 10) -> Reliability:
+    """Reliability of probs in [0, 1] against targets, both of any equal shape (flattened)."""
+    truth = np.asarray(targets, dtype=np.float64).ravel()
+    prob = np.asarray(probs, dtype=np.float64).ravel()
+    bins = np.minimum((prob * num_bins).astype(np.int64), num_bins - 1)
+    count = np.bincount(bins, minlength=num_bins)
+    used = count > 0
+    mean_prob = np.bincount(bins, prob, num_bins)[used] / count[used]
+    share = np.bincount(bins, truth, num_bins)[used] / count[used]
+    error = float((np.abs(mean_prob - share) * count[used]).sum() / max(len(prob), 1))
+    return Reliability(mean_prob, share, count[used], error)
+
+
+def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
+    """The T > 0 that makes sigmoid(logit(prob) / T) fit the targets best (log loss); above 1 means overconfident.
+
+    Bisection on 1 / T, in which the log loss is convex; T stays in [1e-2, 1e2]. Fit it on images that are not
+    then scored. AUROC does not change. Source: Guo et al. 2017 (temperature scaling).
+    """
+    truth = np.asarray(targets, dtype=np.float64).ravel()
+    prob = np.clip(np.asarray(probs, dtype=np.float64).ravel(), 1e-7, 1 - 1e-7)
+    logit = np.log(prob) - np.log1p(-prob)
+    low, high = 1e-2, 1e2
+    for _ in range(60):  # 60 halvings exhaust float64; separable data end at the bound
+        inverse = float(np.sqrt(low * high))
+        fitted = 1 / (1 + np.exp(-np.clip(inverse * logit, -700, 700)))
+        if ((fitted - truth) * logit).sum() > 0:
+            high = inverse
+        else:
+            low = inverse
+    return 1 / float(np.sqrt(low * high))
+
+
+def _checked(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, NDArray[np.floating]]:
+    target_table = np.asarray(targets, dtype=np.float64)
+    prob_table = np.asarray(probs)
+    if target_table.ndim != 2 or target_table.shape != prob_table.shape:
+        raise ValueError(f"targets {target_table.shape} and probs {prob_table.shape} must be equal (images, labels)")
+    if not np.isin(target_table, (0.0, 1.0)).all():
+        raise ValueError("targets must be 0 or 1")
+    return target_table, prob_table
+
+
+def _rankings(targets: Floats, probs: NDArray[np.floating]) -> Iterator[tuple[int, _Ranking]]:
+    for label in range(targets.shape[1]):
+        if len(targets) and not np.isnan(probs[:, label]).any():
+            yield label, _Ranking(targets[:, label], probs[:, label])
+
+
+def _counts_from_the_top(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
+    ranking = _Ranking(np.asarray(targets, dtype=np.float64), np.asarray(probs))
+    ends = np.append(ranking.starts[1:], len(ranking.positive))
+    positive = np.add.reduceat(ranking.positive, ranking.starts)
+    negative = np.diff(np.append(ranking.starts, ends[-1:])) - positive
+    zero = np.zeros(1)
+    return np.concatenate((zero, np.cumsum(positive[::-1]))), np.concatenate((zero, np.cumsum(negative[::-1])))

@@ -1,0 +1,98 @@
+"""AUROC, average precision and intervals against the golden table, scikit-learn and brute force."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from cxrdist.scoring import metrics
+
+pytestmark = pytest.mark.fast
+GOLDEN = Path(__file__).parent.parent / "golden" / "recipe"
+
+
+def test_auroc_equals_the_golden_table_with_ties_constants_and_an_undefined_label():
+    table = np.load(GOLDEN / "metrics_table.npz")
+    golden = json.loads((GOLDEN / "metrics.json").read_text())
+    wanted = np.array([np.nan if v is None else v for v in golden["per_label_auroc"].values()])
+    values = metrics.auroc_per_label(table["labels"], table["probs"])
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12)
+    value, num_defined = metrics.macro_auroc(table["labels"], table["probs"])
+    assert num_defined == 13
+    assert value == pytest.approx(golden["macro_13_labels_without_undefined"], abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=40))
+def test_curves_and_scores_equal_scikit_learn_for_any_pattern_of_ties(rows):
+    truth = np.array([[row[0]] for row in rows], dtype=float)
+    probs = np.array([[row[1] / 5] for row in rows])
+    value = metrics.auroc_per_label(truth, probs)[0]
+    if 0 < truth.sum() < len(truth):
+        assert value == pytest.approx(roc_auc_score(truth[:, 0], probs[:, 0]), abs=1e-12)
+        fpr, tpr = metrics.roc_curve(truth[:, 0], probs[:, 0])
+        wanted_fpr, wanted_tpr, _ = roc_curve(truth[:, 0], probs[:, 0], drop_intermediate=False)
+        np.testing.assert_allclose((fpr, tpr), (wanted_fpr, wanted_tpr))
+        recall, precision = metrics.precision_recall_curve(truth[:, 0], probs[:, 0])
+        wanted_precision, wanted_recall, _ = precision_recall_curve(truth[:, 0], probs[:, 0])
+        np.testing.assert_allclose((recall[::-1], precision[::-1]), (wanted_recall[:-1], wanted_precision[:-1]))
+    else:
+        assert np.isnan(value)
+    if truth.sum():
+        wanted = average_precision_score(truth[:, 0], probs[:, 0])
+        assert metrics.average_precision_per_label(truth, probs)[0] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_bootstrap_equals_scoring_the_repeated_rows_and_is_paired():
+    rng = np.random.default_rng(5)
+    patients = np.array([f"{i // 3:08d}" for i in range(60)], dtype=object)
+    truth = (rng.random((60, 2)) < 0.4).astype(float)
+    probs = np.round(rng.random((60, 2)), 1)
+    samples = metrics.bootstrap_auroc(truth, [probs, probs], patients, num_resamples=20, seed=3)
+    np.testing.assert_array_equal(samples[0], samples[1])
+    draws = np.random.default_rng(3).multinomial(20, np.full(20, 1 / 20), size=20)
+    for draw, sample in zip(draws, samples[0], strict=True):
+        rows = np.repeat(np.arange(60), draw[np.arange(60) // 3])
+        np.testing.assert_allclose(sample, metrics.auroc_per_label(truth[rows], probs[rows]), atol=1e-12)
+
+
+def test_clustered_intervals_are_wider_than_image_intervals_when_images_of_a_patient_are_alike():
+    rng = np.random.default_rng(0)
+    truth = np.repeat((rng.random((50, 1)) < 0.5).astype(float), 4, axis=0)
+    probs = np.repeat(truth[::4] * 0.5 + rng.normal(size=(50, 1)), 4, axis=0)
+    widths = []
+    for patients in (np.arange(200) // 4, np.arange(200)):
+        samples = metrics.bootstrap_auroc(truth, [probs], patients.astype(str), num_resamples=300)
+        low, high = metrics.interval(samples[0, :, 0])
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_macro_of_a_resample_that_lost_a_label_is_not_a_mean_of_fewer_labels():
+    samples = np.array([[[0.5, 0.7, np.nan], [0.5, np.nan, np.nan]]])
+    values = metrics.macro_samples(samples, np.array([0.5, 0.7, np.nan]))
+    np.testing.assert_allclose(values, [[0.6, np.nan]])
+
+
+def test_temperature_recovers_an_overconfidence_and_reliability_sees_it():
+    rng = np.random.default_rng(1)
+    logit = rng.normal(size=20000) * 1.5
+    truth = rng.random(20000) < 1 / (1 + np.exp(-logit))
+    probs = 1 / (1 + np.exp(-3 * logit))
+    assert metrics.temperature(truth, probs) == pytest.approx(3, rel=0.08)
+    honest = metrics.reliability(truth, 1 / (1 + np.exp(-logit)))
+    assert honest.expected_error < 0.02 < metrics.reliability(truth, probs).expected_error
+    assert honest.count.sum() == 20000
+
+
+def test_a_nan_prob_gives_nan_and_wrong_shapes_or_targets_are_refused():
+    truth, probs = np.array([[0.0, 1], [1, 0]]), np.array([[0.1, np.nan], [0.9, 0.5]])
+    np.testing.assert_array_equal(metrics.auroc_per_label(truth, probs), [1.0, np.nan])
+    with pytest.raises(ValueError, match="must be equal"):
+        metrics.auroc_per_label(truth, probs[:1])
+    with pytest.raises(ValueError, match="0 or 1"):
+        metrics.auroc_per_label(truth - 1, probs)
