@@ -1,0 +1,66 @@
+"""A shard set against its index: sizes, then every tar header, then every hash."""
+
+import hashlib
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cxrdist.errors import UserError
+from cxrdist.shards.index import ShardIndex, open_index
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in order: images and shards of the split, and whether their bytes were hashed."""
+
+    num_images: int
+    num_shards: int
+    hashed: bool
+
+
+def verify(folder: Path, split: str, div: str, hashes: bool = False) -> Report:
+    """Check one split; UserError names the first shard, and the key, that is not what the index says.
+
+    Without `hashes`: index, tar names and sizes, and every tar header (no image is read). With: also the SHA-256 of
+    every image and tar.
+    """
+    index = open_index(folder, split, div)
+    for number in range(len(index.shards)):
+        _check_shard(index, number, hashes)
+    return Report(len(index), len(index.shards), hashes)
+
+
+def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
+    path = index.folder / index.shards[number]
+
+    def damaged(what: str) -> UserError:
+        return UserError(f"{path}: damaged: {what}; run cxrdist.preprocess again, or copy this shard anew")
+
+    with path.open("rb") as file:
+        position = 0
+        for row in np.flatnonzero(index.shard_ids == number):
+            key = f"{index.keys[row]:08d}"
+            for name in (f"{key}.jpg", f"{key}.json"):
+                file.seek(position)
+                try:
+                    member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+                except (tarfile.HeaderError, UnicodeError) as error:
+                    raise damaged(f"{name} should be at byte {position:,} ({error})") from None
+                if member.name != name or not member.isreg():
+                    raise damaged(f"member {member.name!r} at byte {position:,} instead of {name}")
+                position += tarfile.BLOCKSIZE
+                if name.endswith(".jpg"):
+                    if (position, member.size) != (index.offsets[row], index.lengths[row]):
+                        raise damaged(f"{name} is not where the index says")
+                    if hashes and hashlib.sha256(file.read(member.size)).hexdigest() != index.sha256[row]:
+                        raise damaged(f"the bytes of key {key} ({index.image_names[row]}) do not have their SHA-256")
+                position += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        file.seek(position)
+        if any(file.read()):
+            raise damaged(f"something follows its last image at byte {position:,}")
+        if hashes:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != index.meta["shards"][number]["sha256"]:
+                raise damaged("its SHA-256 is not the recorded one, though every image's is")
