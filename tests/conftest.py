@@ -1,6 +1,7 @@
 """What every test shares: GPU tests skip with a reason where there is no GPU, and one thread per process."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +19,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grey training split of division b: 48 images in shards of 24, 8 and 16, keys with a gap, 6 patients."""
+    import numpy as np
+    from PIL import Image
+
+    from cxrdist.shards.writer import Source, SplitJob, write_split
+
+    folder = tmp_path_factory.mktemp("uneven")
+    rng = np.random.default_rng(0)
+    sources = []
+    for number, key in enumerate([*range(32), *range(48, 64)]):
+        path = folder / "images" / f"{number % 6:08d}_001_{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        noise = Image.fromarray(rng.integers(0, 255, (30, 30), dtype=np.uint8))
+        noise.resize((600, 600), Image.Resampling.BILINEAR).save(path, compress_level=1)
+        targets = tuple(int(value) for value in rng.random(14) < 0.3)
+        size = path.stat().st_size
+        sources.append(Source(key, path.name, str(path), size, "", f"{number % 6:08d}", "001", targets=targets))
+    write_split(SplitJob(folder / "div_b", "b", "train", sources, "exact", 24, {}))
+    return folder / "div_b"

@@ -1,0 +1,328 @@
+"""A plan of rows -> uint8 batches on the device, decoded once, in threads of this process.
+
+The JPEG decoder releases the GIL and writes straight into the batch, so threads reach the speed of the bare decoder
+where worker processes reach half of it (they copy every batch between processes). `python -m cxrdist.bench data` prints
+the ratios.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.data.order import MicroBatch
+from cxrdist.data.reader import ShardReader
+from cxrdist.errors import UserError
+from cxrdist.shards.index import ShardIndex
+
+# A core decodes about 1,000 images/s and today's fastest GPU trains on 800: more threads only take cores from others.
+MAX_THREADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of one micro-batch, on the loader's device.
+
+    images: (B, C, 600, 600) uint8, C = 1 when every image of the split is grey, else 3 (RGB, channels last in memory).
+    targets: (B, 14) float32 in {0, 1}, or None for a test split. rows, keys: (B,) int64.
+    weight, last, step, epoch: see MicroBatch; for a plan of bare row arrays weight 1, last True, step the batch number.
+    With `on_bad="skip"` the undecodable rows are missing here; `weight` is reduced as if their loss were 0.
+
+    The images' memory belongs to the batch: it is used again only when the last tensor that shares it is gone, so a
+    batch or a view of it may be kept as long as needed (each one kept costs its memory).
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor | None
+    rows: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    weight: float
+    last: bool
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image that was left out of a batch, and why."""
+
+    row: int
+    key: int
+    image_name: str
+    reason: str
+
+
+class Loader:
+    """Decodes batches of one split ahead of their use. A context manager; `close` may be called at any time.
+
+    Memory: at most `prefetch` batches in work besides those that the caller keeps.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        device: torch.device | str = "cpu",
+        *,
+        num_threads: int | None = None,
+        prefetch: int = 2,
+        on_bad: Literal["error", "skip"] = "error",
+        max_bad: int = 100,
+    ) -> None:
+        """
+        Args:
+            num_threads: decode threads; None takes the cores of this rank (`threads_of_this_rank`), 0 decodes in the
+                caller's thread. The batches do not depend on it.
+            prefetch: batches decoded ahead, at least 1.
+            on_bad: what to do with an image that cannot be decoded: raise a UserError that names shard and key, or skip
+                it, count it in `skipped`, and raise after `max_bad` of them.
+        """
+        if prefetch < 1:
+            raise ValueError(f"prefetch {prefetch}: at least 1 batch must be in work")
+        self.index = index
+        self.device = torch.device(device)
+        self.num_threads = threads_of_this_rank() if num_threads is None else num_threads
+        self.wait_s = 0.0
+        self.skipped: list[SkippedImage] = []
+        self._prefetch = prefetch
+        self._on_bad = on_bad
+        self._max_bad = max_bad
+        self._reader = ShardReader(index)
+        self._buffers = _Buffers(pinned=self.device.type == "cuda")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._threads = ThreadPoolExecutor(self.num_threads, "decode") if self.num_threads else None
+        self._jobs: set[_Job] = set()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads, each after the image it is at, and close the files. Using the loader afterwards raises."""
+        self._closed = True
+        self._cancel(list(self._jobs))
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def batches(self, plan: Iterable[MicroBatch | NDArray[np.int64]]) -> Iterator[Batch]:
+        """The batches of `plan` (`order.train_batches` or `eval_batches`), in its order.
+
+        Dropping the iterator half-way stops its decoding. The time spent waiting for images is added to `wait_s`.
+        Raises UserError, naming shard file and key, for an image that cannot be read or decoded (see `on_bad`).
+        """
+        jobs: collections.deque[_Job] = collections.deque()
+        numbered = enumerate(plan)
+
+        def fill() -> None:
+            for number, micro in itertools.islice(numbered, self._prefetch - len(jobs)):
+                jobs.append(self._start(number, micro))
+
+        try:
+            fill()
+            while jobs:
+                batch = self._finish(jobs.popleft())
+                fill()
+                if batch is not None:
+                    yield batch
+                del batch  # while the next one is awaited, only the caller keeps this one's memory
+        finally:
+            self._cancel(jobs)
+
+    def _start(self, number: int, micro: MicroBatch | NDArray[np.int64]) -> "_Job":
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        planned = isinstance(micro, MicroBatch)
+        if not isinstance(micro, MicroBatch):
+            micro = MicroBatch(np.asarray(micro, np.int64), weight=1.0, last=True, step=number, epoch=0)
+        job = _Job(self._reader, self._buffers, micro, keep_empty=planned, device=self.device, stream=self._stream)
+        self._jobs.add(job)
+        if self._threads is not None:
+            for _ in range(min(self.num_threads, len(micro.rows))):
+                self._threads.submit(job.work)
+        return job
+
+    def _finish(self, job: "_Job") -> Batch | None:
+        """Wait for the job; its batch, or None when all rows of a bare array were skipped."""
+        start = time.perf_counter()
+        if self._threads is None:
+            job.work()
+        job.ready.wait()
+        self.wait_s += time.perf_counter() - start
+        self._jobs.discard(job)
+        if job.cancelled:
+            raise RuntimeError("the loader was closed while it was in use")
+        for position in sorted(job.errors):
+            error = job.errors[position]
+            if not isinstance(error, _Undecodable) or self._on_bad == "error":
+                raise error
+            self._skip(int(job.micro.rows[max(position, 0)]), error)
+        if job.batch is not None and job.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(job.copied)
+            for tensor in (job.batch.images, job.batch.targets):
+                if tensor is not None:
+                    tensor.record_stream(current)
+        return job.batch
+
+    def _skip(self, row: int, error: Exception) -> None:
+        index = self.index
+        self.skipped.append(SkippedImage(row, int(index.keys[row]), str(index.image_names[row]), str(error)))
+        if len(self.skipped) > self._max_bad:
+            raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
+
+    def _cancel(self, jobs: Iterable["_Job"]) -> None:
+        for job in jobs:
+            job.cancelled = True
+            job.ready.set()
+            self._jobs.discard(job)
+
+
+def threads_of_this_rank() -> int:
+    """Decode threads for one rank: the cores this process may use, shared with the node's other ranks, 1 to 8.
+
+    Cores are those of the CPU affinity, ranks those of LOCAL_WORLD_SIZE, which torchrun and accelerate set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+class _Undecodable(UserError):
+    """An image whose bytes are no 600x600 JPEG."""
+
+
+class _Buffers:
+    """Host memory for decoded batches, used again: with fresh pages for each the speed is 0.5-0.97x."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self._free: collections.deque[tuple[NDArray[np.uint8], torch.cuda.Event | None]] = collections.deque()
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """At least `num_bytes`; a buffer that is too small for today's batches is dropped."""
+        while self._free:
+            buffer, copied = self._free.popleft()
+            if len(buffer) >= num_bytes:
+                if copied is not None:
+                    copied.synchronize()  # the host waits here only when it is a whole batch ahead of the copy
+                return buffer
+        if self.pinned:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(num_bytes, np.uint8)
+
+    def give_back(self, buffer: NDArray[np.uint8], copied: torch.cuda.Event | None = None) -> None:
+        self._free.append((buffer, copied))
+
+
+class _Job:
+    """One batch in work. Threads call `work` and share its rows; the one that decodes the last image completes it."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        buffers: _Buffers,
+        micro: MicroBatch,
+        *,
+        keep_empty: bool,
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self.micro = micro
+        self.errors: dict[int, Exception] = {}  # by position in the batch, -1 for the batch as a whole
+        self.ready = threading.Event()
+        self.cancelled = False
+        self.batch: Batch | None = None
+        self.copied: torch.cuda.Event | None = None
+        self._reader = reader
+        self._buffers = buffers
+        self._keep_empty = keep_empty
+        self._device = device
+        self._stream = stream
+        self._positions = iter(range(len(micro.rows)))
+        self._num_left = len(micro.rows)
+        self._lock = threading.Lock()
+        size = int(reader.index.meta["size_px"])
+        shape = (len(micro.rows), size, size, reader.index.num_channels)
+        self._buffer = buffers.take(math.prod(shape))
+        self._pixels = self._buffer[: math.prod(shape)].reshape(shape)
+        if stream is None:
+            # A tensor made of _pixels keeps that very array alive, hence it dies with the last tensor of the batch.
+            weakref.finalize(self._pixels, buffers.give_back, self._buffer).atexit = False
+
+    def work(self) -> None:
+        """Decode rows until none is left."""
+        for position in self._positions:
+            if self.cancelled:
+                return
+            try:
+                self._decode(position)
+            except Exception as error:  # raised again by Loader._finish, in the caller's thread
+                self.errors[position] = error
+            with self._lock:
+                self._num_left -= 1
+                is_last = self._num_left == 0
+            if is_last:
+                try:
+                    self.batch = self._assemble()
+                except Exception as error:
+                    self.errors[-1] = error
+                self.ready.set()
+
+    def _decode(self, position: int) -> None:
+        row = int(self.micro.rows[position])
+        data = self._reader.read(row)
+        target = self._pixels[position]
+        try:
+            image = simplejpeg.decode_jpeg(data, "GRAY" if target.shape[2] == 1 else "RGB", buffer=target)
+            if image.shape != target.shape:
+                raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
+        except ValueError as error:
+            intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256[row]
+            state = (
+                "as it was preprocessed" if intact else "damaged since: copy the shard anew or run cxrdist.preprocess"
+            )
+            raise _Undecodable(
+                f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"
+            ) from error
+
+    def _assemble(self) -> Batch | None:
+        """The batch on the device, without bad rows."""
+        micro, index = self.micro, self._reader.index
+        good = [position for position in range(len(micro.rows)) if position not in self.errors]
+        if not good and not self._keep_empty:
+            return None
+        weight = micro.weight * len(good) / len(micro.rows)
+        images = torch.from_numpy(self._pixels)
+        if len(good) < len(micro.rows):
+            self._pixels[sorted(self.errors)] = 0
+            images = images[good or [0]]
+        rows = micro.rows[good or [0]]
+        targets = None if index.targets is None else torch.from_numpy(index.targets[rows])
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            images = images.to(self._device, non_blocking=True)
+            targets = None if targets is None else targets.to(self._device, non_blocking=True)
+            if self._stream is not None:
+                self.copied = self._stream.record_event()
+                self._buffers.give_back(self._buffer, self.copied)
+        return Batch(
+            images.permute(0, 3, 1, 2), targets, rows, index.keys[rows], weight, micro.last, micro.step, micro.epoch
+        )
