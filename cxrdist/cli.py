@@ -36,6 +36,10 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "shard set made by cxrdist.preprocess (default: shards/div_<div>)",
     },
+    "--shards-url": {
+        "metavar": "URL",
+        "help": "copy the shard set from s3://, https:// or hf:// into --shards first, checking every hash",
+    },
     "--out": {"type": Path, "metavar": "DIR", "help": "where to write"},
     "--init": {
         "metavar": "FILE|random",
