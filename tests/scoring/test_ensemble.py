@@ -1,0 +1,167 @@
+"""Score tables: what goes in comes out, averages are the golden ones, and what does not belong together is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxrdist.errors import UserError
+from cxrdist.labels import LABELS, read_template
+from cxrdist.scoring import ensemble
+from cxrdist.scoring.ensemble import ScoreTable
+from cxrdist.scoring.metrics import macro_auroc
+from cxrdist.scoring.submission import check_template, write_submission
+
+pytestmark = pytest.mark.fast
+GOLDEN = Path(__file__).parent.parent / "golden" / "recipe" / "ensemble.npz"
+
+
+def make_table(num: int = 6, seed: int = 0, **meta: object) -> ScoreTable:
+    rng = np.random.default_rng(seed)
+    names = np.array([f"{i // 2:08d}_001_{i % 2:03d}.jpg" for i in range(num)], dtype=object)
+    probs = (rng.random((num, 14)) ** 8).astype(np.float32)
+    return ScoreTable(names, probs, {"member": f"m{seed}", "div": "b", "split": "test", "shards": "s"} | meta)
+
+
+def test_average_of_views_epochs_and_members_is_the_golden_one():
+    golden = np.load(GOLDEN)
+    members = []
+    for epoch in (5, 6):
+        views = golden[f"evax_ep{epoch}_logits_f16"].astype(np.float32)
+        shares = [2 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6]  # plain and center1.0 are one view
+        members.append(ensemble.average([ensemble.sigmoid(views[v]) for v in (0, 1, 3, 4, 5)], shares))
+    eva_x = ensemble.average(members)
+    chexfound = ensemble.average([ensemble.sigmoid(golden[f"chex_ep{epoch}_logits"]) for epoch in (5, 6)])
+    final = ensemble.average([eva_x, chexfound])
+    np.testing.assert_allclose(final, golden["final_all_float32"], rtol=0, atol=2e-7)
+    assert 0 < np.abs(final - golden["final_as_notebook"]).max() < 2.5e-4
+
+
+def test_logit_and_rank_averages_equal_hand_made_ones_and_keep_the_order_of_a_single_member():
+    probs = np.random.default_rng(0).random((50, 14)).astype(np.float32)
+    for how in ("prob", "logit", "rank"):
+        single = ensemble.average([probs], how=how)
+        assert (np.diff(np.take_along_axis(single, np.argsort(probs, axis=0), axis=0), axis=0) >= 0).all()
+    np.testing.assert_allclose(ensemble.average([probs], how="logit"), probs, rtol=1e-4)
+    three = [np.full((1, 14), p, np.float32) for p in (0.2, 0.5, 0.9)]
+    odds = (0.25 * 1 * 9) ** (1 / 3)
+    np.testing.assert_allclose(ensemble.average(three, how="logit"), odds / (1 + odds), rtol=1e-5)
+    ties = np.zeros((4, 14), np.float32)
+    ties[2:] = 0.7
+    np.testing.assert_allclose(ensemble.average([ties], how="rank")[:, 0], [0.25, 0.25, 0.75, 0.75])
+    assert ensemble.average([probs, probs * 0], [1, 3])[0, 0] == pytest.approx(probs[0, 0] / 4)
+
+
+def test_a_table_survives_the_file_bit_for_bit_with_names_that_look_like_numbers_or_hold_commas(tmp_path):
+    table = make_table(4)
+    names = np.array(["NA", "00000211_001_001.jpg", 'a,"b" c.jpg', "1.2.840.113.jpg"], dtype=object)
+    table = ScoreTable(names, table.probs, table.meta)
+    ensemble.write_table(tmp_path / "scores" / "m.csv", table)
+    again = ensemble.read_table(tmp_path / "scores" / "m.csv")
+    assert again.image_names.tolist() == names.tolist()
+    np.testing.assert_array_equal(again.probs, table.probs)
+    assert again.meta["div"] == "b"
+
+
+def test_a_table_with_other_label_order_values_or_a_changed_file_is_named(tmp_path):
+    path = tmp_path / "m.csv"
+    ensemble.write_table(path, make_table())
+    good = path.read_text()
+    path.write_text(good.replace("0000_001_000.jpg", "0009_001_000.jpg"))
+    with pytest.raises(UserError, match="changed after it was written"):
+        ensemble.read_table(path)
+    path.with_suffix(".json").unlink()
+    for content, message in (
+        (good.replace("Edema", "x").replace("Fracture", "Edema").replace("x", "Fracture", 1), "column 5 is 'Fracture'"),
+        (good + good.splitlines()[-1] + "\n", "is in line 7 and again in line 8"),
+        (good + ",".join(["new.jpg", *["1.5"] * 14]) + "\n", "'new.jpg', Atelectasis: 1.5"),
+        (good + ",".join(["new.jpg", *["nan"] * 14]) + "\n", "not a probability"),
+        (good + ",".join(["new.jpg", *["x"] * 14]) + "\n", "line 8"),
+        (good + "new.jpg,1\n", "line 8: 2 cells"),
+        ("", "header has 0 columns"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            ensemble.read_table(path)
+
+
+def test_tables_over_other_images_shards_or_divisions_are_not_averaged_and_row_order_does_not_matter():
+    one, two = make_table(6, 0), make_table(6, 1)
+    mixed = ScoreTable(two.image_names[::-1].copy(), two.probs[::-1].copy(), two.meta)
+    np.testing.assert_array_equal(
+        ensemble.average_tables([one, mixed]).probs, ensemble.average_tables([one, two]).probs
+    )
+    with pytest.raises(UserError, match="2 missing and 0 extra"):
+        ensemble.average_tables([one, make_table(4, 1)])
+    with pytest.raises(UserError, match="differ in shards: s and t"):
+        ensemble.average_tables([one, make_table(6, 1, shards="t")])
+    with pytest.raises(UserError, match="differ in div"):
+        ensemble.average_tables([one, make_table(6, 1, div="a")])
+
+
+def test_study_average_gives_all_images_of_a_study_their_mean():
+    table = make_table(6)
+    averaged = ensemble.average_studies(table)
+    np.testing.assert_allclose(averaged.probs[0], table.probs[:2].mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(averaged.probs[0], averaged.probs[1])
+    with pytest.raises(UserError, match=r"scan\.jpg"):
+        ensemble.average_studies(ScoreTable(np.array(["scan.jpg"], dtype=object), table.probs[:1], {}))
+
+
+def test_weight_search_finds_the_better_member_and_refuses_tables_that_are_not_out_of_fold():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((300, 14)) < 0.3).astype(np.float32)
+    good, poor = make_table(300, 0, out_of_fold=True), make_table(300, 1, out_of_fold=True)
+    good.probs[:] = np.clip(0.3 * truth + 0.5 * rng.random(truth.shape), 0, 1)
+    weights = ensemble.search_weights([poor, good], truth)
+    assert sum(weights) == pytest.approx(1)
+    assert weights[1] > 0.8
+    searched = ensemble.average_tables([poor, good], weights).probs
+    assert macro_auroc(truth, searched)[0] >= macro_auroc(truth, ensemble.average_tables([poor, good]).probs)[0]
+    with pytest.raises(UserError, match="'m2' is not out-of-fold"):
+        ensemble.search_weights([good, make_table(300, 2)], truth)
+
+
+def test_out_of_fold_parts_of_a_member_join_and_overlapping_ones_do_not():
+    whole = make_table(6, out_of_fold=True)
+    parts = [ScoreTable(whole.image_names[s], whole.probs[s], whole.meta) for s in (slice(0, 2), slice(2, 6))]
+    (joined,) = ensemble.join_parts(parts)
+    np.testing.assert_array_equal(joined.probs, whole.probs)
+    with pytest.raises(UserError, match="both hold image"):
+        ensemble.join_parts([whole, parts[0]])
+
+
+def test_submission_has_the_templates_columns_and_order_each_row_once_and_class_means_for_the_unreadable(tmp_path):
+    table = make_table(6, unreadable={"00000009_001_001.jpg": "cannot identify image file"})
+    order = [*table.image_names[[3, 0, 5, 1, 4, 2]], "00000009_001_001.jpg"]
+    columns = ["Image_name", *reversed(LABELS)]
+    template_path = tmp_path / "template.csv"
+    pd.DataFrame([[name, *[0] * 14] for name in order], columns=columns).to_csv(template_path, index=False)
+    fallback = write_submission(table, read_template(template_path), tmp_path / "submission.csv")
+    assert fallback == {"00000009_001_001.jpg": "cannot identify image file"}
+    result = pd.read_csv(tmp_path / "submission.csv")
+    assert result.columns.tolist() == columns
+    assert result["Image_name"].tolist() == order
+    values = result[list(LABELS)].to_numpy().astype(np.float32)
+    np.testing.assert_array_equal(values[1], table.probs[0])
+    np.testing.assert_allclose(values[6], table.probs.mean(axis=0), rtol=1e-6)
+
+
+def test_a_template_of_other_images_is_named_and_nothing_is_written(tmp_path):
+    table = make_table(2)
+    template = pd.DataFrame({"image_name": ["00000000_001_000.jpg", "other.jpg"]} | dict.fromkeys(LABELS, 0))
+    with pytest.raises(UserError, match=r"1 of 2 images that the shards do not hold, e\.g\. 'other\.jpg'"):
+        check_template(template, list(table.image_names), {})
+    with pytest.raises(UserError, match=r"'other\.jpg'"):
+        write_submission(table, template, tmp_path / "submission.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_beside_a_table_of_another_format_version_is_refused(tmp_path):
+    ensemble.write_table(tmp_path / "m.csv", make_table())
+    meta = json.loads((tmp_path / "m.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(meta | {"format_version": 2}))
+    with pytest.raises(UserError, match="format version 2"):
+        ensemble.read_table(tmp_path / "m.csv")
