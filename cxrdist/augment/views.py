@@ -1,0 +1,114 @@
+"""Evaluation input: stored uint8 images resized to the model's size, as the views that test-time averaging asks for.
+
+The resize is OpenCV's bilinear rule (half-pixel centres, no antialias), rounded to grey levels; the published models
+were trained on it, and an antialiased resize is off by up to 50 levels. A view that equals another is computed once.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxrdist.errors import UserError
+
+VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
+ZOOM = 1.1  # of center1.1: resize to int(size * 1.1), then crop the centre
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bilinear resize without antialias to (size, size), equal to OpenCV's for uint8 images, level by level.
+
+    Args:
+        images: (B, C, H, W) uint8.
+    Returns: (B, C, size, size) float32 whole grey levels in [0, 255]. In integers, so the same on every device.
+    Source: OpenCV's fixed-point rule: weights of 11 bits, rows after columns with 4 bits dropped in between.
+    """
+    left, right, left_weight, right_weight = _taps(images.shape[-1], size, images.device)
+    upper, lower, upper_weight, lower_weight = _taps(images.shape[-2], size, images.device)
+    columns = images.index_select(-1, left) * left_weight
+    columns += images.index_select(-1, right) * right_weight
+    columns >>= 4
+    rows = (columns.index_select(-2, upper) * upper_weight.view(-1, 1)) >> 16
+    rows += (columns.index_select(-2, lower) * lower_weight.view(-1, 1)) >> 16
+    return ((rows + 2) >> 2).float()
+
+
+@cache
+def _taps(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each of `size` pixels: the two it is mixed from (int32, the same one at a rim) and their weights of 2048."""
+    place = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
+    first = np.floor(place)
+    share = np.where((first < 0) | (first >= length - 1), np.float32(0.0), place - first)
+    first = first.clip(0, length - 1)
+    weights = (np.rint((1 - share) * 2048), np.rint(share * 2048))
+    columns = (first, (first + 1).clip(max=length - 1), *weights)
+    one, two, three, four = (torch.from_numpy(column.astype(np.int32)).to(device) for column in columns)
+    return one, two, three, four
+
+
+def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
+    """(B, 1 or 3, H, W) grey levels in [0, 255] -> (B, 3, H, W) float32, less ImageNet's mean, over its deviation."""
+    shift, scale = _shift_and_scale(levels.device)
+    return torch.addcmul(shift, levels.float(), scale, out=out)
+
+
+@cache
+def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    shift, scale = (
+        torch.from_numpy(column).float().view(3, 1, 1).to(device) for column in (-mean / std, 1 / (255 * std))
+    )
+    return shift, scale
+
+
+def distinct_views(views: Sequence[str]) -> dict[str, float]:
+    """The views that must be computed, with their weights in the mean over `views` (sum 1), in the order asked for.
+
+    `center1.0` resizes to the model's size and crops all of it: it is `plain`. Raises UserError for an unknown view.
+    """
+    if not views:
+        raise UserError(f"no test-time view was given; choose from {', '.join(VIEWS)}")
+    weights: dict[str, float] = {}
+    for view in views:
+        if view not in VIEWS:
+            raise UserError(f"test-time view {view!r} is unknown; choose from {', '.join(VIEWS)}")
+        name = "plain" if view == "center1.0" else view
+        weights[name] = weights.get(name, 0.0) + 1.0 / len(views)
+    return weights
+
+
+def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
+    """As `make_views`, before normalisation: (name, (B, C, S, S) float32 whole grey levels)."""
+    plain = None
+    for name in distinct_views(views):
+        if name == "center1.1":
+            zoomed = int(image_size * ZOOM)
+            edge = (zoomed - image_size) // 2
+            yield name, resize(images, zoomed)[..., edge : edge + image_size, edge : edge + image_size]
+            continue
+        if plain is None:
+            plain = resize(images, image_size)
+        if name == "plain":
+            yield name, plain
+        elif name == "hflip":
+            yield name, plain.flip(-1)
+        else:
+            factor = float(name.removeprefix("bright"))
+            yield name, (plain.double() * factor).clamp_(0.0, 255.0).floor_().float()  # truncated, as published
+
+
+def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
+    """The distinct views of a batch, one after the other, so that only one is held at a time.
+
+    Args:
+        images: (B, 1 or 3, H, W) uint8 on any device.
+        views: names from `VIEWS`; `distinct_views` gives the weight of each name that is yielded.
+    Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images, on the images' device.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        for name, levels in view_levels(images, views, image_size):
+            yield name, normalise(levels)

@@ -1,0 +1,53 @@
+"""The training augmentation: what depends on what, and what each mode does."""
+
+import numpy as np
+import pytest
+import torch
+
+from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.views import make_views
+from cxrdist.errors import UserError
+
+pytestmark = pytest.mark.fast
+
+KEYS = np.array([3, 70_001, 12, 5, 108_490, 9, 11, 13])
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """(8, 1, 120, 120) smooth fields with a bright middle."""
+    rng = np.random.default_rng(0)
+    field = rng.normal(size=(8, 1, 15, 15)).astype(np.float32)
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(field), (120, 120), mode="bicubic")
+    return (smooth * 40 + 120).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("mode", ["published", "crop_flip", "none"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_key_gets_the_same_augmentation_in_any_batch(images: torch.Tensor, mode: str, reference: bool) -> None:
+    augment = TrainingAugment(96, mode, seed=22, reference=reference)  # type: ignore[arg-type]
+    whole = augment(images, KEYS, epoch=4)
+    assert whole.shape == (8, 3, 96, 96)
+    assert whole.dtype == torch.float32
+    other = TrainingAugment(96, mode, seed=22, reference=reference)  # type: ignore[arg-type]
+    other(images, KEYS + 1, epoch=0)  # what was drawn before must not matter
+    for rows in ([5], [7, 2, 0], [1, 3]):
+        assert torch.equal(other(images[rows], KEYS[rows], epoch=4), whole[rows])
+
+
+def test_epoch_seed_and_key_each_change_the_augmentation(images: torch.Tensor) -> None:
+    augment = TrainingAugment(96, "published", seed=22)
+    first = augment.levels(images, KEYS, epoch=1)
+    assert not torch.equal(first, augment.levels(images, KEYS, epoch=2))
+    assert not torch.equal(first, TrainingAugment(96, "published", seed=23).levels(images, KEYS, epoch=1))
+    assert not torch.equal(first, augment.levels(images, KEYS + 1, epoch=1))
+
+
+def test_none_is_the_evaluation_input(images: torch.Tensor) -> None:
+    ((_, plain),) = make_views(images, ["plain"], 96)
+    assert torch.equal(TrainingAugment(96, "none", seed=1)(images, KEYS, epoch=3), plain)
+
+
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="augment='strong' is unknown; one of published, crop_flip, none"):
+        TrainingAugment(96, "strong", seed=1)  # type: ignore[arg-type]
