@@ -294,8 +294,8 @@ class Scene:
 def _expose(frame: Frame, scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     image = scene.tissue + 0.24 * scene.bones + scene.extra
     for lung in scene.lungs:
-        image -= (0.42 + 0.012 * _clouds(frame, rng, 60)) * lung.mask * (1 - lung.opacity)
-        image += 0.20 * scene.vessels * lung.markings * (1 - 0.8 * lung.opacity)
+        image -= (0.36 + 0.012 * _clouds(frame, rng, 60)) * lung.mask * (1 - lung.opacity)
+        image += 0.15 * scene.vessels * lung.markings * (1 - 0.8 * lung.opacity)
     image += 0.015 * _clouds(frame, rng, 5)
     image = np.clip(image, 0, 1) ** np.float32(rng.uniform(0.85, 1.2))
     image = image * np.float32(rng.uniform(0.88, 1.02)) + np.float32(rng.uniform(0, 0.05))
@@ -307,7 +307,7 @@ def _frontal(frame: Frame, study: Study, build: np.random.Generator, signs: np.r
     x, y = frame.x, frame.y
     top, base = build.uniform(-0.76, -0.70), build.uniform(0.42, 0.56)
     chest, narrow = build.uniform(0.72, 0.80), build.uniform(0.085, 0.115)
-    wide_top = signs.uniform(0.13, 0.19) if "Enlarged Cardiomediastinum" in study.findings else 0.0
+    wide_top = signs.uniform(0.17, 0.25) if "Enlarged Cardiomediastinum" in study.findings else 0.0
     ratio = signs.uniform(0.62, 0.74) if "Cardiomegaly" in study.findings else build.uniform(0.40, 0.47)
 
     shoulder = _soft(y + 0.78, 0.4)
@@ -361,8 +361,8 @@ def _frontal(frame: Frame, study: Study, build: np.random.Generator, signs: np.r
     if broken:
         lung = lungs[0] if next(iter(broken))[0] == -1 else lungs[1]
         spots = [lung.at(0.97, 0.12 + 0.085 * rib) for side, rib in broken]
-        haze = sum(_gauss(frame, spot, 0.05, 0.05) for spot in spots)
-        extra += 0.10 * np.clip(haze, 0, 1)
+        haze = sum(_gauss(frame, spot, 0.06, 0.05) for spot in spots)
+        extra += 0.24 * np.clip(haze, 0, 1)
     extra += _draw_findings(frame, study, lungs, signs, lifted)
     if "Support Devices" in study.findings:
         extra += _devices_frontal(frame, signs, base, chest)
@@ -426,17 +426,17 @@ def _lateral(frame: Frame, study: Study, build: np.random.Generator, signs: np.r
         wires.stroke(_curve((-0.02, -0.98), (0.02, -0.5), (0.0, -0.22)), 0.022)
         wires.stroke(_curve((-0.45, -0.42), (-0.1, -0.5), (cx, cy + 0.1)), 0.016)
         wires.blob((-0.52, -0.40), 0.075)
-        extra += 0.42 * wires.plane(0.9)
+        extra += 0.6 * wires.plane(1.0)
     tissue = body + 0.06 * heart
     return Scene(tissue, [lung], bones.plane(1.6), _vessels(frame, [lung], signs, study), extra)
 
 
 def _broken_ribs(study: Study, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(side, rib) of three or four neighbouring broken ribs; empty without a fracture."""
+    """(side, rib) of four neighbouring broken ribs; empty without a fracture."""
     if "Fracture" not in study.findings:
         return []
     side, first = int(rng.choice([-1, 1])), int(rng.integers(2, 5))
-    return [(side, first + offset) for offset in range(int(rng.integers(3, 5)))]
+    return [(side, first + offset) for offset in range(4)]
 
 
 def _draw_rib(layer: Layer, curve: Points, width: float, broken: np.random.Generator | None) -> None:
@@ -447,11 +447,11 @@ def _draw_rib(layer: Layer, curve: Points, width: float, broken: np.random.Gener
         step = broken.uniform(1.5, 2.0) * width * float(broken.choice([-1, 1]))
         pieces = [curve[:cut], [(px, py + step) for px, py in curve[cut:]]]
     for piece in pieces:
-        layer.stroke(piece, width, 0.62)
-        layer.stroke(piece, width * 0.5, 0.40)
+        layer.stroke(piece, width, 0.62 if broken is None else 0.9)
+        layer.stroke(piece, width * 0.5, 0.40 if broken is None else 0.8)
     if broken is not None:
         for end in (pieces[0][-1], pieces[1][0]):
-            layer.blob(end, width * 1.05, 1.0)
+            layer.blob(end, width * 1.4, 1.0)
 
 
 def _vessels(frame: Frame, lungs: list[Lung], rng: np.random.Generator, study: Study) -> Plane:
@@ -516,20 +516,19 @@ def _draw_findings(frame: Frame, study: Study, lungs: list[Lung], rng: np.random
         center = lung.at(rng.uniform(0.4, 0.6), rng.uniform(0.3, 0.7))
         lung.fill(np.clip(1.2 * _gauss(frame, center, 0.19, 0.24), 0, 0.62))
     if "Lung Lesion" in found:
-        for _ in range(int(rng.integers(1, 4))):
+        for _ in range(int(rng.integers(2, 5))):
             lung = pick()
-            (cx, cy), radius = lung.at(rng.uniform(0.35, 0.8), rng.uniform(0.2, 0.75)), rng.uniform(0.07, 0.115)
+            (cx, cy), radius = lung.at(rng.uniform(0.35, 0.8), rng.uniform(0.2, 0.75)), rng.uniform(0.085, 0.14)
             distance = np.hypot(frame.x - np.float32(cx), frame.y - np.float32(cy))
             lung.fill(np.asarray(0.95 * _soft(radius * (1 + 0.04 * _clouds(frame, rng, 30)) - distance, 0.02)))
-    if "Pleural Other" in found:
-        lung = pick()
-        thick = rng.uniform(0.055, 0.085) * (1 + 0.25 * np.sin(frame.y * rng.uniform(9, 15)))
-        rim = _soft(thick - lung.wall, 0.015) * _soft(lung.floor - 0.1, 0.1)
-        cap = _soft(thick * 1.4 - lung.apex, 0.02)
-        lung.fill(np.asarray(np.maximum(rim, cap) * 0.92, dtype=np.float32))
-        for _ in range(5):  # calcified plaques
-            down = rng.uniform(0.25, 0.85)
-            lines.stroke([lung.at(0.93, down), lung.at(0.95, down + 0.06)], 0.022, 1.0)
+    if "Pleural Other" in found:  # thickened pleura around the lung, partly calcified
+        for lung in [pick()] if rng.random() < 0.5 else lungs:
+            thick = rng.uniform(0.09, 0.13) * (1 + 0.25 * np.sin(frame.y * rng.uniform(9, 15)))
+            rim: Plane = np.maximum(_soft(thick - lung.wall, 0.015), _soft(thick * 1.4 - lung.apex, 0.02))
+            lung.fill(np.float32(0.92) * rim)
+            extra += 0.14 * rim * lung.mask
+            for down in rng.uniform(0.2, 0.9, 6):  # calcified plaques
+                lines.stroke([lung.at(0.92, down), lung.at(0.94, down + 0.07)], 0.03, 1.0)
     if "Pleural Effusion" in found:
         for lung in [pick()] if rng.random() < 0.7 else lungs:
             level = rng.uniform(0.2, 0.45)
@@ -537,41 +536,41 @@ def _draw_findings(frame: Frame, study: Study, lungs: list[Lung], rng: np.random
             lung.fill(0.97 * _soft(level * (0.35 + 1.1 * out * out) - (lung.length - lung.apex), 0.03))
     if "Pneumothorax" in found:
         lung = pick()
-        gap = rng.uniform(0.17, 0.27)
+        gap = rng.uniform(0.24, 0.36)
         edge = np.minimum(lung.wall - gap * np.clip(1.15 - lung.apex / 0.9, 0.15, 1), lung.apex - gap * 0.9)
         free = _soft(-edge, 0.015)
         lung.opacity = lung.opacity * (1 - 0.9 * free)
         lung.markings = lung.markings * (1 - free)
-        extra += lung.mask * (0.30 * np.exp(-0.5 * (edge / 0.008) ** 2) - 0.13 * free)
+        extra += lung.mask * (0.35 * np.exp(-0.5 * (edge / 0.012) ** 2) - 0.22 * free)
         lung.fill(np.asarray(0.18 * _soft(edge, 0.02), dtype=np.float32))  # the collapsed lung is a little denser
     return np.asarray(extra + 0.22 * lines.plane(1.2), dtype=np.float32)
 
 
 def _devices_frontal(frame: Frame, rng: np.random.Generator, base: float, chest: float) -> Plane:
-    """One to three of: tracheal tube, central line, stomach tube, pacemaker, electrodes, sternal wires."""
+    """Two to four of: tracheal tube, central line, stomach tube, pacemaker, electrodes, sternal wires."""
     layer = Layer(frame)
-    for kind in rng.choice(6, int(rng.integers(1, 4)), replace=False):
+    for kind in rng.choice(6, int(rng.integers(2, 5)), replace=False):
         if kind == 0:
             for offset in (-0.014, 0.014):
-                layer.stroke([(0.012 + offset, -0.99), (0.012 + offset, -0.40)], 0.008)
+                layer.stroke([(0.012 + offset, -0.99), (0.012 + offset, -0.40)], 0.011)
         elif kind == 1:
             side = float(rng.choice([-1, 1]))
-            layer.stroke(_curve((side * 0.55, -0.95), (side * 0.05, -0.62), (-0.10, -0.05), 24), 0.014)
+            layer.stroke(_curve((side * 0.55, -0.95), (side * 0.05, -0.62), (-0.10, -0.05), 24), 0.022)
         elif kind == 2:
-            layer.stroke(_curve((0.02, -0.99), (0.0, 0.2), (0.30, base + 0.22), 24), 0.014)
+            layer.stroke(_curve((0.02, -0.99), (0.0, 0.2), (0.30, base + 0.22), 24), 0.022)
         elif kind == 3:
-            layer.blob((0.50, -0.42), 0.085)
-            layer.stroke(_curve((0.47, -0.47), (0.0, -0.75), (-0.02, 0.28), 24), 0.012)
-            layer.stroke(_curve((0.47, -0.45), (-0.1, -0.6), (0.16, 0.36), 24), 0.012)
+            layer.blob((0.50, -0.42), 0.1)
+            layer.stroke(_curve((0.47, -0.47), (0.0, -0.75), (-0.02, 0.28), 24), 0.018)
+            layer.stroke(_curve((0.47, -0.45), (-0.1, -0.6), (0.16, 0.36), 24), 0.018)
         elif kind == 4:
             for side, low in ((-1, -0.45), (1, -0.45), (1, 0.30), (-1, 0.32)):
                 spot = (side * rng.uniform(0.42, 0.62), low + rng.uniform(-0.06, 0.06))
-                layer.blob(spot, 0.026)
-                layer.stroke(_curve(spot, (side * 0.75, low - 0.2), (side * rng.uniform(0.6, 0.9), -0.99)), 0.008, 0.8)
+                layer.blob(spot, 0.038)
+                layer.stroke(_curve(spot, (side * 0.75, low - 0.2), (side * rng.uniform(0.6, 0.9), -0.99)), 0.012, 0.9)
         else:
             for level in range(5):
-                layer.blob((0.0, -0.30 + 0.14 * level), 0.035, 1.0, 0.009)
-    return 0.45 * layer.plane(0.8)
+                layer.blob((0.0, -0.30 + 0.14 * level), 0.042, 1.0, 0.014)
+    return 0.6 * layer.plane(1.0)
 
 
 def _letter(layer: Layer, where: tuple[float, float], rng: np.random.Generator) -> None:

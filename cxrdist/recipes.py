@@ -144,7 +144,11 @@ def eva_x_224(div: Division) -> Recipe:
 
 
 def demo_eva_x(div: Division) -> Recipe:
-    """EVA-X-Ti from random weights on the demo's phantoms: minutes on two CPU cores."""
+    """EVA-X-Ti cut to six blocks, from random weights, on the demo's phantoms: about a minute on two CPU cores.
+
+    Command: `./launch.sh demo`. Held-out macro AUROC 0.92 on phantoms.
+    From random weights the published learning rates learn nothing; steps matter more than pixels or depth.
+    """
     return dataclasses.replace(
         eva_x(div),
         name="demo_eva_x",
@@ -152,35 +156,42 @@ def demo_eva_x(div: Division) -> Recipe:
         image_size=112,
         epochs=30,
         global_batch_size=16,
-        groups=(Group(pattern=r"", lr=7e-4, weight_decay=0.02),),
+        groups=(Group(pattern=r"", lr=5e-4, weight_decay=0.02),),
         lr_schedule="cosine",
         warmup_steps=40,
         clip_grad_norm=1.0,
         ema_decay=0.98,
         ema_ramp=True,
         augment="crop_flip",
+        model_kwargs=(("depth", 6),),
         member_epochs=(29, 30),
     )
 
 
 def demo_chexfound(div: Division) -> Recipe:
-    """A four-block random frozen backbone (LayerScale 1) with a trained GLoRI head, on the demo's phantoms."""
+    """A four-block random frozen backbone with a trained GLoRI head, on the demo's phantoms: a minute on two CPU cores.
+
+    Command: `./launch.sh demo`. Held-out macro AUROC 0.86 on phantoms.
+    LayerScale is 1: at its usual 1e-5 the random blocks pass the patch embedding on unchanged.
+    """
     return dataclasses.replace(
         chexfound(div),
         name="demo_chexfound",
-        image_size=128,
-        epochs=20,
-        global_batch_size=32,
+        image_size=160,
+        epochs=36,
+        global_batch_size=16,
         groups=(
             Group(pattern=r"^backbone\.", lr=None),
             Group(pattern=r"^glori\.", lr=1e-3, weight_decay=1e-5),
         ),
         lr_schedule="cosine",
+        warmup_steps=20,
+        clip_grad_norm=1.0,
         ema_decay=0.98,
         ema_ramp=True,
         augment="crop_flip",
         model_kwargs=(("decoder_dim", 192), ("depth", 4), ("embed_dim", 192), ("init_values", 1.0), ("num_heads", 3)),
-        member_epochs=(19, 20),
+        member_epochs=(35, 36),
     )
 
 

@@ -1,0 +1,194 @@
+"""What this machine has and what cxrdist would use on it; problems are named with their remedy.
+
+  python -m cxrdist.doctor
+
+Ends with exit code 0 also when something is wrong: it reports, it does not judge. Prints no secret.
+"""
+
+import importlib.metadata
+import netrc
+import os
+import platform
+import shutil
+import socket
+import sys
+import tomllib
+import urllib.parse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from cxrdist.cli import Parser
+from cxrdist.errors import UserError, run_entry
+
+SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")
+PROJECT = Path(__file__).resolve().parent.parent
+MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both runs
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How `accelerate launch` is called on this machine."""
+
+    config: str  # path of the YAML
+    num_processes: int
+    environment: dict[str, str] = field(hash=False)  # variables to set unless the user has
+    reason: str
+
+
+def plan_launch() -> LaunchPlan:
+    """Two CPU processes (gloo) without a GPU, else one process for each GPU; the same choice as launch.sh."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0))
+    name, num_processes = {0: ("cpu", 2), 1: ("gpu1", 1), 2: ("gpu2_fp16", 2)}.get(num_gpus, ("gpu8_bf16", num_gpus))
+    folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
+    config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
+    num_processes = int(os.environ.get("CXRDIST_PROCESSES", num_processes))
+    # Two processes that each start a thread per core fight for the cores: several times slower on two of them.
+    threads = str(max(cores // num_processes, 1))
+    wanted = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if num_gpus:
+        reason = f"{num_processes} process{'es' * (num_processes > 1)}, one for each GPU (nccl), {config}"
+    else:
+        reason = f"{num_processes} processes on the CPU (gloo), {threads} of {cores} cores each, {config}"
+    return LaunchPlan(config, num_processes, {k: v for k, v in wanted.items() if k not in os.environ}, reason)
+
+
+def main(argv: list[str] | None = None) -> None:
+    Parser(prog="python -m cxrdist.doctor", description=__doc__).parse_args(argv)
+    problems: list[str] = []
+    rows = [
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})"),
+        ("versions", versions(problems)),
+        ("cpu", f"{len(os.sched_getaffinity(0))} cores usable, {memory()}"),
+        ("gpu", gpus(problems)),
+        ("processes", processes(problems)),
+        ("precision", precision()),
+        ("disk", disk(problems)),
+        ("wandb", wandb_state()),
+        *weights(),
+    ]
+    for name, text in rows:
+        print(f"{name:<11}{text}")
+    for text in problems:
+        print(f"problem    {text}")
+    if not problems:
+        print("no problem found; `./launch.sh demo` runs the whole job on a small division")
+
+
+def versions(problems: list[str]) -> str:
+    """The versions that matter; adds a problem for each package that is missing or outside the project's range."""
+    for text in requirements():
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{wanted.name} is not installed; run `./launch.sh setup`")
+            continue
+        if not wanted.specifier.contains(found, prereleases=True):
+            problems.append(f"{wanted.name} {found} is not {wanted.specifier}; run `./launch.sh setup`")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN if _installed(name))
+
+
+def requirements() -> list[str]:
+    """The project's requirements: of the checkout if this is one, else of the installed package."""
+    pyproject = PROJECT / "pyproject.toml"
+    if pyproject.is_file():
+        return list(tomllib.loads(pyproject.read_text())["project"]["dependencies"])
+    return importlib.metadata.requires("cxrdist") or []
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def memory() -> str:
+    """Total and available memory in GB."""
+    cells = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    return f"{cells['MemTotal'] / 1e6:.0f} GB memory, {cells['MemAvailable'] / 1e6:.0f} GB of it available"
+
+
+def gpus(problems: list[str]) -> str:
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
+        return f"{len(cards)}: {names}; CUDA {torch.version.cuda}"
+    if shutil.which("nvidia-smi") is not None:
+        build = torch.version.cuda or "no CUDA"
+        problems.append(
+            f"nvidia-smi is here, but torch {torch.__version__} (built for {build}) sees no GPU; install a torch build "
+            "that fits the driver (pytorch.org, 'Get Started') and check CUDA_VISIBLE_DEVICES"
+        )
+    return f"none (torch {torch.__version__}): training runs on the CPU, which is fit for the demo only"
+
+
+def processes(problems: list[str]) -> str:
+    plan = plan_launch()
+    if not Path(plan.config).is_file():
+        problems.append(f"{plan.config} is missing; run from a checkout of the project, or set CXRDIST_ACCEL_CONFIG")
+    if not torch.cuda.is_available():
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError:
+            problems.append(
+                f"the host name {socket.gethostname()!r} has no address, which gloo needs; set GLOO_SOCKET_IFNAME=lo"
+            )
+    return plan.reason
+
+
+def precision() -> str:
+    """What `--precision auto` becomes here."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16 (the GPU has no bf16)"
+    return "bf16"
+
+
+def disk(problems: list[str]) -> str:
+    free_gb = shutil.disk_usage(".").free / 1e9
+    if free_gb < MIN_FREE_GB:
+        problems.append(f"{free_gb:.0f} GB free here; the demo needs 1 GB, a full division about {MIN_FREE_GB} GB")
+    return f"{free_gb:.0f} GB free in {Path.cwd()}"
+
+
+def wandb_state() -> str:
+    """Whether runs would go online; looks for a key, never shows it."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}; the local metrics are written in any case"
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    files = [os.environ.get("NETRC", ""), *(str(Path.home() / name) for name in (".netrc", "_netrc"))]
+    if os.environ.get("WANDB_API_KEY") or any(_has_entry(file, host) for file in files if Path(file).is_file()):
+        return "logged in: runs go online (--wandb off: local files only)"
+    return "not logged in: metrics stay in local files; `wandb login` or --wandb offline change that"
+
+
+def _has_entry(file: str, host: str) -> bool:
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except netrc.NetrcParseError:
+        return False
+
+
+def weights() -> list[tuple[str, str]]:
+    """Per model: the file that `train` without --init would start from, or what to get."""
+    from cxrdist.models.weights import default_init_path  # type: ignore[attr-defined]  # lands with part 2
+
+    rows = []
+    for model in ("eva_x", "chexfound"):
+        try:
+            path = default_init_path(model)
+            rows.append((model, f"starts from {path} ({path.stat().st_size / 1e6:.0f} MB)"))
+        except UserError as error:
+            rows.append((model, f"no official weights: {error}"))
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))

@@ -1,0 +1,252 @@
+"""What a run needs before it starts: memory per device, FLOPs, hours, files. For `train --dry-run`.
+
+FLOPs and activation memory are counted on the recipe's own model with fake tensors (shapes, no arithmetic), so they
+follow every recipe field. Times divide counted FLOPs by peak speed times a stated efficiency: estimates, printed as
+such. Efficiencies: T4, what the published EVA-X training reached (31.3 images/s on two); A100 and H100, assumed; the
+CPU, half of the matrix-multiplication speed measured on the spot (0.48-0.56 seen for both models in bf16).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cxrdist.errors import UserError
+from cxrdist.models import build_model, trainable_names
+from cxrdist.recipes import Recipe
+
+GB = 1e9
+RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
+TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
+DECODED_BATCHES = 3  # 600-px uint8 batches in flight
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Hardware that a run is estimated for. Peak is dense, in the precision named, per device."""
+
+    name: str
+    kind: Literal["cuda", "cpu"] = "cuda"
+    num_devices: int
+    memory_bytes: float  # of one device, usable
+    peak_flops: float  # per second
+    efficiency: float  # share of the peak that training reaches
+    precision: Precision
+    source: str  # where the efficiency comes from
+
+
+PUBLISHED_T4 = Machine(
+    name="T4 x 2",
+    num_devices=2,
+    memory_bytes=14.6 * GB,
+    peak_flops=65e12,
+    efficiency=0.113,
+    precision="fp16",
+    source="efficiency of the published EVA-X run",
+)
+MACHINES = (
+    PUBLISHED_T4,
+    Machine(
+        name="A100 80 GB",
+        num_devices=1,
+        memory_bytes=79 * GB,
+        peak_flops=312e12,
+        efficiency=0.35,
+        precision="bf16",
+        source="efficiency assumed",
+    ),
+    Machine(
+        name="H100 x 8",
+        num_devices=8,
+        memory_bytes=79 * GB,
+        peak_flops=989e12,
+        efficiency=0.30,
+        precision="bf16",
+        source="efficiency assumed",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image of a recipe costs; counted, not measured."""
+
+    forward_flops: float  # a multiplication and an addition are two
+    step_flops: float  # forward and backward
+    activation_bytes: float  # kept for the backward pass, with autocast unless fp32
+    num_parameters: int
+    num_trained: int
+
+
+def count_cost(recipe: Recipe, precision: Precision = "bf16") -> Cost:
+    """Count FLOPs and saved activations of one image on the recipe's model; takes seconds and no memory to speak of."""
+    sizes: dict[str, Any] = dict(recipe.model_kwargs)
+    with torch.device("meta"):
+        model = build_model(recipe.model, recipe.image_size, drop_rate=recipe.drop_rate, **sizes)
+    num_images = 2
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {
+        attention: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        images = torch.empty(num_images, 3, recipe.image_size, recipe.image_size)
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        with counter, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(images)
+            forward = counter.get_total_flops()
+            logits.float().sum().backward()
+        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return Cost(
+        forward_flops=forward / num_images,
+        step_flops=counter.get_total_flops() / num_images,
+        activation_bytes=sum(size for key, size in saved.items() if key not in parameters) / num_images,
+        num_parameters=sum(counts.values()),
+        num_trained=sum(counts[name] for name in trainable_names(model)),
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:
+    """Peak memory of one device: weights, gradients (twice under DDP, which copies them into buckets), two Adam
+    moments and the EMA in float32, activations of a device batch, decoded images, and the runtime itself.
+    """
+    gradients = 2 if num_devices > 1 else 1
+    weights = 4 * (cost.num_parameters + cost.num_trained * (gradients + 3))
+    images = DECODED_BATCHES * device_batch_size * 600 * 600
+    return weights + TRANSIENT * cost.activation_bytes * device_batch_size + images + RUNTIME_BYTES[kind]
+
+
+def best_device_batch(cost: Cost, recipe: Recipe, machine: Machine) -> int:
+    """The largest device batch that fits and divides a device's share of the global batch; 0 when nothing fits."""
+    share = math.ceil(recipe.global_batch_size / machine.num_devices)
+    sizes = [share // parts for parts in range(1, share + 1) if share % parts == 0]
+    for size in sizes:
+        if memory_bytes(cost, size, machine.kind, machine.num_devices) <= machine.memory_bytes:
+            return size
+    return 0
+
+
+def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine) -> float:
+    """Hours of arithmetic at the machine's stated efficiency."""
+    speed = machine.peak_flops * machine.efficiency * machine.num_devices
+    return cost.step_flops * num_images * epochs / speed / 3600
+
+
+def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
+    """(one epoch checkpoint: model and EMA; one step checkpoint: with both Adam moments), float32."""
+    return 8.0 * cost.num_trained, 16.0 * cost.num_trained
+
+
+def measured_machine(device: torch.device, num_devices: int, precision: Precision, memory_available: float) -> Machine:
+    """The machine at hand, its peak being the speed of a matrix multiplication on one device right now."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    left @ right
+    synchronize()
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < 0.5:
+        left @ right
+        synchronize()
+        count += 1
+    peak = 2 * size**3 * count / (time.perf_counter() - begun)
+    return Machine(
+        name=f"this machine ({num_devices} {'GPUs' if device.type == 'cuda' else 'CPU processes'})",
+        kind="cuda" if device.type == "cuda" else "cpu",
+        num_devices=num_devices,
+        memory_bytes=memory_available,
+        peak_flops=peak,
+        efficiency=0.5 if precision != "fp32" else 0.9,
+        precision=precision,
+        source="share of its measured matrix multiplication",
+    )
+
+
+def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size: int | None, free_disk: float) -> None:
+    """Raises UserError naming the flag that helps when memory or disk cannot hold the run."""
+    best = best_device_batch(cost, recipe, machine)
+    chosen = device_batch_size or best
+    if best == 0:
+        need = memory_bytes(cost, 1, machine.kind, machine.num_devices)
+        raise UserError(
+            f"{recipe.name} needs about {need / GB:.1f} GB per device for one image, but {machine.name} has "
+            f"{machine.memory_bytes / GB:.1f} GB: use a smaller --model or --set image_size=N"
+        )
+    need = memory_bytes(cost, chosen, machine.kind, machine.num_devices)
+    if need > machine.memory_bytes:
+        raise UserError(
+            f"--device-batch-size {chosen} needs about {need / GB:.1f} GB per device, but {machine.name} has "
+            f"{machine.memory_bytes / GB:.1f} GB: use --device-batch-size {best} (the result does not change)"
+        )
+    epoch, step = checkpoint_bytes(cost)
+    disk = epoch * recipe.epochs + 2 * step
+    if disk > free_disk:
+        raise UserError(
+            f"the run's checkpoints need about {disk / GB:.1f} GB, but {free_disk / GB:.1f} GB are free: "
+            "give --out a folder on a larger disk"
+        )
+
+
+def report(recipe: Recipe, num_images: int, here: Machine, device_batch_size: int | None, free_disk: float) -> str:
+    """The table `train --dry-run` prints; raises UserError (see `require_fit`) when the run cannot fit here."""
+    cost = count_cost(recipe, here.precision)
+    require_fit(cost, recipe, here, device_batch_size, free_disk)
+    epoch, step = checkpoint_bytes(cost)
+    num_steps = math.ceil(num_images / recipe.global_batch_size) * recipe.epochs
+    lines = [
+        f"dry run: {recipe.name}, division {recipe.div.upper()}, {num_images:,} images, {recipe.epochs} epochs, "
+        f"{num_steps:,} steps of {recipe.global_batch_size} images",
+        f"counted: {cost.forward_flops / 1e9:.3g} GFLOP an image forward, {cost.step_flops / 1e9:.3g} with backward; "
+        f"{cost.num_parameters / 1e6:.1f} M parameters, {cost.num_trained / 1e6:.1f} M of them trained; "
+        f"{cost.activation_bytes / 1e6:.0f} MB of activations an image",
+        f"files: {epoch / GB:.2f} GB an epoch checkpoint, {step / GB:.2f} GB a step checkpoint; "
+        f"{free_disk / GB:.0f} GB free",
+        "",
+        f"{'estimates':<30}{'batch/device':>13}{'GB/device':>10}{'images/s':>10}{'epoch':>9}{'all':>9}  efficiency",
+    ]
+    for machine in (here, *MACHINES):
+        batch = device_batch_size if machine is here and device_batch_size else best_device_batch(cost, recipe, machine)
+        if batch == 0:
+            lines.append(f"{machine.name:<30}does not fit in {machine.memory_bytes / GB:.0f} GB")
+            continue
+        need = memory_bytes(cost, batch, machine.kind, machine.num_devices) / GB
+        total = train_hours(cost, num_images, recipe.epochs, machine)
+        speed = f"{num_images * recipe.epochs / total / 3600:.3g}"
+        peak = f"{machine.efficiency:.0%} of {machine.peak_flops / 1e12:.3g} TFLOP/s {machine.precision}"
+        lines.append(
+            f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10}{_duration(total / recipe.epochs):>9}"
+            f"{_duration(total):>9}  {peak} ({machine.source})"
+        )
+    lines.append("times are arithmetic alone, with reading and Python keeping up; expect to be off by a factor of two")
+    return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -1,0 +1,58 @@
+"""Dry-run estimates: counted FLOPs equal the known ones, memory and disk refusals name the flag that helps."""
+
+import dataclasses
+
+import pytest
+
+from cxrdist.errors import UserError
+from cxrdist.estimate import (
+    GB,
+    PUBLISHED_T4,
+    best_device_batch,
+    count_cost,
+    memory_bytes,
+    report,
+    require_fit,
+    train_hours,
+)
+from cxrdist.recipes import chexfound, demo_eva_x, eva_x
+
+
+def test_counted_flops_of_both_models_are_the_known_ones() -> None:
+    """157 and 740 GFLOP an image, as counted for the published inference; 86.3 M and 8,723,470 trained parameters."""
+    eva, chex = count_cost(eva_x("b")), count_cost(chexfound("b"))
+    assert eva.forward_flops / 1e9 == pytest.approx(157, rel=0.01)
+    assert chex.forward_flops / 1e9 == pytest.approx(740, rel=0.01)
+    assert eva.num_trained == eva.num_parameters
+    assert chex.num_trained == 8_723_470
+    assert eva.step_flops == pytest.approx(3 * eva.forward_flops, rel=0.05)
+    assert chex.step_flops < 1.1 * chex.forward_flops  # the frozen backbone has no backward pass
+
+
+def test_published_t4_epochs_are_within_the_stated_factor_of_two() -> None:
+    minutes = {"eva_x": (eva_x("b"), 57.7), "chexfound": (chexfound("b"), 173.0)}
+    for recipe, published in minutes.values():
+        estimate = 60 * train_hours(count_cost(recipe, "fp16"), 108_491, 1, PUBLISHED_T4)
+        assert 0.5 < estimate / published < 2.0
+    assert (
+        best_device_batch(count_cost(eva_x("b"), "fp16"), eva_x("b"), PUBLISHED_T4) == 16
+    )  # what the published run used
+
+
+def test_run_that_cannot_fit_names_the_flag_that_helps() -> None:
+    recipe, cost = eva_x("b"), count_cost(eva_x("b"))
+    with pytest.raises(UserError, match="use --device-batch-size 16"):
+        require_fit(cost, recipe, PUBLISHED_T4, 64, 1e12)
+    with pytest.raises(UserError, match="smaller --model"):
+        require_fit(cost, recipe, dataclasses.replace(PUBLISHED_T4, memory_bytes=1.5 * GB), None, 1e12)
+    with pytest.raises(UserError, match="--out"):
+        require_fit(cost, recipe, PUBLISHED_T4, None, 1e9)
+    require_fit(cost, recipe, PUBLISHED_T4, 16, 1e12)
+    assert memory_bytes(cost, 16, "cuda", 2) > memory_bytes(cost, 8, "cuda", 2)
+
+
+def test_report_marks_its_times_as_estimates() -> None:
+    text = report(demo_eva_x("b"), 480, PUBLISHED_T4, None, 1e12)
+    assert "estimates" in text
+    assert "factor of two" in text
+    assert "H100 x 8" in text
