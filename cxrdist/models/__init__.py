@@ -3,6 +3,9 @@
 `timm.create_model("eva_x_base_patch16", img_size=448, num_classes=14)` works after `import cxrdist.models`.
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -11,11 +14,14 @@ from torch import Tensor, nn
 from cxrdist.errors import UserError
 from cxrdist.models import eva_x as _eva_x  # noqa: F401  registers with timm
 from cxrdist.models.chexfound import CheXFound
+from cxrdist.recipes import Group
 
 __all__ = [
     "TIMM_NAMES",
     "CheXFound",
+    "ParameterCounts",
     "build_model",
+    "count_parameters",
     "frozen_names",
     "load_trained_state_dict",
     "trainable_names",
@@ -97,3 +103,36 @@ def load_trained_state_dict(model: nn.Module, tensors: dict[str, Tensor], source
             f"other shape {sorted(shapes) or 'nothing'}; it was written by another recipe or version"
         )
     model.load_state_dict(tensors, strict=False)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many values of a model a recipe trains. `idle` of the trained ones only ever receive a zero gradient."""
+
+    trained: int  # go to the optimizer
+    frozen: int  # the frozen backbone
+    never_updated: int  # in a group without learning rate
+    idle: int = 0  # GLoRI's queries and outputs beyond the classes
+
+    def __str__(self) -> str:
+        idle = f" ({self.idle:,} of them without gradient)" if self.idle else ""
+        return f"{self.trained:,} trained{idle}, {self.frozen:,} frozen, {self.never_updated:,} never updated"
+
+
+def count_parameters(model: nn.Module, groups: Sequence[Group]) -> ParameterCounts:
+    """Counts of `model` under a recipe's groups (first match wins). UserError names a parameter that matches none."""
+    frozen = set(frozen_names(model))
+    counts = {"trained": 0, "frozen": 0, "never_updated": 0}
+    for name, parameter in model.named_parameters():
+        group = next((group for group in groups if re.search(group.pattern, name)), None)
+        if group is None and name not in frozen:
+            raise UserError(
+                f"parameter {name} matches no group of the recipe; add a row for it (lr None: never updated)"
+            )
+        kind = "frozen" if name in frozen else "trained" if group and group.lr is not None else "never_updated"
+        counts[kind] += parameter.numel()
+    idle = 0
+    if isinstance(model, CheXFound):
+        queries = model.glori.query_embed.weight
+        idle = 2 * (len(queries) - model.num_classes) * queries.shape[1]
+    return ParameterCounts(**counts, idle=idle)

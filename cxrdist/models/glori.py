@@ -22,9 +22,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.multihead_attn = nn.MultiheadAttention(width, NUM_HEADS, dropout=drop_rate, batch_first=True)
-        self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(drop_rate)
 

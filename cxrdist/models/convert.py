@@ -1,0 +1,47 @@
+"""`python -m cxrdist.models.convert FILE... --out X.safetensors`: any weight file we read, as safetensors in our names.
+
+Nothing is resized or rounded: the converted file gives the same logits, bit for bit, and needs no unpickling.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from cxrdist.cli import Parser, add_flags
+from cxrdist.errors import UserError, run_entry
+from cxrdist.models.weights import file_sha256, read_weights, write_safetensors
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m cxrdist.models.convert", description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="one weight file, or parts of one model")
+    add_flags(parser, "--out", out={"required": True, "metavar": "X.safetensors", "help": "file to write"})
+    parser.add_argument(
+        "--weights", choices=("model", "ema"), default="ema", help="which to keep where a file holds both (default ema)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out {args.out}: name it .safetensors")
+    if any(args.out.exists() and path.exists() and args.out.samefile(path) for path in args.files):
+        raise UserError(f"--out {args.out}: is one of the files to read; give another name")
+    found = read_weights(*args.files)
+    print(found.report)
+    kept = "ema" if args.weights == "ema" and found.ema is not None else "model"
+    tensors = found.ema if kept == "ema" and found.ema is not None else found.tensors
+    metadata = {
+        "layout": found.layout,
+        "model": found.model,
+        "weights": kept,
+        "epoch": str(found.epoch or ""),
+        "sources": json.dumps({path.name: file_sha256(path) for path in found.paths}),
+    }
+    write_safetensors(args.out, tensors, metadata)
+    print(f"{args.out}: {kept} weights, {len(tensors)} tensors, sha256 {file_sha256(args.out)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))
