@@ -1,0 +1,184 @@
+"""From the recipe's rows to AdamW, and the optimizer step that every rank takes or skips together, on the device.
+
+A NaN on one rank reaches every rank's weights in one step. Gradients are already averaged over the ranks when the step
+is decided, so every rank sees the same norm and decides alike without a collective, and without the host waiting.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cxrdist.errors import UserError
+from cxrdist.recipes import Group
+
+INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
+LOSS_SCALE_FACTOR = 2.0
+LOSS_SCALE_INTERVAL = 2000
+
+
+def param_groups(model: nn.Module, groups: Sequence[Group]) -> list[tuple[Group, dict[str, nn.Parameter]]]:
+    """Each row with the parameters that it is the first to match, by name; sets `requires_grad` to `lr is not None`.
+
+    Raises UserError when a parameter matches no row (it would silently get a default) or none is trained.
+    """
+    found: list[tuple[Group, dict[str, nn.Parameter]]] = [(group, {}) for group in groups]
+    unmatched = []
+    for name, parameter in model.named_parameters():
+        row = next((row for row, group in enumerate(groups) if re.search(group.pattern, name)), None)
+        if row is None:
+            unmatched.append(name)
+            continue
+        parameter.requires_grad_(groups[row].lr is not None)
+        found[row][1][name] = parameter
+    if unmatched:
+        raise UserError(
+            f"no row of the recipe's groups matches {', '.join(unmatched[:5])} ({len(unmatched)} parameters)"
+        )
+    if not any(group.lr is not None and members for group, members in found):
+        raise UserError("the recipe's groups train no parameter of this model")
+    return found
+
+
+def lr_factors(schedule: str, total_steps: int, warmup_steps: int) -> Tensor:
+    """The factor on every learning rate for optimizer steps 0..total_steps (the last entry for what comes after).
+
+    Linear warm-up from 1 / warmup_steps, then constant, or a cosine that would reach 0 one step after the last.
+    Returns float64, on the CPU.
+    """
+    factors = []
+    for step in range(total_steps + 1):
+        if step < warmup_steps:
+            factors.append((step + 1) / warmup_steps)
+        elif schedule == "cosine":
+            progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+            factors.append(0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+        else:
+            factors.append(1.0)
+    return torch.tensor(factors, dtype=torch.float64)
+
+
+class GuardedAdamW:
+    """Fused AdamW whose steps are skipped on the device when the gradient, or any rank's loss, is not finite.
+
+    Skipping leaves weights, moments and the learning-rate schedule as they were; with a loss scale it halves the scale.
+    Order of use: `backward` for each micro-batch, then `step` once; nothing here waits for the device.
+    """
+
+    def __init__(
+        self,
+        groups: list[tuple[Group, dict[str, nn.Parameter]]],
+        *,
+        betas: tuple[float, float],
+        factors: Tensor,
+        clip_grad_norm: float | None = None,
+        loss_scale: float | None = None,
+    ) -> None:
+        """
+        Args:
+            groups: from `param_groups`, parameters on their device. factors: from `lr_factors`.
+            clip_grad_norm: largest L2 norm of the whole gradient, or None.
+            loss_scale: where the dynamic loss scale of fp16 starts; None for no scaling.
+        """
+        trained = [(group, members) for group, members in groups if group.lr is not None and members]
+        self.named = {name: parameter for _, members in trained for name, parameter in members.items()}
+        self._parameters = list(self.named.values())
+        self.device = self._parameters[0].device
+        self.base_lrs = [float(group.lr or 0.0) for group, _ in trained]
+        self.patterns = [group.pattern for group, _ in trained]
+        # lr as a tensor: how far the schedule has come is known on the device only
+        self._lrs = [torch.tensor(lr, dtype=torch.float32, device=self.device) for lr in self.base_lrs]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": list(members.values()), "lr": lr, "weight_decay": group.weight_decay}
+                for (group, members), lr in zip(trained, self._lrs, strict=True)
+            ],
+            betas=betas,
+            fused=True,
+        )
+        self._clip = clip_grad_norm
+        self._factors = factors.to(self.device)
+        self._moving = bool((factors != 1.0).any())
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.num_applied, self.num_skipped, self.skipped_in_a_row = zero.clone(), zero.clone(), zero.clone()
+        self.grad_norm = zero.clone()  # of the last step, before clipping, without the loss scale
+        self.loss_scale = None if loss_scale is None else zero.float() + loss_scale
+        self._good_steps = zero.clone()  # since the scale last changed
+
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """Add the gradient of `weight * loss`; a loss that is not finite makes all of it NaN, for every rank to see."""
+        # 0 * loss is 0 or NaN: a loss of infinity may have a finite gradient, which would pass unseen
+        upstream = weight + 0.0 * loss.detach()
+        loss.backward(upstream if self.loss_scale is None else upstream * self.loss_scale)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Update the weights from the gradients, which are then dropped. Returns 1.0 (0-dim, float32) if skipped."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        skipped = (~torch.isfinite(norm)).float()
+        if self.loss_scale is not None:
+            norm = norm / self.loss_scale
+        divisor = self.loss_scale
+        if self._clip is not None:
+            excess = (norm / self._clip).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
+        if self._moving:
+            factor = self._factors[self.num_applied.long().clamp(max=len(self._factors) - 1)]
+            for lr, base in zip(self._lrs, self.base_lrs, strict=True):
+                lr.copy_(factor * base)
+        # The two attributes are the fused kernel's own: it divides by one and does nothing where the other is 1.
+        self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.grad_norm = norm.double()
+        self._count(skipped.double())
+        return skipped
+
+    def _count(self, skipped: Tensor) -> None:
+        self.num_applied += 1.0 - skipped
+        self.num_skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
+        if self.loss_scale is not None:
+            good = (self._good_steps + 1.0) * (1.0 - skipped)
+            grow = good >= LOSS_SCALE_INTERVAL
+            self.loss_scale = torch.where(
+                skipped.bool(),
+                self.loss_scale / LOSS_SCALE_FACTOR,
+                torch.where(grow, self.loss_scale * LOSS_SCALE_FACTOR, self.loss_scale),
+            )
+            self._good_steps = torch.where(grow, 0.0, good)
+
+    def lr_factor(self) -> Tensor:
+        """The schedule's factor for the next step (0-dim, on the device)."""
+        return self._factors[self.num_applied.long().clamp(max=len(self._factors) - 1)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments by parameter name, the counters, and the loss scale: flat, for safetensors."""
+        state = {
+            f"{kind}/{name}": value
+            for name, parameter in self.named.items()
+            for kind, value in self.adamw.state[parameter].items()
+        }
+        for name in ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps"):
+            state[f"counter/{name}"] = getattr(self, name)
+        if self.loss_scale is not None:
+            state["counter/loss_scale"] = self.loss_scale
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. Raises KeyError for a parameter that is not in it."""
+        for name, parameter in self.named.items():
+            if f"step/{name}" in state:
+                self.adamw.state[parameter] = {
+                    kind: state[f"{kind}/{name}"].to(self.device, copy=True)
+                    for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
+            elif float(state["counter/num_applied"]) > 0:
+                raise KeyError(f"no optimizer state for {name}")
+        for name in ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps"):
+            setattr(self, name, state[f"counter/{name}"].to(self.device, copy=True))
+        if self.loss_scale is not None and "counter/loss_scale" in state:
+            self.loss_scale = state["counter/loss_scale"].to(self.device, copy=True)
