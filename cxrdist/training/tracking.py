@@ -1,0 +1,209 @@
+"""Where a run's numbers go: `metrics.jsonl` (reproducible), `timings.jsonl` (not), and wandb when it is wanted.
+
+The local files are the truth and are written first. wandb runs in a thread of its own behind a bounded queue: it can be
+slow, offline or broken without the training noticing.
+"""
+
+import contextlib
+import json
+import math
+import netrc
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+WandbMode = Literal["auto", "online", "offline", "off"]
+INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting for 90 s
+QUEUE_ROWS = 1000  # rows waiting for wandb; further ones are dropped there, never in the local files
+CLOSE_TIMEOUT_S = 60.0
+
+
+class Tracker:
+    """Writes rows on rank 0. A context manager; make it on one rank only."""
+
+    def __init__(self, run: Path, *, wandb_mode: WandbMode = "off", config: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment.
+        """
+        self.run = run
+        self._metrics = (run / "metrics.jsonl").open("ab")
+        self._timings = (run / "timings.jsonl").open("ab")
+        mode = resolve_mode(wandb_mode)
+        self._wandb = None if mode == "off" else _WandbThread(run, mode, config or {})
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Append one reproducible row; numbers that are not finite become null."""
+        self._write(self._metrics, row)
+
+    def timings(self, row: dict[str, Any]) -> None:
+        """Append one row of speeds, waiting times and memory."""
+        self._write(self._timings, row)
+
+    def images(self, step: int, name: str, images: Any, captions: list[str] | None = None) -> None:
+        """Show (N, H, W, 3) uint8 arrays under `name` on the dashboard."""
+        if self._wandb is not None:
+            self._wandb.send({"step": step, name: _Images(list(images), captions or [])})
+
+    def metrics_bytes(self) -> int:
+        """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        """Close the files and give wandb a bounded time to send what is left."""
+        self._metrics.close()
+        self._timings.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
+
+    def _write(self, file: Any, row: dict[str, Any]) -> None:
+        file.write((json.dumps(_finite(row), allow_nan=False) + "\n").encode())
+        file.flush()
+        if self._wandb is not None:
+            self._wandb.send(row)
+
+
+def cut_metrics(run: Path, num_bytes: int) -> str | None:
+    """Drop the rows of metrics.jsonl after the restored checkpoint; a warning when rows before it are missing."""
+    path = run / "metrics.jsonl"
+    with path.open("ab") as file:
+        size = file.tell()
+        if size > num_bytes:
+            file.truncate(num_bytes)
+    return f"{path} lost {num_bytes - size:,} bytes since the checkpoint" if size < num_bytes else None
+
+
+def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:
+    """What `auto` means here: WANDB_MODE if it is set, else online when logged in, else off."""
+    if mode != "auto":
+        return mode
+    told = os.environ.get("WANDB_MODE", "").lower()
+    if told in ("disabled", "off"):
+        return "off"
+    if told in ("offline", "dryrun"):
+        return "offline"
+    return "online" if _logged_in() else "off"
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Images:
+    def __init__(self, arrays: list[Any], captions: list[str]) -> None:
+        self.arrays = arrays
+        self.captions = captions
+
+
+class _WandbThread:
+    """Starts wandb and feeds it. Every failure ends in one printed line; none reaches the training."""
+
+    def __init__(self, run: Path, mode: Literal["online", "offline"], config: dict[str, Any]) -> None:
+        self._run = run
+        self._mode = mode
+        self._config = config
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def send(self, row: dict[str, Any]) -> None:
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._rows.put(None, timeout=CLOSE_TIMEOUT_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            _say(f"still busy after {CLOSE_TIMEOUT_S:.0f} s, left behind; the local files are complete")
+        elif self._dropped:
+            _say(f"{self._dropped} rows were dropped there; the local files are complete")
+
+    def _work(self) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            _say(f"not installed ({error}); going on without it")
+            return
+        try:
+            session = self._start(wandb)
+            while (row := self._rows.get()) is not None:
+                session.log({key: _shown(wandb, value) for key, value in row.items()})
+            session.finish()
+        except Exception as error:  # a dashboard must never end a training, whatever it raises
+            _say(f"stopped ({type(error).__name__}: {error}); the local files go on")
+
+    def _start(self, wandb: Any) -> Any:
+        settings: dict[str, Any] = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}
+        arguments: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "cxrdist"),
+            "group": self._run.name,
+            "name": self._run.name,
+            "dir": str(self._run),
+            "config": self._config,
+        }
+        session: Any = None
+        if self._mode == "online":
+            try:
+                session = wandb.init(
+                    **arguments,
+                    id=_run_id(self._run),
+                    resume="allow",
+                    mode="online",
+                    settings=wandb.Settings(**settings),
+                )
+            except Exception as error:
+                _say(f"not reachable ({type(error).__name__}); recording offline, send it later with `wandb sync`")
+        if session is None:
+            # an offline run with an old id would overwrite it: a new id each time, tied together by the group
+            session = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
+        session.define_metric("step")
+        session.define_metric("*", step_metric="step")
+        return session
+
+
+def _run_id(run: Path) -> str:
+    """The id of this run on wandb, the same for every session of the run folder."""
+    path = run / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(6).hex())
+    return path.read_text().strip()
+
+
+def _shown(wandb: Any, value: Any) -> Any:
+    if not isinstance(value, _Images):
+        return value
+    captions = value.captions or [""] * len(value.arrays)
+    return [wandb.Image(array, caption=caption) for array, caption in zip(value.arrays, captions, strict=True)]
+
+
+def _say(text: str) -> None:
+    print(f"wandb: {text}", file=sys.stderr, flush=True)
