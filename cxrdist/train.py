@@ -1,0 +1,954 @@
+"""Train one recipe on one division: `accelerate launch -m cxrdist.train --div b [--model chexfound]`.
+
+Shards in, a run folder out (see `cxrdist.training.checkpoint`). What is learned depends on the recipe alone: global
+batches, augmentation and validation are the same on any number of processes, and a run that is killed and resumed
+continues bit for bit on the CPU. accelerate provides the process group, the device and DDP; order, loading, precision
+and the optimizer step are the project's own.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cxrdist
+from cxrdist import models, recipes
+from cxrdist.augment.training import TrainingAugment
+from cxrdist.cli import Parser, add_flags
+from cxrdist.data import order, split
+from cxrdist.data.loader import Batch, Loader
+from cxrdist.errors import UserError, run_entry
+from cxrdist.files import write_atomically
+from cxrdist.labels import LABELS
+from cxrdist.models import weights as weight_files
+from cxrdist.recipes import Recipe
+from cxrdist.scoring import metrics
+from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.training import checkpoint
+from cxrdist.training.checkpoint import FrozenBackbone
+from cxrdist.training.ema import Ema
+from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
+from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.precision import autocast, resolve_precision
+from cxrdist.training.tracking import Tracker, cut_metrics
+
+T = TypeVar("T")
+Rows = NDArray[np.int64]
+
+MAX_DEVICE_BATCH_SIZE = 32  # of the default: what the published runs put through one 16 GB GPU
+GROUP_ERRORS = re.compile(r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|[Tt]imed out|[Ss]ocket|process group")
+
+
+def parser() -> Parser:
+    """The command line of `cxrdist.train`."""
+    flags = Parser(prog="cxrdist.train", description=__doc__)
+    flags.add_argument("--model", default="eva_x", help="eva_x, chexfound, eva_x_small, eva_x_tiny or a named recipe")
+    shared = ("--div", "--shards", "--out", "--init", "--resume", "--set", "--device-batch-size", "--precision")
+    add_flags(flags, *shared, "--expect-processes", "--max-hours")
+    flags.add_argument("--folds", type=int, default=5, metavar="N", help="patient-grouped folds (with --validate-fold)")
+    flags.add_argument("--validate-fold", type=int, metavar="K", help="hold out fold K (from 0) and validate on it")
+    flags.add_argument("--log-every", type=int, default=50, metavar="N", help="optimizer steps between logged rows")
+    flags.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=15.0,
+        metavar="M",
+        help="minutes between step checkpoints; 0: each step",
+    )
+    flags.add_argument("--keep-steps", type=int, default=2, metavar="K", help="step checkpoints that are kept")
+    flags.add_argument(
+        "--timeout-s", type=float, default=600.0, metavar="S", help="a process silent for so long is lost"
+    )
+    flags.add_argument(
+        "--wandb", choices=("auto", "online", "offline", "off"), default="auto", help="auto: if logged in"
+    )
+    flags.add_argument(
+        "--threads", type=int, metavar="N", help="decode threads per process (default: its share of cores)"
+    )
+    flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
+    flags.add_argument("--compile", action="store_true", help="torch.compile the model")
+    flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
+    flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, build, restore, train. Every mistake that can be seen beforehand is named before anything is written."""
+    args = parser().parse_args(argv)
+    check_processes(args.expect_processes)
+    recipe = recipes.with_overrides(recipes.recipe_for(args.model, args.div), args.overrides)
+    shards = args.shards or Path("shards") / f"div_{args.div}"
+    run = args.out or Path("runs") / f"{recipe.name}_{args.div}"
+
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(_process_group(args.timeout_s))
+        precision, why = ranks.together(lambda: resolve_precision(args.precision, ranks.device))
+        index = ranks.together(lambda: open_index(shards, "train", args.div))
+        facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, args))
+        ranks.together(lambda: stack.enter_context(checkpoint.run_lock(run)) if ranks.rank == 0 else None)
+        restored = ranks.first(lambda: _find_start(run, recipe, facts, resume=args.resume, say=ranks.say))
+        if restored.finished:
+            ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
+            return
+
+        device_batch_size = args.device_batch_size or min(
+            MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size)
+        )
+        accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
+        ranks.say(recipes.to_json(recipe))
+        ranks.say(
+            f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(train_rows):,} images, "
+            f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
+        )
+
+        torch.manual_seed(recipe.seed)
+        model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
+        groups = ranks.together(lambda: param_groups(model, recipe.groups))
+        if args.grad_checkpointing:
+            ranks.together(lambda: _checkpoint_gradients(model))
+        if args.compile:
+            model.compile()
+        parallel = ranks.prepare(model.to(ranks.device))
+        num_steps = order.num_steps(len(train_rows), recipe.global_batch_size)
+        optimizer = GuardedAdamW(
+            groups,
+            betas=recipe.betas,
+            factors=lr_factors(recipe.lr_schedule, num_steps * recipe.epochs, recipe.warmup_steps),
+            clip_grad_norm=recipe.clip_grad_norm,
+            loss_scale=INITIAL_LOSS_SCALE if precision == "fp16" else None,
+        )
+        ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(models.frozen_names(model)))
+        state = LoopState(ranks.device)
+        if restored.folder is not None:
+            ranks.together(functools.partial(_restore, restored.folder, model, optimizer, ema, state, ranks))
+        if frozen is None and models.frozen_names(model):
+            frozen = ranks.first(lambda: checkpoint.write_frozen(model, run))
+        ranks.first(
+            lambda: _write_start(run, recipe, facts, index, folds, _environment(ranks, precision, device_batch_size))
+        )
+        tracker: Tracker | None = None
+        if ranks.rank == 0:
+            config = {"recipe": dataclasses.asdict(recipe), "precision": precision, "world_size": ranks.world_size}
+            cut_metrics(run, restored.metrics_bytes)
+            tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, config=config))
+        loader = stack.enter_context(Loader(index, ranks.device, num_threads=args.threads, on_bad=args.on_bad))
+        training = Training(
+            recipe=recipe,
+            run=run,
+            index=index,
+            train_rows=train_rows,
+            validation_rows=validation_rows,
+            ranks=ranks,
+            model=model,
+            parallel=parallel,
+            optimizer=optimizer,
+            ema=ema,
+            state=state,
+            loader=loader,
+            tracker=tracker,
+            precision=precision,
+            device_batch_size=device_batch_size,
+            frozen=frozen,
+            facts=facts,
+            log_every=args.log_every,
+            checkpoint_s=args.checkpoint_minutes * 60.0,
+            keep_steps=args.keep_steps,
+            max_s=None if args.max_hours is None else args.max_hours * 3600.0,
+            max_skips=args.max_skips,
+        )
+        with _named_failures(device_batch_size, ranks):
+            training.run_epochs()
+
+
+@dataclass
+class LoopState:
+    """Where the run is and what has been summed since the last row; all that resuming needs beside the weights.
+
+    window, epoch_sums: (4,) float64 on the device, this rank's share of loss, focal, BCE and number of steps taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.epoch = 0
+        self.step = 0  # optimizer steps done in this epoch
+        self.global_step = 0  # since the start, skipped ones included
+        self.window = torch.zeros(4, dtype=torch.float64, device=device)
+        self.epoch_sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run folder offers to begin with."""
+
+    folder: Path | None = None  # the step checkpoint to restore
+    metrics_bytes: int = 0
+    frozen: FrozenBackbone | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Everything the loop uses; `run_epochs` is the loop."""
+
+    recipe: Recipe
+    run: Path
+    index: ShardIndex
+    train_rows: Rows
+    validation_rows: Rows | None
+    ranks: "Ranks"
+    model: nn.Module
+    parallel: nn.Module  # the same model, its gradients averaged over the ranks
+    optimizer: GuardedAdamW
+    ema: Ema
+    state: LoopState
+    loader: Loader
+    tracker: Tracker | None  # on rank 0
+    precision: str
+    device_batch_size: int
+    frozen: FrozenBackbone | None
+    facts: dict[str, Any]
+    log_every: int
+    checkpoint_s: float
+    keep_steps: int
+    max_s: float | None
+    max_skips: int
+
+    def run_epochs(self) -> None:
+        """Train from where `state` stands to the last epoch, or until a signal or the time limit ends it early."""
+        recipe, ranks, state, optimizer = self.recipe, self.ranks, self.state, self.optimizer
+        augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+        criterion = self._criterion()
+        num_steps = order.num_steps(len(self.train_rows), recipe.global_batch_size)
+        meter = Meter(self, num_steps)
+        control = Control(ranks, self.checkpoint_s, self.max_s)
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # of the step in work
+        with control.signals(), meter:
+            for epoch in range(state.epoch, recipe.epochs):
+                self.model.train()
+                first_in_step = True
+                for batch in self.loader.batches(self._plan(epoch)):
+                    if first_in_step:
+                        # Dropout is a function of (seed, step, rank): a cursor is all that resuming needs.
+                        torch.manual_seed(_step_seed(recipe.seed, state.global_step, ranks.rank))
+                    with ranks.accumulating(self.parallel, sync=batch.last):
+                        images = augment(batch.images, batch.keys, batch.epoch)
+                        with autocast(self.precision, ranks.device):
+                            logits = self.parallel(images)
+                        loss = criterion(logits, batch.targets)
+                        optimizer.backward(loss.total, batch.weight)
+                    sums += torch.stack(loss).detach() * (batch.weight / ranks.world_size)
+                    meter.saw(batch, logits)
+                    first_in_step = batch.last
+                    if not batch.last:
+                        continue
+                    skipped = optimizer.step()
+                    self.ema.update(skipped)
+                    taken = torch.where(skipped.bool(), 0.0, torch.cat([sums, torch.ones_like(sums[:1])]))
+                    state.window += taken
+                    state.epoch_sums += taken
+                    sums.zero_()
+                    state.step, state.global_step = batch.step + 1, state.global_step + 1
+                    if state.global_step % self.log_every == 0 or state.step == num_steps:
+                        meter.log()  # the only place where the host waits for the device
+                    meter.advance()
+                    decision = control.after_step()
+                    if decision.save and state.step < num_steps:
+                        self.save_step()
+                    if decision.stop:
+                        if not decision.save or state.step == num_steps:
+                            self.save_step()
+                        again = "the same command with --resume goes on"
+                        ranks.say(f"stopped after step {state.global_step} ({decision.stop}); {again}")
+                        return
+                self.save_step()
+                validation = self.validate()
+                meter.log_epoch(validation)
+                self.save_epoch(validation)
+                state.epoch, state.step = epoch + 1, 0
+                state.epoch_sums.zero_()
+        ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {self.run / 'checkpoints'}")
+
+    def validate(self) -> dict[str, Any] | None:
+        """Loss and AUROC of the EMA weights on the held-out fold, each image once; a row for metrics.jsonl, or None.
+
+        Batches do not depend on the number of ranks; scores are merged once, by row.
+        """
+        rows, ranks, recipe = self.validation_rows, self.ranks, self.recipe
+        if rows is None or self.index.targets is None:
+            return None
+        resize = TrainingAugment(recipe.image_size, "none", recipe.seed)
+        own_rows, own_logits = [], []
+        self.model.eval()
+        with self.ema.applied(), torch.inference_mode():
+            for batch in self.loader.batches(
+                order.eval_batches(rows, self.device_batch_size, ranks.rank, ranks.world_size)
+            ):
+                with autocast(self.precision, ranks.device):
+                    logits = self.model(resize(batch.images, batch.keys, 0))
+                own_rows.append(batch.rows)
+                own_logits.append(logits.float())
+        mine = torch.cat(own_logits).cpu().numpy() if own_logits else np.empty((0, len(LABELS)), np.float32)
+        parts = ranks.gather((np.concatenate([np.empty(0, np.int64), *own_rows]), mine))
+        seen = np.concatenate([part[0] for part in parts])
+        by_row = np.argsort(seen, kind="stable")
+        seen, logits_table = seen[by_row], np.concatenate([part[1] for part in parts])[by_row]
+        if self.loader.skipped == [] and not np.array_equal(seen, np.sort(rows)):
+            raise AssertionError("validation did not see each image exactly once")
+        targets = self.index.targets[seen]
+        loss = self._criterion(torch.device("cpu"))(torch.from_numpy(logits_table), torch.from_numpy(targets))
+        probs = 1.0 / (1.0 + np.exp(-logits_table.astype(np.float64)))
+        per_label = metrics.auroc_per_label(targets, probs)
+        macro, num_defined = metrics.macro(per_label)
+        return {
+            "images": len(seen),
+            "loss": float(loss.total),
+            "focal": float(loss.focal),
+            "bce": float(loss.bce),
+            "auroc_macro": macro,
+            "auroc_labels": f"{num_defined} of {len(LABELS)}",
+            **{f"auroc/{label}": float(value) for label, value in zip(LABELS, per_label, strict=True)},
+        }
+
+    def save_step(self) -> None:
+        """Write all that resuming needs as `step_<N>`. Collective: every rank calls, rank 0 writes."""
+        state, ranks = self.state, self.ranks
+        sums = ranks.gather((state.window.cpu(), state.epoch_sums.cpu()))
+
+        def write() -> None:
+            tensors = {
+                "model": models.trained_state_dict(self.model),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "loop": {
+                    "window": torch.stack([own[0] for own in sums]),
+                    "epoch_sums": torch.stack([own[1] for own in sums]),
+                    "ema_num_updates": self.ema.num_updates,
+                },
+            }
+            document = {
+                "format_version": checkpoint.FORMAT_VERSION,
+                "epoch": state.epoch,
+                "step": state.step,
+                "global_step": state.global_step,
+                "metrics_bytes": self.tracker.metrics_bytes() if self.tracker else 0,
+                "world_size": ranks.world_size,
+                "device_batch_size": self.device_batch_size,
+                "precision": self.precision,
+                "data": self.facts,
+                "frozen": None if self.frozen is None else dataclasses.asdict(self.frozen),
+            }
+            folder = self.run / "checkpoints" / f"step_{state.global_step}"
+            checkpoint.write_checkpoint(folder, tensors, {"state": document})
+            checkpoint.keep_newest_steps(self.run, self.keep_steps)
+
+        ranks.first(write)
+
+    def save_epoch(self, validation: dict[str, Any] | None) -> None:
+        """Write `epoch_<EE>`, what inference reads. Collective: every rank calls, rank 0 writes."""
+
+        def write() -> None:
+            weights = models.trained_state_dict(self.model)
+            meta = {
+                "format_version": checkpoint.FORMAT_VERSION,
+                "epoch": self.state.epoch + 1,
+                "global_step": self.state.global_step,
+                "recipe": self.recipe.name,
+                "model": self.recipe.model,
+                "div": self.recipe.div,
+                "labels": LABELS,
+                "data": self.facts,
+                "validation": validation
+                and {name: validation[name] for name in ("loss", "auroc_macro", "auroc_labels")},
+                "frozen": None if self.frozen is None else dataclasses.asdict(self.frozen),
+            }
+            folder = self.run / "checkpoints" / f"epoch_{self.state.epoch + 1:02d}"
+            tensors = {"model": weights, "ema": weights | self.ema.state_dict()}
+            checkpoint.write_checkpoint(folder, tensors, {"meta": meta})
+
+        self.ranks.first(write)
+
+    def _plan(self, epoch: int) -> Iterator[order.MicroBatch]:
+        return order.train_batches(
+            self.train_rows,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            global_batch_size=self.recipe.global_batch_size,
+            device_batch_size=self.device_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_step=self.state.step,
+        )
+
+    def _criterion(self, device: torch.device | None = None) -> Callable[[Tensor, Tensor | None], Loss]:
+        recipe = self.recipe
+        if self.index.targets is None:
+            raise UserError(f"{self.index.folder}: split {self.index.split!r} has no labels to train on")
+        positives = torch.from_numpy(self.index.targets[self.train_rows].sum(axis=0))
+        pos_weight = effective_pos_weight(
+            positives, len(self.train_rows), recipe.pos_weight_beta, recipe.pos_weight_cap
+        ).to(device or self.ranks.device)
+        return functools.partial(
+            focal_bce,
+            pos_weight=pos_weight,
+            focal_weight=recipe.focal_weight,
+            focal_alpha=recipe.focal_alpha,
+            focal_gamma=recipe.focal_gamma,
+            bce_weight=recipe.bce_weight,
+        )
+
+
+class Ranks:
+    """The processes of this run: who we are, and the few things that are done together.
+
+    Small messages go over a gloo group of their own, so that agreeing on the host never waits for a GPU.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: datetime.timedelta) -> None:
+        self._accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank (small values: it is pickled)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on the device."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def together(self, act: Callable[[], T]) -> T:
+        """act() on every rank. If one cannot, all end: rank 0 says why, the others leave quietly with the same code."""
+        result, problem = None, None
+        try:
+            result = act()
+        except UserError as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        first = next((rank for rank, text in enumerate(problems) if text is not None), None)
+        if first is not None:
+            if self.rank != 0:
+                raise SystemExit(2)
+            raise UserError(f"{problems[first]}" + (f" [rank {first}]" if first else ""))
+        return result  # type: ignore[return-value]
+
+    def first(self, act: Callable[[], T]) -> T:
+        """act() on rank 0 and its (small) result on all, which wait for it and end together if it fails."""
+        return self.gather(self.together(lambda: act() if self.rank == 0 else None))[0]  # type: ignore[return-value]
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks."""
+        return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+
+    def accumulating(self, model: nn.Module, *, sync: bool) -> contextlib.AbstractContextManager[None]:
+        """Average gradients in this backward pass only if `sync`."""
+        if sync or self.world_size == 1:
+            return contextlib.nullcontext()
+        return model.no_sync()  # type: ignore[no-any-return, operator]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step."""
+
+    save: bool = False
+    stop: str = ""
+
+
+class Control:
+    """Saving and stopping, agreed by all ranks at the same step, one step after the cause.
+
+    Each rank's wish travels in a small all-reduce on the host that is started after one step and read after the next,
+    so it costs no waiting.
+    """
+
+    def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None) -> None:
+        self._ranks = ranks
+        self._checkpoint_s = checkpoint_s
+        self._max_s = max_s
+        self._started = self._saved = time.monotonic()
+        self._signal = 0
+        self._slowest_s = 0.0
+        self._last = self._started
+        self._pending: tuple[Any, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGUSR1 mean: checkpoint at the next step boundary, then stop."""
+
+        def note(number: int, _: object) -> None:
+            self._signal = number
+
+        kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def after_step(self) -> Decision:
+        """Send this rank's wishes and return what was agreed on the wishes sent one step ago."""
+        now = time.monotonic()
+        self._slowest_s, self._last = max(self._slowest_s, now - self._last), now
+        due = self._ranks.rank == 0 and now - self._saved >= self._checkpoint_s
+        over = self._max_s is not None and now + 2 * self._slowest_s - self._started >= self._max_s
+        wishes = torch.tensor([float(due), float(self._signal), float(over)])
+        if self._ranks.world_size == 1:
+            return self._decide(wishes)
+        agreed = self._pending
+        self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True), wishes)
+        if agreed is None:
+            return Decision()
+        agreed[0].wait()
+        return self._decide(agreed[1])
+
+    def _decide(self, agreed: Tensor) -> Decision:
+        due, signal_number, over = agreed.tolist()
+        if due:
+            self._saved = time.monotonic()
+        stop = "--max-hours" if over else ""
+        return Decision(bool(due), signal.Signals(int(signal_number)).name if signal_number else stop)
+
+
+class Meter:
+    """Rows, speeds and the progress line. Collects on the device, reads it once per row."""
+
+    def __init__(self, training: Training, num_steps: int) -> None:
+        self._training = training
+        self._num_steps = num_steps
+        self._finite: list[tuple[Rows, Tensor]] = []
+        self._images = 0
+        self._since = time.perf_counter()
+        self._waited = training.loader.wait_s
+        self._skipped = float(training.optimizer.num_skipped)
+        total = num_steps * training.recipe.epochs
+        quiet = training.ranks.rank != 0 or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=training.state.global_step, unit="step", disable=quiet)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def saw(self, batch: Batch, logits: Tensor) -> None:
+        """Remember which images a forward pass saw and whether their logits are finite (unread, on the device)."""
+        self._finite.append((batch.rows, torch.isfinite(logits.detach()).all(dim=1)))
+        self._images += len(batch.rows) if batch.weight else 0
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update()
+
+    def log(self) -> None:
+        """Write one row over the steps since the last one. Collective, and the only wait for the device.
+
+        Raises UserError, naming ranks and images, when too many steps in a row were skipped.
+        """
+        training, state = self._training, self._training.state
+        optimizer, ranks = training.optimizer, training.ranks
+        scale = optimizer.loss_scale if optimizer.loss_scale is not None else torch.ones((), device=ranks.device)
+        numbers = torch.cat(
+            [
+                ranks.sum(state.window),
+                torch.stack(
+                    [
+                        optimizer.num_skipped,
+                        optimizer.skipped_in_a_row,
+                        optimizer.grad_norm,
+                        optimizer.lr_factor(),
+                        scale.double(),
+                    ]
+                ),
+                *[flags.double() for _, flags in self._finite],
+            ]
+        ).tolist()
+        loss, focal, bce, taken, skipped, in_a_row, grad_norm, factor, scale_now = numbers[:9]
+        steps_taken = taken / ranks.world_size
+        seen = np.concatenate([rows for rows, _ in self._finite]) if self._finite else np.empty(0, np.int64)
+        bad = [str(training.index.image_names[row]) for row, good in zip(seen, numbers[9:], strict=True) if not good]
+        row: dict[str, Any] = {"kind": "train", "step": state.global_step, "epoch": state.epoch + 1}
+        for name, value in (("loss", loss), ("focal", focal), ("bce", bce)):
+            row[name] = value / steps_taken if steps_taken else None
+        row |= {"grad_norm": grad_norm, "skipped": int(skipped), "loss_scale": scale_now}
+        row |= {
+            f"lr/{_shown_pattern(pattern)}": lr * factor
+            for pattern, lr in zip(optimizer.patterns, optimizer.base_lrs, strict=True)
+        }
+        new_skips, self._skipped = skipped - self._skipped, skipped
+        speed = self._speed()
+        if training.tracker is not None:
+            training.tracker.metrics(row)
+            training.tracker.timings({"step": state.global_step, **speed})
+        self._print(row, speed)
+        state.window.zero_()
+        self._finite.clear()
+        if new_skips:
+            self._report_skips(int(new_skips), int(in_a_row), bad)
+
+    def log_epoch(self, validation: dict[str, Any] | None) -> None:
+        """Write the epoch's mean loss and, where there is one, the validation row. Collective."""
+        training, state = self._training, self._training.state
+        loss, focal, bce, taken = training.ranks.sum(state.epoch_sums).tolist()
+        taken /= training.ranks.world_size
+        means = [value / taken if taken else None for value in (loss, focal, bce)]
+        place = {"step": state.global_step, "epoch": state.epoch + 1}
+        if training.tracker is not None:
+            training.tracker.metrics(
+                {"kind": "epoch", **place} | dict(zip(("epoch_loss", "epoch_focal", "epoch_bce"), means, strict=True))
+            )
+            if validation is not None:
+                training.tracker.metrics(
+                    {"kind": "validation", **place}
+                    | {f"validation/{name}": value for name, value in validation.items()}
+                )
+        text = f"epoch {state.epoch + 1}/{training.recipe.epochs}: train loss {_text(means[0])}"
+        if validation is not None:
+            text += f", validation loss {_text(validation['loss'])}, macro AUROC {_text(validation['auroc_macro'])}"
+            text += f" over {validation['auroc_labels']} labels"
+        training.ranks.say(text)
+        self._since = time.perf_counter()  # validation is not training speed
+
+    def _speed(self) -> dict[str, Any]:
+        training = self._training
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        waited = training.loader.wait_s - self._waited
+        own = {
+            "images_per_s": self._images / seconds,
+            "wait_share": waited / seconds,
+            "memory_bytes": _memory_bytes(training.ranks.device),
+        }
+        parts = training.ranks.gather(own)
+        self._since, self._waited, self._images = now, training.loader.wait_s, 0
+        return {
+            "images_per_s": sum(part["images_per_s"] for part in parts),
+            "wait_share": max(part["wait_share"] for part in parts),
+            **{f"rank{rank}/{name}": value for rank, part in enumerate(parts) for name, value in part.items()},
+        }
+
+    def _print(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
+        training, state = self._training, self._training.state
+        total = self._num_steps * training.recipe.epochs
+        left = (total - state.global_step) * training.recipe.global_batch_size / max(speed["images_per_s"], 1e-9)
+        facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
+        if self._bar.disable:
+            left_text = datetime.timedelta(seconds=round(left))
+            training.ranks.say(f"epoch {row['epoch']} step {state.global_step}/{total}: {facts}, {left_text} left")
+        else:
+            self._bar.set_postfix_str(facts)
+
+    def _report_skips(self, new_skips: int, in_a_row: int, bad: list[str]) -> None:
+        """Collective: every rank has seen the same counts."""
+        training = self._training
+        named = training.ranks.gather(bad)
+        where = [
+            f"rank {rank}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for rank, names in enumerate(named)
+            if names
+        ]
+        cause = f"logits not finite on {'; '.join(where)}" if where else "the gradient was not finite, the logits were"
+        training.ranks.say(
+            f"warning: {new_skips} steps skipped on all ranks up to {training.state.global_step}: {cause}"
+        )
+        if in_a_row >= training.max_skips:
+            raise UserError(
+                f"{in_a_row} steps in a row were skipped, up to step {training.state.global_step}: {cause}; look at "
+                "these images, lower the learning rate, or use --precision bf16 or fp32; then --resume"
+            )
+
+
+def check_processes(expected: int | None) -> None:
+    """Raise UserError unless as many processes were started as `--expect-processes` says."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and started != expected:
+        raise UserError(
+            f"{started} processes were started, {expected} expected (--expect-processes): start them with accelerate "
+            "launch and a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one), or use ./launch.sh"
+        )
+
+
+@contextlib.contextmanager
+def _process_group(timeout_s: float) -> Iterator[Ranks]:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    handlers = [
+        InitProcessGroupKwargs(timeout=timeout),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # precision is resolved and applied here, so accelerate is told to leave it alone
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    try:
+        yield Ranks(accelerator, timeout)
+    finally:
+        if sys.exc_info()[0] is None:
+            accelerator.end_training()
+
+
+@contextlib.contextmanager
+def _named_failures(device_batch_size: int, ranks: Ranks) -> Iterator[None]:
+    """Turn what the device and the process group throw into a line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = max(1, device_batch_size // 2)
+        raise UserError(
+            f"out of memory on {ranks.device} with {device_batch_size} images at once; use --device-batch-size "
+            f"{smaller} (the result stays the same) or --grad-checkpointing ({str(error).splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not GROUP_ERRORS.search(str(error)):
+            raise
+        interfaces = {
+            name: os.environ.get(name, "not set")
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR")
+        }
+        shown = ", ".join(f"{name} {value}" for name, value in interfaces.items())
+        raise UserError(
+            f"another process ended or stopped answering ({str(error).splitlines()[0][:200]}); the first error of any "
+            f"rank is the cause; between machines check the network ({shown}); then run the same command with --resume"
+        ) from error
+
+
+def _choose_rows(
+    index: ShardIndex, recipe: Recipe, args: Any
+) -> tuple[dict[str, Any], Rows, Rows | None, NDArray[np.int64] | None]:
+    """What the run is trained on: facts to compare at resume, training rows, validation rows, every image's fold."""
+    if index.targets is None:
+        raise UserError(f"{index.folder}: split {index.split!r} has no labels to train on")
+    facts: dict[str, Any] = {
+        "div": index.div,
+        "split": index.split,
+        "shards": index.fingerprint,
+        "images": len(index),
+        "positives": {label: int(count) for label, count in zip(LABELS, index.targets.sum(axis=0), strict=True)},
+        "folds": None,
+        "validate_fold": None,
+    }
+    everything = np.arange(len(index), dtype=np.int64)
+    if args.validate_fold is None:
+        return facts, everything, None, None
+    if not 0 <= args.validate_fold < args.folds:
+        raise UserError(f"--validate-fold {args.validate_fold} is not possible: folds run from 0 to {args.folds - 1}")
+    folds = split.assign_folds(index.patients, index.targets, args.folds, recipe.seed)
+    facts |= {"folds": args.folds, "validate_fold": args.validate_fold}
+    held_out = folds == args.validate_fold
+    return facts, everything[~held_out], everything[held_out], folds
+
+
+def _find_start(run: Path, recipe: Recipe, facts: dict[str, Any], *, resume: bool, say: Callable[[str], None]) -> Start:
+    """What to begin with. Raises UserError when the folder is taken, or holds a run that differs in any way."""
+    if not (run / "recipe.json").exists():
+        if any((run / "checkpoints").glob("*")):
+            raise UserError(f"{run} has checkpoints but no recipe.json: not a whole run folder; give another --out")
+        return Start()
+    finished_folder = run / "checkpoints" / f"epoch_{recipe.epochs:02d}"
+    if not resume:
+        state = (
+            "holds a finished run" if finished_folder.exists() else "holds an unfinished run: --resume goes on with it"
+        )
+        raise UserError(f"{run} {state}; give another --out for a new one")
+    changed = recipes.differences(checkpoint.read_recipe(run), recipe)
+    if changed:
+        raise UserError(
+            f"{run} was started with another recipe: {'; '.join(changed)}; undo that, or give another --out"
+        )
+    try:
+        before = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run / 'data.json'} cannot be read ({error}): not a whole run folder; give another --out"
+        ) from None
+    _compare_facts(run, before, facts)
+    if _is_whole(finished_folder):
+        return Start(finished=True)
+    folder, warnings = checkpoint.newest_step(run)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    if folder is None:
+        say(f"{run} has no whole checkpoint yet: starting from the beginning")
+        return Start()
+    document = checkpoint.read_document(folder, "state")
+    frozen = None if document["frozen"] is None else FrozenBackbone(**document["frozen"])
+    say(f"resuming from {folder}")
+    return Start(folder, document["metrics_bytes"], frozen)
+
+
+def _compare_facts(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, shown in (
+        ("div", "division"),
+        ("split", "split"),
+        ("folds", "--folds"),
+        ("validate_fold", "--validate-fold"),
+    ):
+        if before[name] != now[name]:
+            raise UserError(
+                f"{run} was started with {shown} {before[name]}, not {now[name]}; give another --out for that"
+            )
+    if before["shards"] != now["shards"]:
+        labels = [
+            f"{label} {before['positives'][label]} -> {now['positives'][label]}"
+            for label in LABELS
+            if before["positives"][label] != now["positives"][label]
+        ]
+        differs = f"positives differ: {', '.join(labels)}" if labels else "same counts, other images or labels"
+        raise UserError(
+            f"{run} was started on another shard set ({before['images']:,} -> {now['images']:,} images; {differs}); "
+            "give the same shards, or another --out"
+        )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checkpoint.check(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _build(recipe: Recipe, init: str | None, run: Path, start: Start) -> tuple[nn.Module, FrozenBackbone | None]:
+    """The model with its starting weights, and the file its frozen backbone was read from (None if it was not)."""
+    model = checkpoint.recipe_model(recipe)
+    if start.folder is not None:
+        if start.frozen is not None:
+            checkpoint.load_frozen(model, run, start.frozen)
+        return model, start.frozen
+    if init == "random":
+        return model, None
+    path = Path(init) if init is not None else weight_files.default_init_path(recipe.model)
+    report = weight_files.load_init(model, path)
+    if os.environ.get("RANK", "0") == "0":
+        print(report, flush=True)
+    if not models.frozen_names(model):
+        return model, None
+    for file in weight_files.init_files(recipe.model, path):
+        if any(name.startswith("backbone.") for name in weight_files.read_weights(file).tensors):
+            return model, FrozenBackbone(str(file.resolve()), weight_files.file_sha256(file))
+    raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise UserError("--grad-checkpointing: this model's backbone is frozen and keeps no activations; leave it out")
+    model.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def _restore(folder: Path, model: nn.Module, optimizer: GuardedAdamW, ema: Ema, state: LoopState, ranks: Ranks) -> None:
+    """Everything from a step checkpoint that was found whole, or a UserError."""
+    document = checkpoint.read_document(folder, "state")
+    loop = checkpoint.read_tensors(folder, "loop")
+    try:
+        models.load_trained_state_dict(model, checkpoint.read_tensors(folder, "model"), str(folder))
+        optimizer.load_state_dict(checkpoint.read_tensors(folder, "optimizer"))
+        ema.load_state_dict(checkpoint.read_tensors(folder, "ema"), float(loop["ema_num_updates"]))
+    except KeyError as error:
+        raise UserError(f"{folder} does not fit this recipe and model ({error}); it is of another version") from None
+    state.epoch, state.step, state.global_step = document["epoch"], document["step"], document["global_step"]
+    for name in ("window", "epoch_sums"):
+        sums = loop[name]
+        if len(sums) == ranks.world_size:
+            own = sums[ranks.rank]
+        else:
+            # sums over ranks are what counts; the last entry counts steps and is the same on every rank
+            own = sums.sum(dim=0) if ranks.rank == 0 else torch.zeros_like(sums[0])
+            own[3] = sums[0, 3]
+        setattr(state, name, own.to(ranks.device))
+
+
+def _write_start(
+    run: Path,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    index: ShardIndex,
+    folds: NDArray[np.int64] | None,
+    environment: dict[str, Any],
+) -> None:
+    """What the run is and where it runs; a resumed run adds its environment to the list. recipe.json comes last."""
+    checkpoint.remove_unfinished(run)
+    path = run / "environment.json"
+    sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_atomically(path, json.dumps([*sessions, environment], indent=1))
+    if (run / "recipe.json").exists():
+        return
+    if folds is not None:
+        split.write_split(run / "split.csv", index.patients, folds)
+    write_atomically(run / "data.json", json.dumps(facts, indent=1))
+    write_atomically(run / "recipe.json", recipes.to_json(recipe))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _shown_pattern(pattern: str) -> str:
+    return re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _environment(ranks: Ranks, precision: str, device_batch_size: int) -> dict[str, Any]:
+    packages = ("torch", "timm", "accelerate", "kornia", "numpy", "safetensors", "simplejpeg")
+    commit = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    cuda = ranks.device.type == "cuda"
+    return {
+        "cxrdist": cxrdist.__version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name(ranks.device) if cuda else f"CPU, {platform.machine()}",
+        "world_size": ranks.world_size,
+        "device_batch_size": device_batch_size,
+        "precision": precision,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))
