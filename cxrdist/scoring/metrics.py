@@ -131,12 +131,17 @@ def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float
     return float(low), float(high)
 
 
-def macro_samples(samples: Floats, per_label: Floats) -> Floats:
-    """(..., B) macro AUROC of bootstrap samples (..., B, K), over the labels that `per_label` (K,) defines.
+def macro_samples(samples: Floats) -> Floats:
+    """(..., B) macro AUROC of bootstrap samples (..., B, K), over the labels that each resample kept; nan if none.
 
-    A resample that lost one of those labels gives nan: a mean over fewer labels would be another quantity.
+    Only on small sets does a resample lose a label. Leaving such a resample out altogether would keep almost none where
+    several labels are rare; paired tables lose the same labels in the same resamples, so their difference stays fair.
     """
-    return np.asarray(samples[..., ~np.isnan(per_label)].mean(axis=-1))
+    defined = ~np.isnan(samples)
+    count = defined.sum(axis=-1)
+    total = np.where(defined, samples, 0.0).sum(axis=-1)
+    values: Floats = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return values
 
 
 @dataclass(frozen=True)

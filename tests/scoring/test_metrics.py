@@ -72,10 +72,9 @@ def test_clustered_intervals_are_wider_than_image_intervals_when_images_of_a_pat
     assert widths[0] > 1.5 * widths[1]
 
 
-def test_macro_of_a_resample_that_lost_a_label_is_not_a_mean_of_fewer_labels():
-    samples = np.array([[[0.5, 0.7, np.nan], [0.5, np.nan, np.nan]]])
-    values = metrics.macro_samples(samples, np.array([0.5, 0.7, np.nan]))
-    np.testing.assert_allclose(values, [[0.6, np.nan]])
+def test_macro_of_a_resample_is_over_the_labels_it_kept():
+    samples = np.array([[[0.5, 0.7, np.nan], [0.5, np.nan, np.nan], [np.nan] * 3]])
+    np.testing.assert_allclose(metrics.macro_samples(samples), [[0.6, 0.5, np.nan]])
 
 
 def test_temperature_recovers_an_overconfidence_and_reliability_sees_it():

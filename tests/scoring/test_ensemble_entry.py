@@ -1,0 +1,82 @@
+"""`python -m cxrdist.ensemble` on tables alone."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxrdist import ensemble
+from cxrdist.errors import UserError
+from cxrdist.labels import LABELS
+from cxrdist.scoring.ensemble import ScoreTable, average, read_table, write_table
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Two members over 40 images of the test split, and their out-of-fold tables in two parts over 80 others."""
+    rng = np.random.default_rng(0)
+    truth = (rng.random((80, 14)) < 0.4).astype(int)
+    files = {}
+    for member, skill in (("good", 0.4), ("poor", 0.0)):
+        names = np.array([f"{i:08d}_001_001.jpg" for i in range(40)], dtype=object)
+        table = ScoreTable(names, rng.random((40, 14), dtype=np.float32), {"member": member})
+        write_table(tmp_path / f"{member}.csv", table)
+        for part in (0, 1):
+            names = np.array([f"{1000 + i:08d}_001_001.jpg" for i in range(part * 40, part * 40 + 40)], dtype=object)
+            probs = (skill * truth[part * 40 : part * 40 + 40] + 0.5 * rng.random((40, 14))).astype(np.float32)
+            fold = ScoreTable(names, probs, {"member": member, "out_of_fold": True})
+            write_table(tmp_path / f"{member}_fold{part}.csv", fold)
+        files[member] = table
+    names = [f"{1000 + i:08d}_001_001.jpg" for i in range(80)]
+    frame = pd.DataFrame({"Image_name": names, "Patient_ID": [name[:8] for name in names], "Study": 1})
+    for label, column in zip(LABELS, truth.T, strict=True):
+        frame[label] = column
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    order = files["good"].image_names[::-1]
+    pd.DataFrame({"Image_name": order} | dict.fromkeys(LABELS, 0)).to_csv(tmp_path / "template.csv", index=False)
+    return files
+
+
+def arguments(folder, *more):
+    return ["--scores", str(folder / "good.csv"), str(folder / "poor.csv"), *more]
+
+
+def test_weighted_average_lands_in_the_templates_order(tables, tmp_path):
+    out = tmp_path / "submission.csv"
+    template = str(tmp_path / "template.csv")
+    ensemble.main(arguments(tmp_path, "--weights", "3", "1", "--template", template, "--out", str(out)))
+    values = pd.read_csv(out)[list(LABELS)].to_numpy().astype(np.float32)[::-1]
+    np.testing.assert_array_equal(values, average([tables["good"].probs, tables["poor"].probs], [3, 1]))
+    again = read_table(out)
+    assert again.image_names[0] == tables["good"].image_names[-1]
+
+
+def test_weights_are_searched_on_joined_out_of_fold_tables_only(tables, tmp_path, capsys):
+    folds = [str(tmp_path / f"{member}_fold{part}.csv") for member in ("good", "poor") for part in (0, 1)]
+    out = ("--csv", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "final.csv"))
+    ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
+    printed = capsys.readouterr().out
+    assert "weights searched on 80 out-of-fold images" in printed
+    weights = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines() if " weight " in line}
+    assert weights["good"] > 0.8
+    table = read_table(tmp_path / "poor_fold1.csv")
+    write_table(tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta={"member": "poor"}))
+    with pytest.raises(UserError, match="'poor' is not out-of-fold"):
+        ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
+    with pytest.raises(UserError, match="same members only"):
+        ensemble.main(arguments(tmp_path, "--search-with", folds[0], *out))
+
+
+def test_wrong_counts_and_combinations_are_named_and_nothing_is_written(tables, tmp_path):
+    out = tmp_path / "final.csv"
+    for more, message in (
+        (("--weights", "1"), "1 numbers for 2 members"),
+        (("--search-with", "x.csv"), "go together"),
+        (("--search-with", "x.csv", "--weights", "1", "1", "--csv", "y.csv"), "exclude each other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ensemble.main(arguments(tmp_path, *more, "--out", str(out)))
+    assert not out.exists()
