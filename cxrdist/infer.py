@@ -1,0 +1,522 @@
+"""Score a shard set with trained members and average them into a submission.
+
+  accelerate launch -m cxrdist.infer --div b --member eva_x=runs/eva_x_b@5,6:tta --member chexfound=runs/chexfound_b@5,6
+
+A member is NAME=RUN@EPOCHS[:tta|:plain][*WEIGHT], or NAME=FILE for a weight file (the published ones too); a NAME given
+twice averages its runs, e.g. folds. Writes OUT/scores/NAME.csv (with JSON) and OUT/submission.csv. Every image is
+decoded once, equal views and shared frozen backbones run once. A killed run goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cxrdist.augment.views import distinct_views, make_views
+from cxrdist.cli import Parser, add_flags
+from cxrdist.data.loader import Loader
+from cxrdist.data.order import eval_batches
+from cxrdist.data.split import read_split, rows_of_fold
+from cxrdist.errors import UserError, run_entry
+from cxrdist.labels import LABELS, SPLITS, read_template
+from cxrdist.models import CheXFound, build_model, frozen_names
+from cxrdist.models import weights as weight_files
+from cxrdist.recipes import MODELS, RECIPES, Recipe, recipe_for
+from cxrdist.scoring.ensemble import ScoreTable, average, average_studies, average_tables, sigmoid, write_table
+from cxrdist.scoring.parts import Part, PartStore, merge
+from cxrdist.scoring.passes import (
+    Checkpoint,
+    Member,
+    MemberSpec,
+    Pass,
+    columns_of,
+    describe_plan,
+    parse_member,
+    plan_passes,
+)
+from cxrdist.scoring.submission import check_template, write_submission
+from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.training import checkpoint
+from cxrdist.training.precision import autocast, resolve_precision
+
+T = TypeVar("T")
+
+HELD_BATCHES = 32  # decoded batches kept while models that do not fit together take turns on the device
+RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
+
+
+@dataclass
+class Ensemble:
+    """Members as asked for, and the models by checkpoint hash; a frozen backbone is one module in all that share it."""
+
+    members: list[Member]
+    models: dict[str, nn.Module]
+    runs: dict[str, Path]  # checkpoint hash -> run folder, where it came from one
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be scored, and how: equal on all ranks, checked before any image is decoded."""
+
+    index: ShardIndex
+    template: pd.DataFrame | None
+    ensemble: Ensemble
+    passes: list[Pass]
+    rows: NDArray[np.int64]
+    batches: list[NDArray[np.int64]]  # the global list; its composition does not depend on the number of ranks
+    precision: str
+    describes: dict[str, Any]  # all that the logits depend on
+    store: PartStore
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_processes(args.expect_processes)
+    start = time.monotonic()
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
+    accelerator = Accelerator(kwargs_handlers=[timeout], mixed_precision="no")
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    job = together(lambda: prepare(args, device), rank)
+    parts = job.store.read_all()
+    done = {int(number) for numbers in gather_object([part.batches for part in parts.values()]) for number in numbers}
+    own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
+    own_batches = [job.batches[number] for number in own]
+    if rank == 0:
+        print(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
+        batch_size = job.describes["device_batch_size"]
+        print(f"  {world_size} processes on {device.type}, {job.precision}, {batch_size} images a batch", flush=True)
+        if done:
+            print(f"going on: {len(done):,} of {len(job.batches):,} batches are scored already", flush=True)
+
+    total = sum(len(batch) for batch in own_batches)
+    quiet = rank != 0 or not sys.stderr.isatty()
+    with (
+        Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
+        tqdm(total=total, unit="image", desc=f"infer (process 1 of {world_size})", disable=quiet) as show,
+    ):
+        scored = score(loader, own_batches, job.passes, job.ensemble.models, job.precision)
+        num_columns = len(columns_of(job.passes))
+        for part in in_parts(scored, loader, own, own_batches, num_columns, args.checkpoint_minutes * 60, show):
+            job.store.write(part, rank)
+
+    together(lambda: finish(args, job, collect(job.store, rank)) if rank == 0 else collect(job.store, rank), rank)
+    if rank == 0:
+        seconds = time.monotonic() - start
+        print(f"inference took {seconds:.0f} s on {world_size} processes", flush=True)
+    accelerator.end_training()
+
+
+def together(act: Callable[[], T], rank: int) -> T:
+    """act() on every rank. If one cannot, all end with exit code 2, and rank 0 alone says why."""
+    result, problem = None, None
+    try:
+        result = act()
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather_object([problem]) if text is not None]
+    if problems and rank != 0:
+        raise SystemExit(2)
+    if problems:
+        raise UserError(problems[0])
+    return result  # type: ignore[return-value]
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Job:
+    """Read and check everything that can be checked without an image."""
+    specs = [parse_member(text) for text in args.member] or default_members(args.div)
+    precision, _ = resolve_precision(args.precision, device)
+    index = open_index(args.shards or Path("shards") / f"div_{args.div}", args.split, args.div)
+    template = choose_template(args, index)
+    ensemble = load_ensemble(specs, args.div)
+    rows = rows_to_score(index, args.fold, ensemble)
+    passes = plan_passes(ensemble.members)
+    batch_size = args.device_batch_size or (64 if device.type == "cuda" else 16)
+    describes = {
+        "shards": index.fingerprint,
+        "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "columns": columns_of(passes),
+        "device_batch_size": batch_size,
+        "precision": precision,
+        "device": device.type,
+    }
+    return Job(
+        index=index,
+        template=template,
+        ensemble=ensemble,
+        passes=passes,
+        rows=rows,
+        batches=list(eval_batches(rows, batch_size, 0, 1)),
+        precision=precision,
+        describes=describes,
+        store=PartStore(args.out / "parts", describes),
+    )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="accelerate launch -m cxrdist.infer", description=__doc__)
+    add_flags(parser, "--div", "--shards", "--out", out={"required": False})
+    parser.add_argument(
+        "--member",
+        action="append",
+        default=[],
+        metavar="NAME=RUN@5,6[:tta]",
+        help="whose scores (repeatable); default: runs/eva_x_<div> and runs/chexfound_<div>, as their recipes say",
+    )
+    parser.add_argument(
+        "--template", type=Path, metavar="FILE", help="sample submission (default: the shards' own order)"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which split to score (default test)")
+    parser.add_argument(
+        "--fold", type=int, metavar="K", help="with --split train: only patients of this fold of the runs"
+    )
+    parser.add_argument(
+        "--average",
+        choices=("prob", "logit", "rank"),
+        default="prob",
+        help="average probabilities (default, as published), logits, or (members only) ranks",
+    )
+    parser.add_argument("--average-studies", action="store_true", help="give all images of a study their mean")
+    parser.add_argument(
+        "--max-unreadable",
+        type=int,
+        default=20,
+        metavar="N",
+        help="stop when a process meets more undecodable images than this; fewer get the class means (default 20)",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=0.5, metavar="M", help="save scores this often (default 0.5)"
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=1800, metavar="S", help="give up when another process is silent for so long"
+    )
+    add_flags(parser, "--device-batch-size", "--precision", "--expect-processes")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("predictions") / f"div_{args.div}"
+    if args.fold is not None and args.split != "train":
+        raise UserError("--fold chooses patients of the training split: add --split train")
+    return args
+
+
+def check_processes(expected: int | None) -> None:
+    """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != started:
+        raise UserError(
+            f"--expect-processes {expected}, but {started} started; use an accelerate config that starts them "
+            "(accel_configs/), e.g. `./launch.sh infer b`"
+        )
+
+
+def default_members(div: str) -> list[MemberSpec]:
+    return [MemberSpec(name, Path("runs") / f"{name}_{div}", None, None, None) for name in ("eva_x", "chexfound")]
+
+
+def choose_template(args: argparse.Namespace, index: ShardIndex) -> pd.DataFrame | None:
+    """The submission's rows: the template's, else the source CSV's own order; None where no submission is made."""
+    if args.template is not None:
+        template = read_template(args.template)
+        check_template(template, list(index.image_names), index.left_out, str(args.template))
+        return template
+    if args.split != "test":
+        return None
+    left_out = [(int(entry["key"]), str(entry["image_name"])) for entry in index.meta["left_out"]]
+    named = sorted([*zip(index.keys.tolist(), index.image_names, strict=True), *left_out])
+    template = pd.DataFrame({"image_name": [name for _, name in named]} | dict.fromkeys(LABELS, 0))
+    template.attrs["header"] = ["Image_name", *LABELS]
+    return template
+
+
+def load_ensemble(specs: Sequence[MemberSpec], div: str) -> Ensemble:
+    """Load every checkpoint once, on the CPU. UserError for another division, or two weights of one member."""
+    checkpoints: dict[str, list[Checkpoint]] = {}
+    weights: dict[str, float] = {}
+    ensemble = Ensemble([], {}, {})
+    backbones: dict[str, CheXFound] = {}
+    for spec in specs:
+        for label, run, recipe, model in load_checkpoints(spec, div):
+            if recipe.div != div:
+                raise UserError(
+                    f"{label} was trained for division {recipe.div}, --div is {div}; use that division's run"
+                )
+            views = spec.views or recipe.views
+            frozen = frozen_names(model)
+            state = model.state_dict()
+            backbone = tensors_sha256(state, frozen) if frozen else None
+            trained = tensors_sha256(state, [name for name in state if name not in set(frozen)])
+            sha256 = hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest()
+            if backbone and isinstance(model, CheXFound):
+                shared = backbones.setdefault(f"{backbone} {recipe.image_size}", model)
+                model.backbone = shared.backbone
+            ensemble.models.setdefault(sha256, model.eval())
+            if run is not None:
+                ensemble.runs[sha256] = run
+            distinct = tuple(distinct_views(views).items())
+            checkpoints.setdefault(spec.name, []).append(
+                Checkpoint(label, sha256, backbone, recipe.image_size, distinct, len(views))
+            )
+        weight = 1.0 if spec.weight is None else spec.weight
+        if weights.setdefault(spec.name, weight) != weight:
+            raise UserError(f"--member {spec.name} has two weights ({weights[spec.name]}, {weight}); give one")
+    if sum(weights.values()) <= 0:
+        raise UserError("the members' weights sum to 0; give at least one a weight above 0")
+    ensemble.members = [Member(name, tuple(items), weights[name]) for name, items in checkpoints.items()]
+    return ensemble
+
+
+def load_checkpoints(spec: MemberSpec, div: str) -> Iterator[tuple[str, Path | None, Recipe, nn.Module]]:
+    """(label, run folder, recipe, model) of every checkpoint that one `--member` names."""
+    if spec.source.is_dir():
+        for epoch in spec.epochs or checkpoint.read_recipe(spec.source).member_epochs:
+            recipe, model = checkpoint.load_member(spec.source, epoch)
+            folder = spec.source / "checkpoints" / f"epoch_{epoch:02d}"
+            labels = checkpoint.read_document(folder, "meta").get("labels")
+            if labels is not None and tuple(labels) != LABELS:
+                raise UserError(
+                    f"{folder}: its outputs are {', '.join(labels)}; that is not the competition's order of labels, so "
+                    "its scores would land in wrong columns: use a run of this version"
+                )
+            yield f"{spec.source}@{epoch}", spec.source, recipe, model
+        return
+    files = [Path(part) for part in str(spec.source).split(",")]
+    if not all(path.is_file() for path in files):
+        raise UserError(
+            f"--member {spec.name}: {spec.source} is neither a run folder nor a weight file; check the path"
+        )
+    if spec.epochs is not None:
+        raise UserError(f"--member {spec.name}: {spec.source} is one weight file; @epochs belongs to a run folder")
+    found = weight_files.read_weights(*files)
+    recipe = recipe_for(spec.name if spec.name in (*RECIPES, *MODELS) else found.model, div)
+    model = build_model(recipe.model, recipe.image_size)
+    weight_files.load_init(model, spec.source, weights="ema", complete=True)
+    yield str(spec.source), None, recipe, model
+
+
+def tensors_sha256(state: dict[str, Tensor], names: Iterable[str]) -> str:
+    """Hash of names, types, shapes and bytes: equal weights are equal whichever file they came from."""
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def rows_to_score(index: ShardIndex, fold: int | None, ensemble: Ensemble) -> NDArray[np.int64]:
+    """All rows of the index, or those of the patients in `fold` of the runs' split (which must agree)."""
+    if fold is None:
+        return np.arange(len(index), dtype=np.int64)
+    if set(ensemble.models) - set(ensemble.runs):
+        raise UserError(
+            "--fold needs members from run folders: a weight file does not say which patients were held out"
+        )
+    splits = {run: read_split(run / "split.csv") for run in set(ensemble.runs.values())}
+    first = next(iter(splits))
+    for run, split in splits.items():
+        if split != splits[first]:
+            raise UserError(
+                f"{run} and {first} have different splits (split.csv); --fold needs one split for all members"
+            )
+    return rows_of_fold(index.patients, splits[first], fold)[1]
+
+
+def score(
+    loader: Loader,
+    batches: Sequence[NDArray[np.int64]],
+    passes: Sequence[Pass],
+    models: dict[str, nn.Module],
+    precision: str,
+) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
+    """(place in `batches`, rows (n,), logits (P, n, 14) float32 on the device) of every batch, in order.
+
+    Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
+    turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once.
+    """
+    device = loader.device
+    if fits(models.values(), device):
+        stages, held = [list(passes)], 1
+    else:
+        stages, held = [list(group) for _, group in itertools.groupby(passes, lambda item: item.heads)], HELD_BATCHES
+    if held == 1:
+        for model in models.values():
+            model.to(device)
+    decoded = loader.batches(batches)
+    while group := list(itertools.islice(decoded, held)):
+        logits: list[list[Tensor]] = [[] for _ in group]
+        for stage in stages:
+            used = [models[head.sha256] for head in stage[0].heads] if held > 1 else []
+            for model in used:
+                model.to(device)
+            for place, batch in enumerate(group):
+                logits[place] += run_passes(batch.images, stage, models, precision)
+            for model in used:
+                model.to("cpu")
+        for batch, columns in zip(group, logits, strict=True):
+            yield batch.step, batch.rows, torch.stack(columns)
+
+
+@torch.no_grad()
+def run_passes(images: Tensor, passes: Sequence[Pass], models: dict[str, nn.Module], precision: str) -> list[Tensor]:
+    """(B, 14) float32 logits for every column of `columns_of(passes)`, of uint8 images (B, C, 600, 600).
+
+    A view is resized once for all models of its size; a shared frozen backbone gives its features once to all heads.
+    """
+    columns: list[list[Tensor]] = [[] for _ in passes]
+    for size in dict.fromkeys(item.image_size for item in passes):
+        views = list(dict.fromkeys(item.view for item in passes if item.image_size == size))
+        for view, inputs in make_views(images, views, size):
+            for place, item in enumerate(passes):
+                if (item.image_size, item.view) != (size, view):
+                    continue
+                heads = [models[head.sha256] for head in item.heads]
+                with autocast(precision, images.device):
+                    if isinstance(heads[0], CheXFound):
+                        features = heads[0].features(inputs)
+                        logits = [head.head_logits(features) for head in heads if isinstance(head, CheXFound)]
+                    else:
+                        logits = [head(inputs) for head in heads]
+                columns[place] = [value.float() for value in logits]
+    return [column for group in columns for column in group]
+
+
+def fits(models: Iterable[nn.Module], device: torch.device) -> bool:
+    """Whether all weights may stay on the device at once (always on a CPU: they are in its memory already)."""
+    if device.type != "cuda":
+        return True
+    weights = {tensor.data_ptr(): tensor.nbytes for model in models for tensor in model.state_dict().values()}
+    free, _ = torch.cuda.mem_get_info(device)
+    return bool(sum(weights.values()) < RESIDENT_SHARE * free)
+
+
+def in_parts(
+    scored: Iterable[tuple[int, NDArray[np.int64], Tensor]],
+    loader: Loader,
+    numbers: Sequence[int],
+    batches: Sequence[NDArray[np.int64]],
+    num_columns: int,
+    save_every_s: float,
+    show: Any,
+) -> Iterator[Part]:
+    """Collect scores into parts of about `save_every_s`. The host waits for the device only where a part ends."""
+    rows: list[NDArray[np.int64]] = []
+    logits: list[Tensor] = []
+    first, saved = 0, time.monotonic()
+
+    def close(end: int) -> Part:
+        wanted = np.concatenate(batches[first:end])
+        reasons = {item.row: item.reason for item in loader.skipped}
+        return Part(
+            batches=np.array(numbers[first:end], dtype=np.int64),
+            rows=np.concatenate([*rows, wanted[:0]]),
+            logits=torch.cat([*logits, nothing.to(loader.device)], dim=1).cpu().numpy(),
+            unreadable={int(row): reasons[int(row)] for row in wanted if int(row) in reasons},
+        )
+
+    nothing = torch.zeros(num_columns, 0, len(LABELS))
+    for place, batch_rows, batch_logits in scored:
+        rows.append(batch_rows)
+        logits.append(batch_logits)
+        show.update(len(batches[place]))
+        if time.monotonic() - saved >= save_every_s:
+            yield close(place + 1)
+            first, rows, logits, saved = place + 1, [], [], time.monotonic()
+    if first < len(batches):
+        yield close(len(batches))
+
+
+def collect(store: PartStore, rank: int) -> dict[str, Part]:
+    """All parts of all processes on rank 0, also where machines do not share the output folder. A barrier, too."""
+    own = store.read_all()
+    seen: list[Any] = [sorted(own)]
+    broadcast_object_list(seen)
+    missing = [(name, part) for name, part in own.items() if name not in set(seen[0])] if rank else []
+    return own | dict(gather_object(missing))
+
+
+def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:
+    """Average what was scored into score tables and the submission, and say what lies where."""
+    index = job.index
+    logits, kept, undecodable = merge(list(parts.values()), len(index), job.rows)
+    unreadable = {str(index.image_names[row]): reason for row, reason in sorted(undecodable.items())}
+    if args.fold is None:
+        unreadable = index.left_out | unreadable
+    column = {name: place for place, name in enumerate(columns_of(job.passes))}
+    how = within(args.average)
+    tables = []
+    for member in job.ensemble.members:
+        per_checkpoint = []
+        for item in member.checkpoints:
+            views = [sigmoid(logits[column[item.sha256, item.image_size, view]]) for view, _ in item.views]
+            per_checkpoint.append(average(views, [share for _, share in item.views], how))
+        meta = {
+            "member": member.name,
+            "div": args.div,
+            "split": args.split,
+            "shards": index.fingerprint,
+            "checkpoints": [describe_checkpoint(item) for item in member.checkpoints],
+            "average": how,
+            "precision": job.precision,
+            "device_batch_size": job.describes["device_batch_size"],
+            "out_of_fold": held_out(job, member, args.fold),
+            "unreadable": unreadable,
+        }
+        tables.append(ScoreTable(index.image_names[kept], average(per_checkpoint, None, how), meta))
+    for table in tables:
+        path = args.out / "scores" / f"{table.name}.csv"
+        write_table(path, table)
+        print(f"scores of {table.name}: {path}")
+    for name, reason in unreadable.items():
+        print(f"unreadable: {name}: {reason}")
+    if job.template is None:
+        return
+    final = average_tables(tables, [member.weight for member in job.ensemble.members], args.average)
+    if args.average_studies:
+        final = average_studies(final)
+    fallback = write_submission(final, job.template, args.out / "submission.csv")
+    note = f", {len(fallback)} of them unreadable (class means)" if fallback else ""
+    print(f"submission: {args.out / 'submission.csv'}, {len(job.template):,} images{note}")
+
+
+def within(how: Any) -> Any:
+    """How views and checkpoints of one member are averaged: ranks are taken of whole members only."""
+    return "prob" if how == "rank" else how
+
+
+def describe_checkpoint(item: Checkpoint) -> dict[str, Any]:
+    return {
+        "source": item.label,
+        "sha256": item.sha256,
+        "backbone_sha256": item.backbone_sha256,
+        "image_size": item.image_size,
+        "views": dict(item.views),
+    }
+
+
+def held_out(job: Job, member: Member, fold: int | None) -> bool:
+    """True when every run of the member kept `fold` of these very shards out of training."""
+    if fold is None:
+        return False
+    runs = {job.ensemble.runs[item.sha256] for item in member.checkpoints}
+    facts = [json.loads((run / "data.json").read_text(encoding="utf-8")) for run in runs]
+    wanted = (fold, job.index.fingerprint)
+    return all(bool((item["validate_fold"], item["shards"]) == wanted) for item in facts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))
