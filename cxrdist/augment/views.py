@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxrdist.augment.memory import empty_images, keep_freed_blocks
 from cxrdist.errors import UserError
 
 VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
@@ -52,10 +51,8 @@ def _taps(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
-    """(B, 1 or 3, S, S) grey levels in [0, 255] -> (B, 3, S, S) float32, less ImageNet's mean, over its deviation."""
+    """(B, 1 or 3, H, W) grey levels in [0, 255] -> (B, 3, H, W) float32, less ImageNet's mean, over its deviation."""
     shift, scale = _shift_and_scale(levels.device)
-    if out is None:
-        out = empty_images(len(levels), levels.shape[-1], levels.device)
     return torch.addcmul(shift, levels.float(), scale, out=out)
 
 
@@ -112,7 +109,6 @@ def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterato
         views: names from `VIEWS`; `distinct_views` gives the weight of each name that is yielded.
     Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images, on the images' device.
     """
-    keep_freed_blocks()
     with torch.autocast(images.device.type, enabled=False):
         for name, levels in view_levels(images, views, image_size):
             yield name, normalise(levels)

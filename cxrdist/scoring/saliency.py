@@ -1,0 +1,49 @@
+"""Where a model looked: GLoRI's own attention per finding, and Grad-CAM for a model without queries.
+
+A map shows what moved the score, not where the disease is; it is no localisation of a finding.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Maps = NDArray[np.float32]
+
+
+class HasAttention(Protocol):
+    """What CheXFound offers: attention (B, heads, classes, patches) of images (B, 3, S, S)."""
+
+    def attention(self, images: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def attention_maps(model: HasAttention, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+    """(B, h, w) attention of the query of label `labels[b]` over image b, mean over heads; each map sums to 1."""
+    maps = model.attention(images).float().mean(dim=1)
+    chosen = maps[torch.arange(len(images)), torch.as_tensor(labels)]
+    return _grids(chosen)
+
+
+def grad_cam(model: nn.Module, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+    """(B, h, w) Grad-CAM >= 0 of label `labels[b]` on the last block's patch tokens, for a timm vision transformer.
+
+    Source: Selvaraju et al. 2017, with tokens as channels: the gradient's mean over the patches weighs each channel.
+    """
+    network: Any = model
+    with torch.no_grad():
+        tokens = network.forward_features(images)
+    tokens = tokens.detach().requires_grad_()
+    logits = network.forward_head(tokens)
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), torch.as_tensor(labels)].sum(), tokens)
+    num_prefix = int(network.num_prefix_tokens)
+    weights = gradient[:, num_prefix:].mean(dim=1, keepdim=True)
+    cam = (weights * tokens[:, num_prefix:].detach()).sum(dim=-1).relu()
+    return _grids(cam)
+
+
+def _grids(values: Tensor) -> Maps:
+    side = round(values.shape[1] ** 0.5)
+    return values.reshape(-1, side, side).cpu().numpy().astype(np.float32)
