@@ -91,8 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     check_processes(args.expect_processes)
     start = time.monotonic()
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
-    accelerator = Accelerator(kwargs_handlers=[timeout], mixed_precision="no")
+    # without cpu=True two processes on a machine without GPU each take themselves for the only one
+    accelerator = Accelerator(cpu=use_cpu(), kwargs_handlers=[timeout], mixed_precision="no")
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    assert world_size == int(os.environ.get("WORLD_SIZE", "1"))
     job = together(lambda: prepare(args, device), rank)
     parts = job.store.read_all()
     done = {int(number) for numbers in gather_object([part.batches for part in parts.values()]) for number in numbers}
@@ -222,6 +224,10 @@ def check_processes(expected: int | None) -> None:
             f"--expect-processes {expected}, but {started} started; use an accelerate config that starts them "
             "(accel_configs/), e.g. `./launch.sh infer b`"
         )
+
+
+def use_cpu() -> bool:
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def default_members(div: str) -> list[MemberSpec]:

@@ -1,7 +1,10 @@
 """What every test shares: GPU tests skip with a reason where there is no GPU, and one thread per process."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +45,27 @@ def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sources.append(Source(key, path.name, str(path), size, "", f"{number % 6:08d}", "001", targets=targets))
     write_split(SplitJob(folder / "div_b", "b", "train", sources, "exact", 24, {}))
     return folder / "div_b"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small division and two small runs to infer with (see infer_world.py)."""
+    return load_infer_world().make_infer_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def infer_world() -> Any:
+    """The module of that name: builders for tests that need a run or a launch of their own."""
+    return load_infer_world()
+
+
+def load_infer_world() -> Any:
+    """The module beside this file, which the importlib mode of pytest does not put on the path."""
+    if "infer_world" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("infer_world", Path(__file__).with_name("infer_world.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["infer_world"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["infer_world"]

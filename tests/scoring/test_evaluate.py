@@ -14,9 +14,9 @@ from cxrdist.scoring.metrics import macro_auroc
 
 
 def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_those_of_the_metrics(
-    world, run_infer, tmp_path, capsys
+    world, tmp_path, capsys
 ):
-    run_infer(tmp_path / "out")
+    world.run(tmp_path / "out")
     tables = [tmp_path / "out" / "scores" / f"{name}.csv" for name in ("eva_x", "chexfound")]
     for run in (world.eva_x, world.chexfound):
         rows = [{"kind": "train", "step": i, "epoch": 1 + i // 5, "loss": 1 / (1 + i)} for i in range(10)]
@@ -44,8 +44,8 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
     assert np.isfinite(numbers["scores"][0]["macro_interval"]).all()
 
 
-def test_labels_of_other_images_and_wrong_weights_are_named(world, run_infer, tmp_path):
-    run_infer(tmp_path / "out")
+def test_labels_of_other_images_and_wrong_weights_are_named(world, tmp_path):
+    world.run(tmp_path / "out")
     table = str(tmp_path / "out" / "scores" / "eva_x.csv")
     other = tmp_path / "other.csv"
     other.write_text("\n".join(world.truth.read_text().splitlines()[:5]) + "\n")

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pandas as pd
-import torch
 
 from cxrdist.labels import LABELS
 
 
-def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, run_infer, tmp_path, capsys):
-    run_infer(tmp_path, "--template", str(world.template))
+def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, tmp_path, capsys):
+    world.run(tmp_path, "--template", str(world.template))
     printed = capsys.readouterr().out
     assert "11 backbone passes instead of 14" in printed
     assert "unreadable: 00000099_001_001.jpg: cannot identify image file" in printed
@@ -21,10 +20,9 @@ def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, run_in
     assert len(np.unique(probs[:, 0])) == 24
 
 
-def test_two_processes_write_the_same_bytes_as_one(world, run_infer, launch_infer, tmp_path):
-    torch.set_num_threads(1)
-    run_infer(tmp_path / "one")
-    result = launch_infer(tmp_path / "two", "--expect-processes", "2")
+def test_two_processes_write_the_same_bytes_as_one(world, tmp_path):
+    world.run(tmp_path / "one")
+    result = world.launch(tmp_path / "two", "--expect-processes", "2")
     assert result.returncode == 0, result.stderr
     assert "2 processes on cpu, fp32" in result.stdout
     for name in ("submission.csv", "scores/eva_x.csv", "scores/chexfound.csv"):
