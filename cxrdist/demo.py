@@ -167,10 +167,12 @@ def make_steps(args: Any, out: Path, plan: LaunchPlan) -> list[Step]:
         )
     )
     members: list[str] = []
+    pictures: list[str] = []
     for member, model in MEMBERS.items():
         recipe = recipe_with(model, div, args.overrides)
         run = out / "runs" / f"{model}_{div}"
         epochs = ",".join(str(epoch) for epoch in recipe.member_epochs)
+        pictures += ["--run", str(run)]
         members += ["--member", f"{member}={run}@{epochs}:tta"]
         words = ("cxrdist.train", *common, "--model", model, "--out", str(run), "--init", "random", *settings)
         steps.append(
@@ -199,7 +201,8 @@ def make_steps(args: Any, out: Path, plan: LaunchPlan) -> list[Step]:
         )
     )
     report = out / "report"
-    words = ("cxrdist.evaluate", "--scores", *map(str, tables), "--csv", str(truth), "--out", str(report))
+    words = ("cxrdist.evaluate", "--scores", *map(str, tables), "--csv", str(truth), *readings)
+    words += ("--shards", str(shards), "--div", div, *pictures, "--out", str(report))
     steps.append(
         Step(
             name="evaluate",
@@ -364,8 +367,12 @@ def summary(div: str, out: Path, seconds: dict[str, tuple[float, bool]]) -> str:
 
 
 def score_lines(metrics: Path) -> str:
-    """The macro AUROC of the ensemble and of each member, from the evaluation's JSON."""
-    return metrics.read_text()
+    """The macro AUROC of the ensemble and of each member on the held-out patients, from the evaluation's JSON."""
+    lines = ["held-out patients        macro AUROC"]
+    for score in json.loads(metrics.read_text())["scores"]:
+        value = "undefined" if score["macro_auroc"] is None else f"{score['macro_auroc']:.3f}"
+        lines.append(f"{score['name']:<24} {value:>11}  over {score['num_labels']} of {len(LABELS)} labels")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
