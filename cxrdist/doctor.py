@@ -6,14 +6,12 @@ Ends with exit code 0 also when something is wrong: it reports, it does not judg
 """
 
 import importlib.metadata
-import netrc
 import os
 import platform
 import shutil
 import socket
 import sys
 import tomllib
-import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +20,9 @@ from packaging.requirements import Requirement
 
 from cxrdist.cli import Parser
 from cxrdist.errors import UserError, run_entry
+from cxrdist.models.weights import default_init_path
+from cxrdist.training.precision import resolve_precision
+from cxrdist.training.tracking import resolve_mode
 
 SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -146,9 +147,8 @@ def processes(problems: list[str]) -> str:
 
 def precision() -> str:
     """What `--precision auto` becomes here."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16 (the GPU has no bf16)"
-    return "bf16"
+    chosen, why = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{chosen} ({why})"
 
 
 def disk(problems: list[str]) -> str:
@@ -159,27 +159,17 @@ def disk(problems: list[str]) -> str:
 
 
 def wandb_state() -> str:
-    """Whether runs would go online; looks for a key, never shows it."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return f"WANDB_MODE={os.environ['WANDB_MODE']}; the local metrics are written in any case"
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    files = [os.environ.get("NETRC", ""), *(str(Path.home() / name) for name in (".netrc", "_netrc"))]
-    if os.environ.get("WANDB_API_KEY") or any(_has_entry(file, host) for file in files if Path(file).is_file()):
+    """Whether runs would go online."""
+    mode = resolve_mode("auto")
+    if mode == "online":
         return "logged in: runs go online (--wandb off: local files only)"
+    if os.environ.get("WANDB_MODE"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}: {mode}; the local metrics are written in any case"
     return "not logged in: metrics stay in local files; `wandb login` or --wandb offline change that"
-
-
-def _has_entry(file: str, host: str) -> bool:
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except netrc.NetrcParseError:
-        return False
 
 
 def weights() -> list[tuple[str, str]]:
     """Per model: the file that `train` without --init would start from, or what to get."""
-    from cxrdist.models.weights import default_init_path  # type: ignore[attr-defined]  # lands with part 2
-
     rows = []
     for model in ("eva_x", "chexfound"):
         try:

@@ -4,8 +4,11 @@ Everything below the entries raises `UserError` (a `ValueError`) whose text name
 A traceback is for our own mistakes only.
 """
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -29,8 +32,17 @@ def run_entry(main: Callable[[], None]) -> int:
         main()
     except UserError as error:
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        _tell_launcher(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from what is already written", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell_launcher(text: str) -> None:
+    """Leave `text` where torch's launcher looks for a failed rank's reason: it then ends its own traceback with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
