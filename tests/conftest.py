@@ -69,3 +69,35 @@ def load_infer_world() -> Any:
         sys.modules["infer_world"] = module
         spec.loader.exec_module(module)
     return sys.modules["infer_world"]
+
+
+@pytest.fixture
+def make_division(tmp_path: Path) -> Any:
+    """`make_division(names, **columns)`: a folder of small grey images and their label CSV, as (images, csv) paths."""
+    import csv
+
+    import numpy as np
+    from PIL import Image
+
+    from cxrdist.labels import LABELS
+
+    def make(names: list[str], size: tuple[int, int] = (64, 48), **columns: list[Any]) -> tuple[Path, Path]:
+        images, table = tmp_path / "images", tmp_path / "train.csv"
+        images.mkdir()
+        rng = np.random.default_rng(0)
+        header = ["Image_name", "Patient_ID", "Study", "Sex", "Age", "ViewCategory", "ViewPosition", *LABELS]
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, header)
+            writer.writeheader()
+            for row, name in enumerate(names):
+                noise = Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8))
+                with (images / name).open("wb") as image:
+                    noise.resize(size).save(image, "PNG" if name.endswith("png") else "JPEG")
+                values = {"Image_name": name, "Patient_ID": row // 2 + 1, "Study": 1, "Sex": "Female", "Age": 60}
+                values |= {"ViewCategory": "Frontal", "ViewPosition": "PA"}
+                values |= {label: (row + place) % 2 for place, label in enumerate(LABELS)}
+                values |= {column: cells[row] for column, cells in columns.items()}
+                writer.writerow(values)
+        return images, table
+
+    return make

@@ -1,0 +1,153 @@
+"""Stored images: the published pixels where that is promised, near them in fast mode, else a reason."""
+
+import io
+import json
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxrdist.shards import convert
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess"
+SOURCES = json.loads((GOLDEN / "preprocess.json").read_text())["files"]
+UNREADABLE = {name: entry["message"] for name, entry in SOURCES.items() if not entry["output_written"]}
+
+
+def published(content: bytes) -> bytes:
+    output = io.BytesIO()
+    image = Image.open(io.BytesIO(content)).convert("RGB").resize((600, 600), Image.Resampling.BILINEAR)
+    image.save(output, "JPEG", quality=95, optimize=True)
+    return output.getvalue()
+
+
+def rgb(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    output = io.BytesIO()
+    image.save(output, kind, **options)
+    return output.getvalue()
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    smooth = 120 + 60 * np.sin(x / 90) * np.cos(y / 70) + np.random.default_rng(seed).normal(0, 2, (height, width))
+    return Image.fromarray(smooth.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - set(UNREADABLE) - {"gray16.png"}))
+def test_golden_sources_become_the_published_pixels(name: str) -> None:
+    content = (GOLDEN / "src" / name).read_bytes()
+    converted = convert.convert_bytes(content)
+    assert isinstance(converted, convert.Converted)
+    expected = Image.open(GOLDEN / "expected" / f"{Path(name).stem}.png")
+    assert converted.channels == len(expected.getbands())
+    tolerance = 1 if name == "rgb.jpeg" else 0  # decoders of two Pillow versions
+    resized = convert.resized_to_store(content, "exact")
+    assert np.abs(np.asarray(resized).astype(int) - np.asarray(expected)).max() <= tolerance
+    assert np.array_equal(rgb(converted.jpeg), rgb(published(content)))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", sorted(UNREADABLE))
+def test_golden_unreadable_files_give_the_published_reason(name: str) -> None:
+    reason = convert.convert(str(GOLDEN / "src" / name))
+    assert isinstance(reason, str)
+    assert reason in UNREADABLE[name]
+
+
+@pytest.mark.fast
+def test_16_bits_are_scaled_by_the_bits_in_use() -> None:
+    ramp = np.linspace(0, 1, 600 * 600).reshape(600, 600)
+    expected = np.round(ramp * 255)
+    for bits in (16, 12):
+        values = (ramp * ((1 << bits) - 1)).round().astype(np.uint16)
+        stored = np.asarray(convert.resized_to_store(saved(Image.fromarray(values), "PNG"), "exact"))
+        assert np.abs(stored - expected).max() <= 1
+    golden = np.asarray(convert.resized_to_store((GOLDEN / "src" / "gray16.png").read_bytes(), "exact"))
+    assert golden.mean() < 100  # clipped, as published, it is 249.8: white
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
+def test_exact_equals_the_published_path_on_grey(mode: str, options: dict[str, object]) -> None:
+    for height, width in ((701, 650), (300, 333)):
+        content = saved(picture(height, width).convert(mode), quality=80, **options)
+        converted = convert.convert_bytes(content)
+        assert isinstance(converted, convert.Converted)
+        assert converted.channels == 1
+        assert np.array_equal(rgb(converted.jpeg), rgb(published(content)))
+
+
+@pytest.mark.fast
+def test_one_coloured_pixel_keeps_the_colour() -> None:
+    pixels = np.asarray(picture(640, 640).convert("RGB")).copy()
+    pixels[300:304, 300:304] = (200, 90, 90)
+    for content in (saved(Image.fromarray(pixels), quality=95), saved(Image.fromarray(pixels), "PNG")):
+        converted = convert.convert_bytes(content)
+        assert isinstance(converted, convert.Converted)
+        assert converted.channels == 3
+        assert np.array_equal(rgb(converted.jpeg), rgb(published(content)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(2400, 2500), (2501, 2403)])
+def test_fast_stays_within_48_db_of_exact(height: int, width: int) -> None:
+    content = saved(picture(height, width), quality=80)
+    exact, fast = (np.asarray(convert.resized_to_store(content, mode)).astype(float) for mode in ("exact", "fast"))
+    assert not np.array_equal(exact, fast)
+    assert 10 * np.log10(255**2 / np.mean((exact - fast) ** 2)) >= 48
+
+
+def test_fast_never_decodes_below_the_target_and_keeps_colour_exact() -> None:
+    small = saved(picture(1000, 2600), quality=80)
+    assert np.array_equal(convert.resized_to_store(small, "fast"), convert.resized_to_store(small, "exact"))
+    grey = picture(2400, 2400)
+    colour = saved(Image.merge("RGB", (grey, grey.point(lambda value: value // 2), grey)), quality=80)
+    assert np.array_equal(convert.resized_to_store(colour, "fast"), convert.resized_to_store(colour, "exact"))
+
+
+@pytest.mark.fast
+def test_a_bomb_is_refused_from_its_header() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = 19_000  # as a file of 350 kB; what is told here is told by its header
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(side + 1)))
+    start = time.monotonic()
+    reason = convert.convert_bytes(bomb)
+    assert isinstance(reason, str)
+    assert "361000000 pixels" in reason
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.fast
+def test_odd_modes_become_what_pillow_makes_of_them() -> None:
+    grey = picture(70, 80)
+    for image in (grey.convert("P"), grey.convert("1"), grey.convert("LA"), grey.convert("RGBA"), grey.convert("CMYK")):
+        content = saved(image, "TIFF" if image.mode == "CMYK" else "PNG")
+        converted = convert.convert_bytes(content)
+        assert isinstance(converted, convert.Converted)
+        assert np.array_equal(rgb(converted.jpeg), rgb(published(content)))
+    floating = Image.fromarray(np.ones((9, 9), np.float32))
+    assert "floating-point" in str(convert.convert_bytes(saved(floating, "TIFF")))
+
+
+@pytest.mark.fast
+def test_workers_give_results_in_order_and_pass_reasons_on(tmp_path: Path) -> None:
+    paths = []
+    for number in range(12):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(saved(picture(40 + number, 50)) if number != 5 else b"")
+        paths.append(str(path))
+    alone = list(convert.convert_in_order(iter(paths), "exact", 1))
+    assert list(convert.convert_in_order(iter(paths), "exact", 2)) == alone
+    assert alone[5] == "cannot identify image file"
+    assert convert.convert(str(tmp_path / "none.jpg")) == "cannot be read: No such file or directory"
