@@ -1,0 +1,140 @@
+"""FAULTS rows 23 (inference half) and 36: what does not belong together is named before anything is computed."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxrdist import ensemble, evaluate
+from cxrdist.errors import UserError
+from cxrdist.labels import LABELS
+from cxrdist.recipes import from_json, to_json
+from cxrdist.scoring.ensemble import ScoreTable, read_table, write_table
+
+pytestmark = pytest.mark.fault
+SWAPPED = (LABELS[1], LABELS[0], *LABELS[2:])
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def shards(world, tmp_path):
+    shutil.copytree(world.shards, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_shards_of_the_other_division_or_other_label_order_are_named(world, shards, tmp_path):
+    for changes, message in (
+        ({"div": "a"}, "holds split 'test' of division 'a', not 'test' of 'b'"),
+        ({"labels": SWAPPED}, "labels are not the competition's 14 in order"),
+    ):
+        edit_json(shards / "test.json", **changes)
+        with pytest.raises(UserError, match=message):
+            world.run(tmp_path / "out", shards=shards)
+        shutil.copy(world.shards / "test.json", shards / "test.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_the_other_division_or_with_swapped_outputs_is_named(world, infer_world, tmp_path):
+    recipe = from_json((world.eva_x / "recipe.json").read_text())
+    other = infer_world.make_run(tmp_path / "other", dataclasses.replace(recipe, div="a"))
+    with pytest.raises(UserError, match="trained for division a, --div is b"):
+        world.run(tmp_path / "out", members=["--member", f"x={other}@1"])
+    swapped = infer_world.make_run(tmp_path / "swapped", recipe, labels=SWAPPED)
+    with pytest.raises(UserError, match="its outputs are Cardiomegaly, Atelectasis"):
+        world.run(tmp_path / "out", members=["--member", f"x={swapped}@1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_does_not_fit_the_weights_is_named(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world.chexfound, run)
+    recipe = from_json((run / "recipe.json").read_text())
+    sizes = dict(recipe.model_kwargs) | {"decoder_dim": 64}
+    (run / "recipe.json").write_text(to_json(dataclasses.replace(recipe, model_kwargs=tuple(sorted(sizes.items())))))
+    with pytest.raises(UserError, match="does not fit the model"):
+        world.run(tmp_path / "out", members=["--member", f"x={run}@1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_of_other_images_and_an_epoch_that_is_not_there_are_named(world, tmp_path):
+    template = tmp_path / "template.csv"
+    template.write_text(world.template.read_text().replace("00000003_", "00700003_"))
+    with pytest.raises(UserError, match=r"asks for 3 of 24 images that the shards do not hold, e\.g\. '00700003_"):
+        world.run(tmp_path / "out", "--template", str(template))
+    with pytest.raises(UserError, match="has epochs: 1, 2"):
+        world.run(tmp_path / "out", members=["--member", f"x={world.eva_x}@1,3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_where_two_were_asked_for_is_named_at_once(world, tmp_path):
+    with pytest.raises(UserError, match="--expect-processes 2, but 1 started"):
+        world.run(tmp_path / "out", "--expect-processes", "2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_ranks_name_a_mismatch_once(world, tmp_path):
+    result = world.launch(tmp_path / "out", "--div", "a")
+    assert result.returncode != 0
+    assert result.stderr.count("holds split 'test' of division 'b', not 'test' of 'a'") == 1
+    assert "Traceback" not in result.stderr.split("elastic")[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Two tables over the same five images, and a template of them."""
+    names = np.array([f"{i:08d}_001_001.jpg" for i in range(5)], dtype=object)
+    rng = np.random.default_rng(0)
+    for member in ("one", "two"):
+        write_table(
+            tmp_path / f"{member}.csv", ScoreTable(names, rng.random((5, 14), dtype=np.float32), {"member": member})
+        )
+    pd.DataFrame({"Image_name": names} | dict.fromkeys(LABELS, 0)).to_csv(tmp_path / "template.csv", index=False)
+    return tmp_path
+
+
+def average(folder):
+    scores = [str(folder / "one.csv"), str(folder / "two.csv")]
+    ensemble.main(["--scores", *scores, "--template", str(folder / "template.csv"), "--out", str(folder / "final.csv")])
+
+
+def test_members_with_another_label_order_are_named_and_not_averaged(tables):
+    frame = pd.read_csv(tables / "two.csv", dtype=str)
+    frame[["image_name", *SWAPPED]].to_csv(tables / "two.csv", index=False)
+    with pytest.raises(UserError, match=r"two\.csv: column 2 is 'Cardiomegaly' where 'Atelectasis' belongs"):
+        average(tables)
+    frame.columns = ["image_name", *SWAPPED]
+    frame.to_csv(tables / "two.csv", index=False)
+    with pytest.raises(UserError, match=r"two\.csv: column 2 is 'Cardiomegaly'"):
+        average(tables)
+    assert not (tables / "final.csv").exists()
+
+
+def test_members_with_other_images_are_named_and_not_averaged(tables):
+    two = read_table(tables / "two.csv")
+    two.image_names[3] = "00000077_001_001.jpg"
+    write_table(tables / "two.csv", two)
+    with pytest.raises(
+        UserError, match=r"'one' and 'two' hold different images: 1 missing and 1 extra.*00000003_001_001"
+    ):
+        average(tables)
+    with pytest.raises(UserError, match="hold different images"):
+        evaluate.main(
+            ["--scores", str(tables / "one.csv"), str(tables / "two.csv"), "--csv", "x", "--out", str(tables)]
+        )
+    assert not (tables / "final.csv").exists()
+
+
+def test_a_table_whose_cells_were_changed_by_hand_is_named(tables):
+    lines = (tables / "two.csv").read_text().splitlines()
+    first, second = lines[1].split(",", 1), lines[2].split(",", 1)
+    lines[1], lines[2] = f"{first[0]},{second[1]}", f"{second[0]},{first[1]}"
+    (tables / "two.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="was changed after it was written"):
+        average(tables)
