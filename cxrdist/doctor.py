@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from cxrdist.cli import Parser
 from cxrdist.errors import UserError, run_entry
-from cxrdist.models.weights import default_init_path
+from cxrdist.models.weights import init_files
 from cxrdist.training.precision import resolve_precision
 from cxrdist.training.tracking import resolve_mode
 
@@ -173,8 +173,9 @@ def weights() -> list[tuple[str, str]]:
     rows = []
     for model in ("eva_x", "chexfound"):
         try:
-            path = default_init_path(model)
-            rows.append((model, f"starts from {path} ({path.stat().st_size / 1e6:.0f} MB)"))
+            files = init_files(model, None)
+            size_mb = sum(path.stat().st_size for path in files) / 1e6
+            rows.append((model, f"starts from {' and '.join(map(str, files))} ({size_mb:.0f} MB)"))
         except UserError as error:
             rows.append((model, f"no official weights: {error}"))
     return rows

@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(recipe.seed)
         model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
         groups = ranks.together(lambda: param_groups(model, recipe.groups))
+        ranks.say(f"parameters: {models.count_parameters(model, recipe.groups)}")
         if args.grad_checkpointing:
             ranks.together(lambda: _checkpoint_gradients(model))
         if args.compile:

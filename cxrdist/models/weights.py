@@ -248,14 +248,6 @@ def load_init(
     return "; ".join([found.report + chosen, *notes])
 
 
-def backbone_file(path: Path) -> Path:
-    """The one file of a CheXFound `--init` that holds the frozen backbone: what a checkpoint names, with its hash."""
-    for file in init_files("chexfound", path):
-        if any(name.startswith("backbone.") for name in _read_one(file).tensors):
-            return file
-    raise UserError(f"{path}: holds no CheXFound backbone; add {TEACHER_FILE} (--init FILE,{TEACHER_FILE})")
-
-
 def load_backbone(model: CheXFound, path: Path) -> str:
     """Copy only the frozen backbone of a file (any layout that holds one) into `model`; as `load_init` otherwise."""
     found = read_weights(path)
