@@ -134,11 +134,10 @@ def write_split(
         job.out.mkdir(parents=True, exist_ok=True)
         finished = _finished_records(job)
         if finished is not None:
-            same = {number: record.inputs for number, record in finished.items()} == inputs
-            if same and all(_is_whole(job, number, record) for number, record in finished.items()):
+            if _is_sound(job, finished, inputs):
                 on_start(0, 0, len(mine))
-                return _outcome(job, list(finished.values()), len(job.sources), written=0, reused=len(mine))
-            if not same and not overwrite:
+                return _outcome(list(finished.values()), len(job.sources), written=0, reused=len(mine))
+            if {number: record.inputs for number, record in finished.items()} != inputs and not overwrite:
                 raise UserError(
                     f"{job.out / (job.split + '.json')}: a finished split made from other images, labels or settings "
                     "is here; give another --out, or --overwrite to replace it"
@@ -146,9 +145,9 @@ def write_split(
         _refuse_link(job.work)
         job.work.mkdir(exist_ok=True)
         with _lock(job.work / f"node-{node_rank}.lock", wait=False):
-            if finished is not None:
-                for number, record in finished.items():
-                    _write_record(job, number, record, f"{node_rank}-{num_nodes}")
+            for number, record in (finished or {}).items():
+                _write_record(job, number, record, f"{node_rank}-{num_nodes}")
+            if not _is_sound(job, _finished_records(job), inputs):  # another node may have finished it since
                 (job.out / f"{job.split}.json").unlink(missing_ok=True)
             for stale in job.work.glob(f"*.{node_rank}-{num_nodes}.tmp"):
                 stale.unlink()
@@ -167,14 +166,12 @@ def write_split(
         everything = _finish(job, groups, inputs)
     written, reused = len(todo), len(mine) - len(todo)
     if everything is not None:
-        return _outcome(job, everything, len(job.sources), written=written, reused=reused)
+        return _outcome(everything, len(job.sources), written=written, reused=reused)
     num_rows = sum(len(groups[number]) for number in mine)
-    return _outcome(job, list(records.values()), num_rows, written=written, reused=reused, complete=False)
+    return _outcome(list(records.values()), num_rows, written=written, reused=reused, complete=False)
 
 
-def _outcome(
-    job: SplitJob, records: list[ShardRecord], num_rows: int, *, written: int, reused: int, complete: bool = True
-) -> Outcome:
+def _outcome(records: list[ShardRecord], num_rows: int, *, written: int, reused: int, complete: bool = True) -> Outcome:
     left_out = [entry for record in records for entry in record.left_out]
     return Outcome(complete, num_rows, sum(len(record.images) for record in records), left_out, written, reused)
 
@@ -324,13 +321,23 @@ def _finished_records(job: SplitJob) -> dict[int, ShardRecord] | None:
     return records
 
 
+def _is_sound(job: SplitJob, records: dict[int, ShardRecord] | None, inputs: dict[int, str]) -> bool:
+    """Whether these are the records of a finished split, made from `inputs`, whose tars are all there."""
+    return (
+        records is not None
+        and {number: record.inputs for number, record in records.items()} == inputs
+        and all(_is_whole(job, number, record) for number, record in records.items())
+    )
+
+
 def _finish(job: SplitJob, groups: dict[int, list[Source]], inputs: dict[int, str]) -> list[ShardRecord] | None:
     """Write index and JSON once every node's shards are there; None while some are missing."""
     try:
         with _lock(job.work / "finish.lock", wait=True):
-            if (job.out / f"{job.split}.json").exists():  # another node finished it a moment ago
-                finished = _finished_records(job)
-                return None if finished is None else list(finished.values())
+            finished = _finished_records(job)
+            if finished is not None and _is_sound(job, finished, inputs):  # by another node, a moment ago
+                shutil.rmtree(job.work, ignore_errors=True)
+                return list(finished.values())
             records = _work_records(job, inputs)
             if len(records) < len(groups):
                 return None
