@@ -33,6 +33,7 @@ from cxrdist.augment.views import distinct_views, make_views
 from cxrdist.cli import Parser, add_flags
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
+from cxrdist.data.remote import fetch_shards
 from cxrdist.data.split import read_split, rows_of_fold
 from cxrdist.errors import UserError, run_entry
 from cxrdist.labels import LABELS, SPLITS, read_template
@@ -90,12 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_processes(args.expect_processes)
     start = time.monotonic()
+    shards = args.shards or Path("shards") / f"div_{args.div}"
+    if args.shards_url:  # before the process group, whose timeout is shorter than a download
+        fetch_shards(args.shards_url, shards, args.split, args.div)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
     # without cpu=True two processes on a machine without GPU each take themselves for the only one
     accelerator = Accelerator(cpu=use_cpu(), kwargs_handlers=[timeout], mixed_precision="no")
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     assert world_size == int(os.environ.get("WORLD_SIZE", "1"))
-    job = together(lambda: prepare(args, device), rank)
+    job = together(lambda: prepare(args, shards, device), rank)
     parts = job.store.read_all()
     done = {int(number) for numbers in gather_object([part.batches for part in parts.values()]) for number in numbers}
     own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
@@ -140,11 +144,11 @@ def together(act: Callable[[], T], rank: int) -> T:
     return result  # type: ignore[return-value]
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> Job:
+def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job:
     """Read and check everything that can be checked without an image."""
     specs = [parse_member(text) for text in args.member] or default_members(args.div)
     precision, _ = resolve_precision(args.precision, device)
-    index = open_index(args.shards or Path("shards") / f"div_{args.div}", args.split, args.div)
+    index = open_index(shards, args.split, args.div)
     template = choose_template(args, index)
     ensemble = load_ensemble(specs, args.div)
     rows = rows_to_score(index, args.fold, ensemble)
@@ -173,7 +177,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Job:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="accelerate launch -m cxrdist.infer", description=__doc__)
-    add_flags(parser, "--div", "--shards", "--out", out={"required": False})
+    add_flags(parser, "--div", "--shards", "--shards-url", "--out", out={"required": False})
     parser.add_argument(
         "--member",
         action="append",

@@ -39,6 +39,7 @@ from cxrdist.augment.training import TrainingAugment
 from cxrdist.cli import Parser, add_flags
 from cxrdist.data import order, split
 from cxrdist.data.loader import Batch, Loader
+from cxrdist.data.remote import fetch_shards
 from cxrdist.errors import UserError, run_entry
 from cxrdist.files import write_atomically
 from cxrdist.labels import LABELS
@@ -65,7 +66,17 @@ def parser() -> Parser:
     """The command line of `cxrdist.train`."""
     flags = Parser(prog="cxrdist.train", description=__doc__)
     flags.add_argument("--model", default="eva_x", help="eva_x, chexfound, eva_x_small, eva_x_tiny or a named recipe")
-    shared = ("--div", "--shards", "--out", "--init", "--resume", "--set", "--device-batch-size", "--precision")
+    shared = (
+        "--div",
+        "--shards",
+        "--shards-url",
+        "--out",
+        "--init",
+        "--resume",
+        "--set",
+        "--device-batch-size",
+        "--precision",
+    )
     add_flags(flags, *shared, "--expect-processes", "--max-hours")
     flags.add_argument("--folds", type=int, default=5, metavar="N", help="patient-grouped folds (with --validate-fold)")
     flags.add_argument("--validate-fold", type=int, metavar="K", help="hold out fold K (from 0) and validate on it")
@@ -101,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = recipes.with_overrides(recipes.recipe_for(args.model, args.div), args.overrides)
     shards = args.shards or Path("shards") / f"div_{args.div}"
     run = args.out or Path("runs") / f"{recipe.name}_{args.div}"
+    if args.shards_url:  # before the process group, whose timeout is shorter than a download
+        fetch_shards(args.shards_url, shards, "train", args.div)
 
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(_process_group(args.timeout_s))
