@@ -258,29 +258,20 @@ def load_ensemble(specs: Sequence[MemberSpec], div: str) -> Ensemble:
     checkpoints: dict[str, list[Checkpoint]] = {}
     weights: dict[str, float] = {}
     ensemble = Ensemble([], {}, {})
-    backbones: dict[str, CheXFound] = {}
+    backbones: dict[str, Any] = {}
     for spec in specs:
         for label, run, recipe, model in load_checkpoints(spec, div):
             if recipe.div != div:
                 raise UserError(
                     f"{label} was trained for division {recipe.div}, --div is {div}; use that division's run"
                 )
-            views = spec.views or recipe.views
-            frozen = frozen_names(model)
-            state = model.state_dict()
-            backbone = tensors_sha256(state, frozen) if frozen else None
-            trained = tensors_sha256(state, [name for name in state if name not in set(frozen)])
-            sha256 = hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest()
-            if backbone and isinstance(model, CheXFound):
-                shared = backbones.setdefault(f"{backbone} {recipe.image_size}", model)
-                model.backbone = shared.backbone
-            ensemble.models.setdefault(sha256, model.eval())
+            item = checkpoint_of(label, recipe, model, spec.views or recipe.views)
+            if isinstance(model, CheXFound):
+                model.backbone = backbones.setdefault(f"{item.backbone_sha256} {item.image_size}", model.backbone)
+            ensemble.models.setdefault(item.sha256, model.eval())
             if run is not None:
-                ensemble.runs[sha256] = run
-            distinct = tuple(distinct_views(views).items())
-            checkpoints.setdefault(spec.name, []).append(
-                Checkpoint(label, sha256, backbone, recipe.image_size, distinct, len(views))
-            )
+                ensemble.runs[item.sha256] = run
+            checkpoints.setdefault(spec.name, []).append(item)
         weight = 1.0 if spec.weight is None else spec.weight
         if weights.setdefault(spec.name, weight) != weight:
             raise UserError(f"--member {spec.name} has two weights ({weights[spec.name]}, {weight}); give one")
@@ -288,6 +279,15 @@ def load_ensemble(specs: Sequence[MemberSpec], div: str) -> Ensemble:
         raise UserError("the members' weights sum to 0; give at least one a weight above 0")
     ensemble.members = [Member(name, tuple(items), weights[name]) for name, items in checkpoints.items()]
     return ensemble
+
+
+def checkpoint_of(label: str, recipe: Recipe, model: nn.Module, views: Sequence[str]) -> Checkpoint:
+    """The identity of a model's weights, by content, and the views that it is scored with."""
+    state, frozen = model.state_dict(), frozen_names(model)
+    backbone = tensors_sha256(state, frozen) if frozen else None
+    trained = tensors_sha256(state, [name for name in state if name not in set(frozen)])
+    sha256 = hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest()
+    return Checkpoint(label, sha256, backbone, recipe.image_size, tuple(distinct_views(views).items()), len(views))
 
 
 def load_checkpoints(spec: MemberSpec, div: str) -> Iterator[tuple[str, Path | None, Recipe, nn.Module]]:
