@@ -251,17 +251,17 @@ def folder_listing(folder: Path) -> str:
 def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict[str, tuple[float, bool]]:
     """Run what is not finished yet; returns step -> (seconds it took, reused). Raises UserError for a failed command.
 
-    A step's stamp holds a hash of its command, its inputs and the hashes of the steps that it needs, so a change
-    anywhere repeats everything that depends on it, and nothing else.
+    A step's stamp holds a hash of its command, its inputs and when the steps that it needs were finished, so whatever
+    changes or is done again repeats everything that depends on it, and nothing else.
     """
     stamps = out / "steps"
     stamps.mkdir(parents=True, exist_ok=True)
-    keys: dict[str, str] = {}
+    finished: dict[str, int] = {}
     seconds: dict[str, tuple[float, bool]] = {}
     for number, step in enumerate(steps, 1):
         contents = [path_hash(item) if isinstance(item, Path) else item for item in step.inputs]
-        identity = json.dumps([step.name, step.words, contents, [keys[need] for need in step.needs]])
-        key = keys[step.name] = hashlib.sha256(identity.encode()).hexdigest()
+        identity = json.dumps([step.name, step.words, contents, [finished[need] for need in step.needs]])
+        key = hashlib.sha256(identity.encode()).hexdigest()
         stamp = stamps / f"{step.name.replace(' ', '_')}.json"
         before = read_stamp(stamp)
         title = f"[{number}/{len(steps)}] {step.name}"
@@ -269,6 +269,7 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
         if same and before["finished"] and all(path.exists() for path in step.results):
             print(f"{title}: finished before in {before['seconds']:.0f} s, reused", flush=True)
             seconds[step.name] = (before["seconds"], True)
+            finished[step.name] = before["finished"]
             continue
         words = list(step.words)
         spent = 0.0
@@ -282,20 +283,21 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
                 print(f"  {step.folder} is of another input or command: it is made anew", flush=True)
                 shutil.rmtree(step.folder)
         begun = time.monotonic()
-        write_stamp(stamp, key, words, spent, finished=False)
+        write_stamp(stamp, key, words, spent, finished=0)
         try:
             if step.call is not None:
                 step.call()
             else:
                 run_command(step.name, words, environment)
         except BaseException:
-            write_stamp(stamp, key, words, spent + time.monotonic() - begun, finished=False)
+            write_stamp(stamp, key, words, spent + time.monotonic() - begun, finished=0)
             raise
         missing = [str(path) for path in step.results if not path.exists()]
         if missing:
             raise UserError(f"step {step.name!r} ended well but did not write {', '.join(missing)}")
         took = spent + time.monotonic() - begun
-        write_stamp(stamp, key, words, took, finished=True)
+        finished[step.name] = time.time_ns()
+        write_stamp(stamp, key, words, took, finished=finished[step.name])
         seconds[step.name] = (took, False)
     return seconds
 
@@ -313,7 +315,8 @@ def read_stamp(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_stamp(path: Path, key: str, words: list[str], seconds: float, *, finished: bool) -> None:
+def write_stamp(path: Path, key: str, words: list[str], seconds: float, *, finished: int) -> None:
+    """Note a step as begun (finished 0) or as finished at a time in ns."""
     stamp = {"key": key, "finished": finished, "seconds": round(seconds, 1), "command": shlex.join(words)}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(stamp, indent=1))

@@ -87,7 +87,7 @@ def test_lost_result_or_damaged_stamp_repeats_the_step(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path)
     workshop.run()
     (tmp_path / "second").unlink()
-    assert workshop.run() == ["second"]
+    assert workshop.run() == ["second", "third"]
     (tmp_path / "steps" / "third.json").write_text("{")
     assert workshop.run() == ["third"]
 
@@ -173,5 +173,5 @@ def test_mistake_is_named_before_anything_is_written(
 def test_stamp_keeps_the_command_for_the_reader(tmp_path: Path) -> None:
     Workshop(tmp_path).run()
     stamp = json.loads((tmp_path / "steps" / "first.json").read_text())
-    assert stamp["finished"] is True
+    assert stamp["finished"] > 0
     assert {"command", "seconds", "key"} <= set(stamp)
