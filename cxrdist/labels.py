@@ -163,9 +163,9 @@ def name_problem(name: str) -> str:
         return "is blank"
     if "/" in name or "\\" in name or name in (".", ".."):
         return "must be a plain file name, without a folder"
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+    if re.search(r"[\x00-\x1f\x7f]", name):
         return "holds a control character"
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):
+    if re.search(r"[\ud800-\udfff]", name):
         return "is not valid UTF-8"
     return ""
 

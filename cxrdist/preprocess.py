@@ -6,7 +6,6 @@
 Run the same command again after an interruption: finished shards are kept. See shards/README.md for the format.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -164,6 +163,9 @@ def make_job(
         table = read_template(csv)
     files = list_images(images, wanted=set() if table is None else set(table["image_name"]))
     if table is None:
+        for name in files:
+            if name_problem(name):
+                raise UserError(f"{images}: the name of {name!r} {name_problem(name)}; rename it")
         table = pd.DataFrame({"image_name": sorted(files)})
     names = list(table["image_name"])
     found = sum(name in files for name in names)
@@ -173,30 +175,12 @@ def make_job(
             f"{len(files):,} images (first: {min(files)!r}); are --images and --csv of the same split?"
         )
     known_bad = set(DIVISION_FILES[div].unreadable) if split == "train" else set()
+    absent_file = ImageFile("", 0, MISSING)
     sources = []
-    targets = table[list(LABELS)].to_numpy().tolist() if split == "train" else None
-    for key, name in enumerate(names):
-        file = files.get(name)
-        if name in known_bad:
-            reason = f"known to be unreadable in division {div.upper()}"
-        else:
-            reason = MISSING if file is None else file.problem
-        row = {field: str(table[field].iat[key]) for field in ("patient", "study", "view", "sex", "age") if targets}
-        if not targets:
-            row = {"patient": "", "study": ""}
-            with contextlib.suppress(UserError):
-                row = {"patient": patient_of(name), "study": study_of(name)}
-        sources.append(
-            Source(
-                key=key,
-                image_name=name,
-                path=file.path if file else "",
-                size=file.size if file else 0,
-                reason=reason,
-                targets=tuple(targets[key]) if targets else None,
-                **row,
-            )
-        )
+    for key, (name, about) in enumerate(zip(names, _known_of(table, split), strict=True)):
+        file = files.get(name, absent_file)
+        reason = f"known to be unreadable in division {div.upper()}" if name in known_bad else file.problem
+        sources.append(Source(key, name, file.path, file.size, reason, *about))
     extra = len(set(files) - set(names))
     provenance = {
         "csv": csv.name if csv else None,
@@ -213,6 +197,21 @@ def make_job(
     if extra:
         print(f"  {extra:,} images there are in no row of the CSV and are not used")
     return SplitJob(out, div, split, sources, mode, rows_per_shard, provenance)
+
+
+def _known_of(table: pd.DataFrame, split: str) -> list[tuple[Any, ...]]:
+    """For each row what `Source` holds after the reason: all of it from a label CSV, patient and study from a name."""
+    if split == "train":
+        about = [table[field].tolist() for field in ("patient", "study", "view", "sex", "age")]
+        targets = [tuple(row) for row in table[list(LABELS)].to_numpy().tolist()]
+        return list(zip(*about, targets, strict=True))
+    known: list[tuple[Any, ...]] = []
+    for name in table["image_name"]:
+        try:
+            known.append((patient_of(name), study_of(name)))
+        except UserError:  # a test image may be called anything
+            known.append(("", ""))
+    return known
 
 
 def list_images(folder: Path, wanted: set[str]) -> dict[str, ImageFile]:
@@ -232,7 +231,7 @@ def list_images(folder: Path, wanted: set[str]) -> dict[str, ImageFile]:
                 continue
             if entry.name not in wanted and not entry.name.lower().endswith(EXTENSIONS):
                 continue
-            problem = name_problem(entry.name) and f"its name {name_problem(entry.name)}"
+            problem = ""
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
                 problem = "a symbolic link that leaves the image folder is not followed"
             elif not entry.is_file():

@@ -102,9 +102,9 @@ class SplitJob:
 
     def inputs_hash(self, group: list[Source]) -> str:
         """SHA-256 over rows, file sizes and settings of one shard (not over where the images lie)."""
-        rows = [[*asdict(source).values()] for source in group]
-        for row, source in zip(rows, group, strict=True):
-            row[2] = os.path.basename(source.path)
+        rows = [
+            (s.key, s.image_name, s.size, s.reason, s.patient, s.study, s.view, s.sex, s.age, s.targets) for s in group
+        ]
         settings = [FORMAT_VERSION, self.div, self.split, self.mode, self.rows_per_shard]
         return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
 

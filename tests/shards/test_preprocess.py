@@ -129,6 +129,9 @@ def test_a_test_split_comes_from_a_template_or_the_folder(make_division: Any, tm
     assert index.targets is None
     run(images, None, tmp_path / "folder", "--split", "test")
     assert list(open_index(tmp_path / "folder", "test", "b").image_names) == sorted(index.image_names)
+    (images / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
+    with pytest.raises(UserError, match="not valid UTF-8; rename it"):
+        run(images, None, tmp_path / "bytes", "--split", "test")
 
 
 def test_the_competition_layout_gives_both_splits(make_division: Any, tmp_path: Path) -> None:
