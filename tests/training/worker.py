@@ -1,0 +1,132 @@
+"""Runs `cxrdist.train` in tests: two small recipes, and faults at chosen places (see FAULT below).
+
+`python worker.py ARGS` in one process, or under torch.distributed.run. FAULT is a JSON object in the environment:
+  kill: {"rank", "at", "count"}: SIGKILL when `at` ("step", "save", "validate", "file") happens for the count-th time
+  nan: {"rank", "keys", "from"}: pixels of these keys become NaN on that rank from the from-th global step on
+  loss_scale: start of the loss scale, used with bf16 in place of fp16's
+  slow_s: seconds to sleep after each step
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cxrdist import recipes, train
+from cxrdist.errors import run_entry
+from cxrdist.models import weights
+from cxrdist.recipes import Group, Recipe
+
+TINY = (("depth", 12), ("embed_dim", 24), ("num_heads", 2))
+TINY_CHEXFOUND = (("decoder_dim", 16), ("depth", 4), ("embed_dim", 32), ("init_values", 1.0), ("num_heads", 2))
+
+
+def tiny_eva_x(div: str) -> Recipe:
+    """EVA-X with the published layer-wise rows at 300 times their rates, constant, no clipping."""
+    base = recipes.eva_x(div)
+    groups = tuple(Group(pattern=g.pattern, lr=g.lr and g.lr * 300, weight_decay=g.weight_decay) for g in base.groups)
+    return dataclasses.replace(
+        base,
+        name="tiny_eva_x",
+        image_size=32,
+        epochs=4,
+        member_epochs=(3, 4),
+        global_batch_size=10,
+        groups=groups,
+        ema_decay=0.9,
+        model_kwargs=TINY,
+    )
+
+
+def tiny_chexfound(div: str) -> Recipe:
+    """CheXFound with warm-up, cosine, clipping and an EMA that ramps."""
+    base = recipes.chexfound(div)
+    return dataclasses.replace(
+        base,
+        name="tiny_chexfound",
+        image_size=32,
+        epochs=4,
+        member_epochs=(3, 4),
+        global_batch_size=10,
+        groups=(Group(pattern=r"^backbone\.", lr=None), Group(pattern=r"^glori\.", lr=1e-2, weight_decay=0.1)),
+        ema_decay=0.9,
+        ema_ramp=True,
+        lr_schedule="cosine",
+        warmup_steps=3,
+        clip_grad_norm=0.05,
+        model_kwargs=TINY_CHEXFOUND,
+    )
+
+
+recipes.RECIPES |= {"tiny_eva_x": tiny_eva_x, "tiny_chexfound": tiny_chexfound}
+
+
+def inject(fault: dict[str, Any]) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    kill = fault.get("kill")
+    if kill is not None and kill["rank"] == rank:
+        left = [kill["count"]]
+
+        def happened(*_: object) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        owner, name = {
+            "step": (train.Control, "after_step"),
+            "save": (train.Training, "save_step"),
+            "save_epoch": (train.Training, "save_epoch"),
+            "validate": (train.Training, "validate"),
+            "file": (weights, "write_safetensors"),
+            "manifest": (train.checkpoint, "write_atomically"),
+        }[kill["at"]]
+        original = getattr(owner, name)
+
+        def then_die(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            happened()
+            return result
+
+        setattr(owner, name, then_die)
+    nan = fault.get("nan")
+    if nan is not None and nan["rank"] == rank:
+        augment = train.TrainingAugment.__call__
+
+        def poisoned(self: Any, images: torch.Tensor, keys: Any, epoch: int) -> torch.Tensor:
+            result = augment(self, images, keys, epoch)
+            for place, key in enumerate(keys.tolist()):
+                if key in nan["keys"] and self.mode != "none":
+                    result[place] = float("nan")
+            return result
+
+        train.TrainingAugment.__call__ = poisoned  # type: ignore[method-assign]
+    if "loss_scale" in fault:
+        build = train.GuardedAdamW
+
+        def scaled(*args: Any, **kwargs: Any) -> Any:
+            return build(*args, **kwargs | {"loss_scale": fault["loss_scale"]})
+
+        train.GuardedAdamW = scaled  # type: ignore[misc, assignment]
+    if "slow_s" in fault:
+        after_step = train.Control.after_step
+
+        def slowly(self: Any) -> Any:
+            time.sleep(fault["slow_s"])
+            return after_step(self)
+
+        train.Control.after_step = slowly  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    inject(json.loads(os.environ.get("FAULT", "{}")))
+    marker = os.environ.get("STARTED_FILE")
+    if marker and os.environ.get("RANK", "0") == "0":
+        Path(marker).touch()
+    raise SystemExit(run_entry(lambda: train.main(sys.argv[1:])))
