@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cxrdist
-from cxrdist import models, recipes
+from cxrdist import estimate, models, recipes
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.cli import Parser, add_flags
 from cxrdist.data import order, split
@@ -101,6 +102,7 @@ def parser() -> Parser:
     flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
+    flags.add_argument("--dry-run", action="store_true", help="say what the run needs (memory, hours, disk) and stop")
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
     return flags
 
@@ -120,6 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         precision, why = ranks.together(lambda: resolve_precision(args.precision, ranks.device))
         index = ranks.together(lambda: open_index(shards, "train", args.div))
         facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, args))
+        if args.dry_run:
+            ranks.first(
+                lambda: print(_estimate(recipe, len(train_rows), ranks, precision, args.device_batch_size, run))
+            )
+            return
         ranks.together(lambda: stack.enter_context(checkpoint.run_lock(run)) if ranks.rank == 0 else None)
         restored = ranks.first(lambda: _find_start(run, recipe, facts, resume=args.resume, say=ranks.say))
         if restored.finished:
@@ -875,6 +882,18 @@ def _build(recipe: Recipe, init: str | None, run: Path, start: Start) -> tuple[n
         if any(name.startswith("backbone.") for name in weight_files.read_weights(file).tensors):
             return model, FrozenBackbone(str(file.resolve()), weight_files.file_sha256(file))
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
+
+
+def _estimate(
+    recipe: Recipe, num_images: int, ranks: Ranks, precision: str, device_batch_size: int | None, run: Path
+) -> str:
+    if ranks.device.type == "cuda":
+        memory = float(torch.cuda.mem_get_info(ranks.device)[0])
+    else:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world_size
+    here = estimate.measured_machine(ranks.device, ranks.world_size, cast(estimate.Precision, precision), memory)
+    disk = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
+    return estimate.report(recipe, num_images, here, device_batch_size, disk)
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

@@ -1,0 +1,171 @@
+"""Where the time of a training step goes: data, augmentation, forward, backward, optimizer, EMA; what the EMA saves."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cxrdist import models, recipes
+from cxrdist.augment.training import TrainingAugment
+from cxrdist.bench.timing import Row, interleaved, rows_of
+from cxrdist.data.loader import Loader
+from cxrdist.data.order import MicroBatch, train_batches
+from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.shards.writer import Source, SplitJob, write_split
+from cxrdist.training.checkpoint import recipe_model
+from cxrdist.training.ema import Ema
+from cxrdist.training.losses import effective_pos_weight, focal_bce
+from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.precision import autocast
+
+NUM_IMAGES = 48
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `python -m cxrdist.bench step`."""
+    parser.add_argument("--model", default="eva_x_small", help="a model or recipe (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="fp32")
+    parser.add_argument("--threads", type=int, metavar="N", help="decode threads")
+    parser.add_argument("--no-ema", action="store_true", help="leave out the comparison of EMA updates")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Rows of stage `step` with each part's share of the median step, and of stage `ema`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = step_rows(args, write_shards(Path(folder)), device)
+    return rows if args.no_ema else rows + ema_rows(device)
+
+
+def write_shards(folder: Path) -> ShardIndex:
+    """A training split of smooth noise; how an image looks does not change the time of a step."""
+    rng = np.random.default_rng(0)
+    sources = []
+    for number in range(NUM_IMAGES):
+        path = folder / f"{number:08d}_001_001.png"
+        noise = Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8))
+        noise.resize((600, 600), Image.Resampling.BILINEAR).save(path, compress_level=1)
+        targets = tuple(int(value) for value in rng.random(14) < 0.3)
+        sources.append(
+            Source(number, path.name, str(path), path.stat().st_size, "", path.name[:8], "001", targets=targets)
+        )
+    write_split(SplitJob(folder / "shards", "b", "train", sources, "exact", NUM_IMAGES, {}))
+    return open_index(folder / "shards", "train", "b")
+
+
+def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device) -> list[Row]:
+    """Median seconds of each part of a step, as images/s and share of the whole."""
+    recipe = recipes.recipe_for(args.model, "b")
+    model = recipe_model(recipe)
+    groups = param_groups(model, recipe.groups)
+    model.to(device).train()
+    assert index.targets is not None
+    pos_weight = effective_pos_weight(torch.from_numpy(index.targets.sum(axis=0)), len(index)).to(device)
+    optimizer = GuardedAdamW(
+        groups,
+        betas=recipe.betas,
+        factors=lr_factors(recipe.lr_schedule, 100, recipe.warmup_steps),
+        clip_grad_norm=recipe.clip_grad_norm,
+        loss_scale=2.0**16 if args.precision == "fp16" else None,
+    )
+    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(models.frozen_names(model)))
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+    parts: dict[str, list[float]] = {}
+    clock = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        parts.setdefault(part, []).append(now - clock)
+        clock = now
+
+    def plan(epoch: int) -> list[MicroBatch]:
+        options = {"global_batch_size": args.batch_size, "device_batch_size": args.batch_size}
+        return list(train_batches(np.arange(len(index)), seed=0, epoch=epoch, rank=0, world_size=1, **options))
+
+    wanted = [micro for epoch in range(1 + args.steps * args.batch_size // NUM_IMAGES) for micro in plan(epoch)]
+    with Loader(index, device, num_threads=args.threads) as loader:
+        clock = time.perf_counter()
+        for batch in loader.batches(wanted[: args.steps + 1]):
+            lap("data wait")
+            images = augment(batch.images, batch.keys, batch.epoch)
+            lap("augmentation")
+            with autocast(args.precision, device):
+                logits = model(images)
+            assert batch.targets is not None
+            loss = focal_bce(
+                logits,
+                batch.targets,
+                pos_weight,
+                focal_weight=recipe.focal_weight,
+                focal_alpha=recipe.focal_alpha,
+                focal_gamma=recipe.focal_gamma,
+                bce_weight=recipe.bce_weight,
+            )
+            lap("forward")
+            optimizer.backward(loss.total, batch.weight)
+            lap("backward")
+            skipped = optimizer.step()
+            lap("optimizer")
+            ema.update(skipped)
+            lap("EMA")
+    medians = {part: statistics.median(seconds[1:]) for part, seconds in parts.items()}  # the first step allocates
+    whole = sum(medians.values())
+    outside = 1.0 - (medians["forward"] + medians["backward"]) / whole
+    rows = [
+        Row(
+            "step",
+            part,
+            args.batch_size / seconds,
+            None,
+            whole and seconds / whole,
+            f"{seconds / whole:.1%} of the step",
+        )
+        for part, seconds in medians.items()
+    ]
+    note = f"{recipe.name} {recipe.image_size} px, {args.precision}, batch {args.batch_size}; {outside:.1%} is overhead"
+    return [*rows, Row("step", "all", args.batch_size / whole, note=note)]
+
+
+def ema_rows(device: torch.device) -> list[Row]:
+    """Updates of CheXFound's EMA a second: over the whole state tensor by tensor, as published, and as done here."""
+    recipe = recipes.chexfound("b")
+    with torch.device(device):
+        model = recipe_model(recipe)
+    param_groups(model, recipe.groups)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    copy = {name: tensor.clone() for name, tensor in state.items()}
+    ema = Ema(model, recipe.ema_decay, frozen=frozenset(models.frozen_names(model)))
+    decay, skip = recipe.ema_decay, torch.zeros((), device=device)
+
+    def synchronized(update: Callable[[], None]) -> Callable[[], int]:
+        def once() -> int:
+            update()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return 1
+
+        return once
+
+    def published() -> None:
+        for name, tensor in state.items():
+            average: Tensor = copy[name]
+            average.copy_(average * decay + tensor * (1.0 - decay))
+
+    variants = {
+        "whole state, as published": synchronized(published),
+        "trained values": synchronized(lambda: ema.update(skip)),
+    }
+    notes = dict.fromkeys(variants, "CheXFound; updates/s instead of images/s")
+    return rows_of("ema", interleaved(variants, rounds=3), baseline="whole state, as published", notes=notes)
