@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     out = args.out or Path("shards") / f"div_{args.div}"
-    workers = args.workers or len(os.sched_getaffinity(0))
+    all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = args.workers or all_cores
     node_rank, num_nodes = node_of(args.node_rank, args.num_nodes, os.environ)
     for split, images, csv in inputs_of(args.div, args.data, args.images, args.csv, args.split):
         job = make_job(

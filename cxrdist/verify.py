@@ -5,7 +5,10 @@ python -m cxrdist.verify --div b --hashes              every byte
 """
 
 import time
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from cxrdist.cli import Parser, add_flags
 from cxrdist.errors import UserError, run_entry
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     for split in splits:
         started = time.monotonic()
-        report = verify(folder, split, args.div, args.hashes)
+        report = verify(folder, split, args.div, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
         checked = "every byte" if report.hashed else "names, sizes and headers"
         print(
             f"{split}: {report.num_images:,} images in {report.num_shards:,} shards are in order "

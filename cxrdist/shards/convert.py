@@ -172,7 +172,8 @@ def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generato
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["cxrdist.shards.convert"])
+        # With pandas, which a worker never uses but imports with the parent's main module: once, and its memory shared.
+        context.set_forkserver_preload(["cxrdist.shards.writer"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[Converted | str]] = deque()
     try:

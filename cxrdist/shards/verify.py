@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,20 @@ class Report:
     hashed: bool
 
 
-def verify(folder: Path, split: str, div: str, hashes: bool = False) -> Report:
+def verify(
+    folder: Path,
+    split: str,
+    div: str,
+    hashes: bool = False,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Report:
     """Check one split; UserError names the first shard, and the key, that is not what the index says.
 
     Without `hashes`: index, tar names and sizes, and every tar header (no image is read). With: also the SHA-256 of
-    every image and tar.
+    every image and tar. `progress` may wrap the range of shards in a progress bar.
     """
     index = open_index(folder, split, div)
-    for number in range(len(index.shards)):
+    for number in progress(range(len(index.shards))):
         _check_shard(index, number, hashes)
     return Report(len(index), len(index.shards), hashes)
 

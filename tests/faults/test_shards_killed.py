@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -95,6 +96,21 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(
     assert f"{NUM_IMAGES} rows = {NUM_IMAGES - 1} images stored + 1 left out" in printed
     assert bytes_of(out) == expected
     verify(out, "train", "b", hashes=True)
+
+
+def test_a_killed_worker_ends_the_run_by_name(arguments: list[str], tmp_path: Path) -> None:
+    process = start(arguments, tmp_path / "out")
+    try:
+        wait_for_shards(tmp_path / "out", 2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        max(children, key=lambda child: child.cpu_times().user).kill()
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 2
+        assert "a worker process was killed (out of memory?)" in errors
+        assert group_is_gone(process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_runs_at_once_in_one_folder_are_named(arguments: list[str], tmp_path: Path) -> None:
