@@ -6,11 +6,15 @@ such. Efficiencies: T4, what the published EVA-X training reached (31.3 images/s
 CPU, half of the matrix-multiplication speed measured on the spot (0.48-0.56 seen for both models in bf16).
 """
 
+import functools
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,10 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cxrdist.errors import UserError
 from cxrdist.models import build_model, trainable_names
 from cxrdist.recipes import Recipe
+from cxrdist.shards.index import open_index
+from cxrdist.training.precision import resolve_precision
 
 GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
 TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
+PUBLISHED_IMAGES = {"a": 107_374, "b": 108_491}
 DECODED_BATCHES = 3  # 600-px uint8 batches in flight
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -84,6 +91,7 @@ class Cost:
     num_trained: int
 
 
+@functools.cache
 def count_cost(recipe: Recipe, precision: Precision = "bf16") -> Cost:
     """Count FLOPs and saved activations of one image on the recipe's model; takes seconds and no memory to speak of."""
     sizes: dict[str, Any] = dict(recipe.model_kwargs)
@@ -250,3 +258,33 @@ def report(recipe: Recipe, num_images: int, here: Machine, device_batch_size: in
 
 def _duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+def dry_run(recipe: Recipe, shards: Path, out: Path, *, device_batch_size: int | None, precision: str) -> str:
+    """The report for a training as it would start here: on all GPUs, or on the processes that were launched.
+
+    Counts the images of the shard set where it is there, else those of the published division. Raises UserError when
+    the run cannot fit this machine (see `require_fit`).
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, _ = resolve_precision(precision, device)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        num_devices = max(launched, torch.cuda.device_count())
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        num_devices = max(launched, 2)
+        memory = _available_memory() / num_devices
+    here = measured_machine(device, num_devices, cast(Precision, chosen), memory)
+    there = (shards / "train.json").is_file()
+    num_images = len(open_index(shards, "train", recipe.div)) if there else PUBLISHED_IMAGES[recipe.div]
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    text = report(recipe, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free))
+    return (
+        text if there else f"{text}\nno shards in {shards} yet: counted the {num_images:,} images of the published run"
+    )
+
+
+def _available_memory() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -101,6 +101,7 @@ def parser() -> Parser:
     )
     flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
+    flags.add_argument("--dry-run", action="store_true", help="estimate memory, hours and sizes; nothing is written")
     flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
     flags.add_argument("--dry-run", action="store_true", help="say what the run needs (memory, hours, disk) and stop")
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
@@ -114,6 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     recipe = recipes.with_overrides(recipes.recipe_for(args.model, args.div), args.overrides)
     shards = args.shards or Path("shards") / f"div_{args.div}"
     run = args.out or Path("runs") / f"{recipe.name}_{args.div}"
+    if args.dry_run:
+        sizes = {"device_batch_size": args.device_batch_size, "precision": args.precision}
+        if os.environ.get("RANK", "0") == "0":
+            print(estimate.dry_run(recipe, shards, run, **sizes))
+        return
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, "train", args.div)
 

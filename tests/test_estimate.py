@@ -1,9 +1,11 @@
 """Dry-run estimates: counted FLOPs equal the known ones, memory and disk refusals name the flag that helps."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from cxrdist import train
 from cxrdist.errors import UserError
 from cxrdist.estimate import (
     GB,
@@ -56,3 +58,17 @@ def test_report_marks_its_times_as_estimates() -> None:
     assert "estimates" in text
     assert "factor of two" in text
     assert "H100 x 8" in text
+
+
+def test_dry_run_prints_estimates_writes_nothing_and_refuses_what_cannot_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train.main(["--div", "b", "--dry-run"])
+    text = capsys.readouterr().out
+    assert "157 GFLOP" in text
+    assert "108,491" in text
+    assert "T4 x 2" in text
+    with pytest.raises(UserError, match="--device-batch-size"):
+        train.main(["--div", "b", "--dry-run", "--device-batch-size", "4096"])
+    assert list(tmp_path.iterdir()) == []
