@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = args.workers or all_cores
     node_rank, num_nodes = node_of(args.node_rank, args.num_nodes, os.environ)
-    for split, images, csv in inputs_of(args.div, args.data, args.images, args.csv, args.split):
-        job = make_job(
+    jobs = [  # all before the first image: a mistake in the test split must not show hours later
+        make_job(
             args.div,
             split,
             images,
@@ -91,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
             blank=args.blank,
             uncertain=args.uncertain,
         )
+        for split, images, csv in inputs_of(args.div, args.data, args.images, args.csv, args.split)
+    ]
+    for job in jobs:
         run(job, workers=workers, node_rank=node_rank, num_nodes=num_nodes, overwrite=args.overwrite)
     print(f"shards in {out}; {time.monotonic() - started:.0f} s in all")
 
@@ -115,7 +118,15 @@ def inputs_of(
         "train": (data / files.train_images, data / files.train_csv),
         "test": (data / files.test_images, template if template.is_file() else None),
     }
-    return [(name, *wanted[name]) for name in SPLITS if split in (None, name)]
+    chosen = [(name, *wanted[name]) for name in SPLITS if split in (None, name)]
+    for name, folder, _ in chosen:
+        if not folder.is_dir():
+            other = SPLITS[1 - SPLITS.index(name)]
+            raise UserError(
+                f"--data {data}: there is no folder {folder.name} in it; division {div} has {files.train_csv}, "
+                f"{files.train_images}/, {files.test_images}/ (--split {other} needs no {name} images)"
+            )
+    return chosen
 
 
 def node_of(node_rank: int | None, num_nodes: int | None, environ: Any) -> tuple[int, int]:

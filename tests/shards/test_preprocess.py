@@ -138,11 +138,17 @@ def test_the_competition_layout_gives_both_splits(make_division: Any, tmp_path: 
     images, table = make_division(["00000001_001_001.jpg", "00000002_001_001.jpg"])
     images.rename(tmp_path / "train2")
     table.rename(tmp_path / "train2.csv")
+    arguments = ["--div", "b", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(UserError, match=r"no folder test2 in it.*--split train"):
+        preprocess.main(arguments)
     (tmp_path / "test2").mkdir()
+    with pytest.raises(UserError, match=r"test2: no \.png"):
+        preprocess.main(arguments)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "test2" / "00000003_001_001.jpg").write_bytes(
         (tmp_path / "train2" / "00000001_001_001.jpg").read_bytes()
     )
-    preprocess.main(["--div", "b", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
+    preprocess.main(arguments)
     assert [len(open_index(tmp_path / "out", split, "b")) for split in ("train", "test")] == [2, 1]
 
 
