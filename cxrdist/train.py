@@ -103,6 +103,9 @@ def parser() -> Parser:
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--dry-run", action="store_true", help="estimate memory, hours and sizes; nothing is written")
     flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
+    flags.add_argument(
+        "--max-steps", type=int, metavar="N", help="checkpoint and stop after N steps, to try things out"
+    )
     flags.add_argument("--dry-run", action="store_true", help="say what the run needs (memory, hours, disk) and stop")
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
     return flags
@@ -203,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint_s=args.checkpoint_minutes * 60.0,
             keep_steps=args.keep_steps,
             max_s=None if args.max_hours is None else args.max_hours * 3600.0,
+            max_steps=args.max_steps,
             max_skips=args.max_skips,
         )
         with _named_failures(device_batch_size, ranks):
@@ -259,6 +263,7 @@ class Training:
     checkpoint_s: float
     keep_steps: int
     max_s: float | None
+    max_steps: int | None
     max_skips: int
 
     def run_epochs(self) -> None:
@@ -268,7 +273,7 @@ class Training:
         criterion = self._criterion()
         num_steps = order.num_steps(len(self.train_rows), recipe.global_batch_size)
         meter = Meter(self, num_steps)
-        control = Control(ranks, self.checkpoint_s, self.max_s)
+        control = Control(ranks, self.checkpoint_s, self.max_s, self.max_steps)
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # of the step in work
         with control.signals(), meter:
             for epoch in range(state.epoch, recipe.epochs):
@@ -299,7 +304,7 @@ class Training:
                     if state.global_step % self.log_every == 0 or state.step == num_steps:
                         meter.log()  # the only place where the host waits for the device
                     meter.advance()
-                    decision = control.after_step()
+                    decision = control.after_step(state.global_step)
                     if decision.save and state.step < num_steps:
                         self.save_step()
                     if decision.stop:
@@ -525,8 +530,9 @@ class Control:
     so it costs no waiting.
     """
 
-    def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None) -> None:
+    def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None, max_steps: int | None) -> None:
         self._ranks = ranks
+        self._max_steps = max_steps
         self._checkpoint_s = checkpoint_s
         self._max_s = max_s
         self._started = self._saved = time.monotonic()
@@ -549,8 +555,10 @@ class Control:
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
-    def after_step(self) -> Decision:
+    def after_step(self, global_step: int) -> Decision:
         """Send this rank's wishes and return what was agreed on the wishes sent one step ago."""
+        if global_step == self._max_steps:
+            return Decision(stop="--max-steps")
         now = time.monotonic()
         self._slowest_s, self._last = max(self._slowest_s, now - self._last), now
         due = self._ranks.rank == 0 and now - self._saved >= self._checkpoint_s

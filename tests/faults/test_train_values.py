@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,13 +82,13 @@ def test_too_many_skips_in_a_row_stop_the_run_and_name_the_images(uneven_shards,
 
 def test_an_overflowing_loss_scale_backs_off_and_nothing_else_moves(uneven_shards, tmp_path):
     ended = training_runs.train(
-        uneven_shards, tmp_path, "--set", "epochs=2", "--set", "member_epochs=2", fault={"loss_scale": 2.0**127}
+        uneven_shards, tmp_path, "--set", "epochs=2", "--set", "member_epochs=2", fault={"loss_scale": 2.0**70}
     )
     assert ended.code == 0, ended.output
     found = training_runs.rows(tmp_path)
     skipped = found[-1]["skipped"]
     assert 0 < skipped < 10
-    assert found[-1]["loss_scale"] == 2.0 ** (127 - skipped)
+    assert found[-1]["loss_scale"] == 2.0 ** (70 - skipped)
     warmup = [row["lr/glori"] for row in found[: skipped + 3]]
     assert warmup[:skipped] == [warmup[0]] * skipped  # the schedule waits for the first step that is taken
     assert warmup[skipped] > warmup[0]
@@ -193,8 +194,9 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay_whole(uneven_sh
     flags = ["--checkpoint-minutes", "0", "--keep-steps", "50"]
     ended = training_runs.train(uneven_shards, run, *flags)
     assert ended.code != 0
-    assert "the disk is full" in ended.output
-    assert "bytes free" in ended.output or "free in" in ended.output
+    assert re.search(
+        r"error: \S+step_\d+\S*: .*(disk is full|No space left)[^\n]*[\d,]+ (bytes )?(are )?free", ended.output
+    )
     newest, warnings = checkpoint.newest_step(run)
     assert newest is not None
     assert warnings == []

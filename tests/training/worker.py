@@ -116,9 +116,9 @@ def inject(fault: dict[str, Any]) -> None:
     if "slow_s" in fault:
         after_step = train.Control.after_step
 
-        def slowly(self: Any) -> Any:
+        def slowly(self: Any, global_step: int) -> Any:
             time.sleep(fault["slow_s"])
-            return after_step(self)
+            return after_step(self, global_step)
 
         train.Control.after_step = slowly  # type: ignore[method-assign]
 

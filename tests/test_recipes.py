@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+from cxrdist import recipes
+from cxrdist.errors import UserError
+from cxrdist.recipes import Group, differences, from_json, recipe_for, to_json, with_overrides
+
+pytestmark = pytest.mark.fast
+
+
+def test_the_published_numbers():
+    for div, seed in (("a", 48), ("b", 22)):
+        recipe = recipes.eva_x(div)
+        assert (recipe.image_size, recipe.epochs, recipe.seed, recipe.global_batch_size) == (448, 6, seed, 64)
+        assert (recipe.ema_decay, recipe.lr_schedule, recipe.clip_grad_norm) == (0.9997, "constant", None)
+        assert (recipe.member_epochs, len(recipe.views)) == ((5, 6), 6)
+    for div, seed in (("a", 42), ("b", 32)):
+        recipe = recipes.chexfound(div)
+        assert (recipe.image_size, recipe.epochs, recipe.seed, recipe.global_batch_size) == (512, 6, seed, 64)
+        assert (recipe.ema_decay, recipe.drop_rate, recipe.views) == (0.99967, 0.1, ("plain",))
+        assert recipe.groups[-1] == Group(pattern=r"^glori\.", lr=2e-4, weight_decay=1e-5)
+    assert (recipe.focal_weight, recipe.focal_alpha, recipe.focal_gamma, recipe.bce_weight) == (0.7, 0.25, 2.0, 0.3)
+
+
+def test_divisions_differ_in_the_seed_alone():
+    for build in (recipes.eva_x, recipes.chexfound):
+        changed = {text.split(":")[0] for text in differences(build("a"), build("b"))}
+        assert changed == {"div", "seed"}
+
+
+def test_the_dropped_third_member_is_one_replace():
+    assert {text.split(":")[0] for text in differences(recipes.eva_x("b"), recipes.eva_x_224("b"))} == {
+        "name",
+        "image_size",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_json_and_back_is_the_same_recipe(name):
+    recipe = recipe_for(name, "b")
+    assert from_json(to_json(recipe)) == recipe
+
+
+def test_overrides_take_the_type_of_their_field():
+    recipe = with_overrides(
+        recipes.eva_x("b"),
+        ["epochs=8", "clip_grad_norm=1", "member_epochs=7,8", "ema_ramp=true", "model_kwargs=depth:2"],
+    )
+    assert (recipe.epochs, recipe.clip_grad_norm, recipe.member_epochs, recipe.ema_ramp) == (8, 1.0, (7, 8), True)
+    assert recipe.model_kwargs == (("depth", 2),)
+    assert with_overrides(recipe, ["clip_grad_norm=none"]).clip_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ema_deacy=0.9", "no such recipe field"),
+        ("epochs=six", "needs int"),
+        ("epochs", "FIELD=VALUE"),
+        ("image_size=450", "multiple of 16"),
+        ("epochs=3", "epochs run from 1 to 3"),
+        ("lr_schedule=linear", "constant"),
+        ("groups=1", "no such recipe field"),
+        ("ema_ramp=1", "true or false"),
+    ],
+)
+def test_a_wrong_override_is_named(text, message):
+    with pytest.raises(UserError, match=message):
+        with_overrides(recipes.eva_x("b"), [text])
+
+
+def test_another_global_batch_keeps_the_memory_of_the_ema_in_images():
+    recipe = with_overrides(recipes.eva_x("b"), ["global_batch_size=256"])
+    assert recipe.ema_decay == pytest.approx(0.9997**4)
+    explicit = with_overrides(recipes.eva_x("b"), ["global_batch_size=256", "ema_decay=0.9997"])
+    assert explicit.ema_decay == 0.9997
+
+
+def test_an_unknown_model_division_or_file_is_named():
+    with pytest.raises(UserError, match="eva_y"):
+        recipe_for("eva_y", "b")
+    with pytest.raises(UserError, match="division 'c'"):
+        recipe_for("eva_x", "c")
+    with pytest.raises(UserError, match=r"old\.json is not a recipe"):
+        from_json('{"groups": []}', "old.json")
+
+
+def test_a_recipe_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipes.eva_x("b").epochs = 7

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from cxrdist.errors import CheckpointError, UserError
+from cxrdist.training import checkpoint
+
+pytestmark = pytest.mark.fast
+
+
+def write(run, name, value=1.0):
+    folder = run / "checkpoints" / name
+    checkpoint.write_checkpoint(folder, {"model": {"w": torch.full((3,), value)}}, {"state": {"step": name}})
+    return folder
+
+
+def test_what_was_written_comes_back(tmp_path):
+    folder = write(tmp_path, "step_7", 2.5)
+    checkpoint.check(folder)
+    assert torch.equal(checkpoint.read_tensors(folder, "model")["w"], torch.full((3,), 2.5))
+    assert checkpoint.read_document(folder, "state") == {"step": "step_7"}
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors", "state.json"]
+
+
+def test_steps_are_ordered_by_number_and_only_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100):
+        write(tmp_path, f"step_{step}")
+    (tmp_path / "checkpoints" / ".step_101.tmp").mkdir()
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_100", "step_10", "step_9"]
+    checkpoint.keep_newest_steps(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_100"]
+
+
+def test_an_existing_checkpoint_is_replaced_as_a_whole(tmp_path):
+    write(tmp_path, "epoch_01", 1.0)
+    folder = write(tmp_path, "epoch_01", 2.0)
+    checkpoint.check(folder)
+    assert checkpoint.read_tensors(folder, "model")["w"][0] == 2.0
+
+
+def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):
+    folder = write(tmp_path, "step_1")
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("state.json", "../state.json"))
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.check(folder)
+
+
+def test_a_failed_write_leaves_the_one_before_and_no_rest(tmp_path, monkeypatch):
+    write(tmp_path, "step_1")
+
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write(tmp_path, "step_2")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_the_lock_is_for_one_and_leaves_no_empty_folder(tmp_path):
+    run = tmp_path / "run"
+    with checkpoint.run_lock(run):
+        with pytest.raises(UserError, match="in use by another run"), checkpoint.run_lock(run):
+            pass
+        assert run.exists()
+    assert not run.exists()
+
+
+def test_a_missing_epoch_names_those_that_are_there(tmp_path):
+    from cxrdist import recipes
+
+    (tmp_path / "recipe.json").write_text(recipes.to_json(recipes.eva_x("b")))
+    write(tmp_path, "epoch_01")
+    with pytest.raises(UserError, match="has epochs: 1"):
+        checkpoint.load_member(tmp_path, 5)
+    with pytest.raises(UserError, match="not a run folder"):
+        checkpoint.load_member(tmp_path / "nothing", 5)
