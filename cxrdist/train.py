@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -101,7 +100,6 @@ def parser() -> Parser:
     )
     flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
-    flags.add_argument("--dry-run", action="store_true", help="estimate memory, hours and sizes; nothing is written")
     flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
     flags.add_argument(
         "--max-steps", type=int, metavar="N", help="checkpoint and stop after N steps, to try things out"
@@ -131,11 +129,6 @@ def main(argv: list[str] | None = None) -> None:
         precision, why = ranks.together(lambda: resolve_precision(args.precision, ranks.device))
         index = ranks.together(lambda: open_index(shards, "train", args.div))
         facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, args))
-        if args.dry_run:
-            ranks.first(
-                lambda: print(_estimate(recipe, len(train_rows), ranks, precision, args.device_batch_size, run))
-            )
-            return
         ranks.together(lambda: stack.enter_context(checkpoint.run_lock(run)) if ranks.rank == 0 else None)
         restored = ranks.first(lambda: _find_start(run, recipe, facts, resume=args.resume, say=ranks.say))
         if restored.finished:
@@ -748,9 +741,11 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
     ]
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # precision is resolved and applied here, so accelerate is told to leave it alone
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    with _named_group_failures():
+        accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        ranks = Ranks(accelerator, timeout)
     try:
-        yield Ranks(accelerator, timeout)
+        yield ranks
     finally:
         if sys.exc_info()[0] is None:
             accelerator.end_training()
@@ -760,14 +755,24 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
 def _named_failures(device_batch_size: int, ranks: Ranks) -> Iterator[None]:
     """Turn what the device and the process group throw into a line that says what to do."""
     try:
-        yield
+        with _named_group_failures():
+            yield
     except torch.OutOfMemoryError as error:
         smaller = max(1, device_batch_size // 2)
         raise UserError(
             f"out of memory on {ranks.device} with {device_batch_size} images at once; use --device-batch-size "
             f"{smaller} (the result stays the same) or --grad-checkpointing ({str(error).splitlines()[0]})"
         ) from error
+
+
+@contextlib.contextmanager
+def _named_group_failures() -> Iterator[None]:
+    """Turn a lost, hung or unreachable process into a line that names the network settings and the next step."""
+    try:
+        yield
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         if not isinstance(error, dist.DistError) and not GROUP_ERRORS.search(str(error)):
             raise
         interfaces = {
@@ -896,18 +901,6 @@ def _build(recipe: Recipe, init: str | None, run: Path, start: Start) -> tuple[n
         if any(name.startswith("backbone.") for name in weight_files.read_weights(file).tensors):
             return model, FrozenBackbone(str(file.resolve()), weight_files.file_sha256(file))
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
-
-
-def _estimate(
-    recipe: Recipe, num_images: int, ranks: Ranks, precision: str, device_batch_size: int | None, run: Path
-) -> str:
-    if ranks.device.type == "cuda":
-        memory = float(torch.cuda.mem_get_info(ranks.device)[0])
-    else:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world_size
-    here = estimate.measured_machine(ranks.device, ranks.world_size, cast(estimate.Precision, precision), memory)
-    disk = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
-    return estimate.report(recipe, num_images, here, device_batch_size, disk)
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
