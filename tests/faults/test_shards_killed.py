@@ -127,6 +127,21 @@ def test_two_runs_at_once_in_one_folder_are_named(arguments: list[str], tmp_path
     verify(out, "train", "b", hashes=True)
 
 
+def test_nodes_that_work_at_the_same_time_join_to_the_same_bytes(arguments: list[str], tmp_path: Path) -> None:
+    preprocess.main([*arguments, "--out", str(tmp_path / "one")])
+    for attempt in range(2):
+        out = tmp_path / f"nodes{attempt}"
+        nodes = [start([*arguments, "--num-nodes", "3", "--node-rank", str(node)], out) for node in range(3)]
+        try:
+            assert [node.wait(timeout=120) for node in nodes] == [0, 0, 0]
+        finally:
+            for node in nodes:
+                if node.poll() is None:
+                    os.killpg(node.pid, signal.SIGKILL)
+        assert bytes_of(out) == bytes_of(tmp_path / "one")
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
