@@ -35,6 +35,7 @@ from cxrdist.scoring.saliency import attention_maps, grad_cam
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.training.checkpoint import epoch_folders, load_member, read_recipe
 
+AVERAGES = {"prob": "probabilities", "logit": "logits", "rank": "ranks"}
 NUM_EXAMPLES = 6  # images with attention maps
 NUM_AUGMENTED = 4  # training images, each in as many epochs
 
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         report.comparison_section(result),
     ]
     if args.run:
-        sections.append(report.curves_section({run.name: read_metrics(run) for run in args.run}))
+        rows = {run.name: read_metrics(run) for run in args.run}
+        sections.append(report.curves_section(rows, colours_of_runs(args.run, tables)))
     if args.shards is not None:
         sections += picture_sections(args, tables, targets, result)
     paths = {"scores": ", ".join(map(str, args.scores)), "labels": str(args.csv), "this report": str(args.out)}
@@ -114,7 +116,7 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
     found = []
     if len(tables) > 1:
         members = [f"{item['member']} (weight {item['weight']:g})" for item in tables[0].meta["members"]]
-        found.append(f"ensemble: average of {tables[0].meta['average']} over {', '.join(members)}")
+        found.append(f"ensemble: {AVERAGES[tables[0].meta['average']]} averaged over {', '.join(members)}")
     for table in tables:
         checkpoints = table.meta.get("checkpoints", [])
         if checkpoints:
@@ -126,6 +128,16 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
     if tables[0].unreadable:
         found.append(f"{len(tables[0].unreadable)} unreadable images have no score: {', '.join(tables[0].unreadable)}")
     return found
+
+
+def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[str, str]:
+    """The colour of each run's table, so that a member looks the same in every picture; others get the next ones."""
+    sources = [[str(item["source"]) for item in table.meta.get("checkpoints", [])] for table in tables]
+    colours = {}
+    for number, run in enumerate(runs):
+        places = [place for place, names in enumerate(sources) if any(name.startswith(f"{run}@") for name in names)]
+        colours[run.name] = report.COLOURS[(places[0] if places else len(tables) + number) % len(report.COLOURS)]
+    return colours
 
 
 def subtitle(table: ScoreTable, result: Evaluation) -> str:

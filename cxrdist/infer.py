@@ -10,7 +10,6 @@ decoded once, equal views and shared frozen backbones run once. A killed run goe
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -63,13 +62,22 @@ HELD_BATCHES = 32  # decoded batches kept while models that do not fit together 
 RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from; run (its folder) and facts (the data it was trained on) are None for a bare file."""
+
+    label: str
+    run: Path | None = None
+    facts: dict[str, Any] | None = None
+
+
 @dataclass
 class Ensemble:
     """Members as asked for, and the models by checkpoint hash; a frozen backbone is one module in all that share it."""
 
     members: list[Member]
     models: dict[str, nn.Module]
-    runs: dict[str, Path]  # checkpoint hash -> run folder, where it came from one
+    origins: dict[str, Origin]  # by checkpoint hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +120,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"going on: {len(done):,} of {len(job.batches):,} batches are scored already", flush=True)
 
     total = sum(len(batch) for batch in own_batches)
-    quiet = rank != 0 or not sys.stderr.isatty()
+    every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
+    name = f"infer, process 1 of {world_size}"
     with (
         Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
-        tqdm(total=total, unit="image", desc=f"infer (process 1 of {world_size})", disable=quiet) as show,
+        tqdm(total=total, unit=" images", desc=name, disable=rank != 0, mininterval=every_s, maxinterval=60) as show,
     ):
         scored = score(loader, own_batches, job.passes, job.ensemble.models, job.precision)
         num_columns = len(columns_of(job.passes))
@@ -260,17 +269,16 @@ def load_ensemble(specs: Sequence[MemberSpec], div: str) -> Ensemble:
     ensemble = Ensemble([], {}, {})
     backbones: dict[str, Any] = {}
     for spec in specs:
-        for label, run, recipe, model in load_checkpoints(spec, div):
+        for origin, recipe, model in load_checkpoints(spec, div):
             if recipe.div != div:
                 raise UserError(
-                    f"{label} was trained for division {recipe.div}, --div is {div}; use that division's run"
+                    f"{origin.label} was trained for division {recipe.div}, --div is {div}; use that division's run"
                 )
-            item = checkpoint_of(label, recipe, model, spec.views or recipe.views)
+            item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.views)
             if isinstance(model, CheXFound):
                 model.backbone = backbones.setdefault(f"{item.backbone_sha256} {item.image_size}", model.backbone)
             ensemble.models.setdefault(item.sha256, model.eval())
-            if run is not None:
-                ensemble.runs[item.sha256] = run
+            ensemble.origins[item.sha256] = origin
             checkpoints.setdefault(spec.name, []).append(item)
         weight = 1.0 if spec.weight is None else spec.weight
         if weights.setdefault(spec.name, weight) != weight:
@@ -290,19 +298,20 @@ def checkpoint_of(label: str, recipe: Recipe, model: nn.Module, views: Sequence[
     return Checkpoint(label, sha256, backbone, recipe.image_size, tuple(distinct_views(views).items()), len(views))
 
 
-def load_checkpoints(spec: MemberSpec, div: str) -> Iterator[tuple[str, Path | None, Recipe, nn.Module]]:
-    """(label, run folder, recipe, model) of every checkpoint that one `--member` names."""
+def load_checkpoints(spec: MemberSpec, div: str) -> Iterator[tuple[Origin, Recipe, nn.Module]]:
+    """(origin, recipe, model) of every checkpoint that one `--member` names."""
     if spec.source.is_dir():
         for epoch in spec.epochs or checkpoint.read_recipe(spec.source).member_epochs:
             recipe, model = checkpoint.load_member(spec.source, epoch)
             folder = spec.source / "checkpoints" / f"epoch_{epoch:02d}"
-            labels = checkpoint.read_document(folder, "meta").get("labels")
+            meta = checkpoint.read_document(folder, "meta")
+            labels = meta.get("labels")
             if labels is not None and tuple(labels) != LABELS:
                 raise UserError(
                     f"{folder}: its outputs are {', '.join(labels)}; that is not the competition's order of labels, so "
                     "its scores would land in wrong columns: use a run of this version"
                 )
-            yield f"{spec.source}@{epoch}", spec.source, recipe, model
+            yield Origin(f"{spec.source}@{epoch}", spec.source, meta.get("data")), recipe, model
         return
     files = [Path(part) for part in str(spec.source).split(",")]
     if not all(path.is_file() for path in files):
@@ -315,7 +324,7 @@ def load_checkpoints(spec: MemberSpec, div: str) -> Iterator[tuple[str, Path | N
     recipe = recipe_for(spec.name if spec.name in (*RECIPES, *MODELS) else found.model, div)
     model = build_model(recipe.model, recipe.image_size)
     weight_files.load_init(model, spec.source, weights="ema", complete=True)
-    yield str(spec.source), None, recipe, model
+    yield Origin(str(spec.source)), recipe, model
 
 
 def tensors_sha256(state: dict[str, Tensor], names: Iterable[str]) -> str:
@@ -332,11 +341,12 @@ def rows_to_score(index: ShardIndex, fold: int | None, ensemble: Ensemble) -> ND
     """All rows of the index, or those of the patients in `fold` of the runs' split (which must agree)."""
     if fold is None:
         return np.arange(len(index), dtype=np.int64)
-    if set(ensemble.models) - set(ensemble.runs):
+    runs = [origin.run for origin in ensemble.origins.values()]
+    if None in runs:
         raise UserError(
             "--fold needs members from run folders: a weight file does not say which patients were held out"
         )
-    splits = {run: read_split(run / "split.csv") for run in set(ensemble.runs.values())}
+    splits = {run: read_split(run / "split.csv") for run in runs if run is not None}
     first = next(iter(splits))
     for run, split in splits.items():
         if split != splits[first]:
@@ -522,10 +532,9 @@ def held_out(job: Job, member: Member, fold: int | None) -> bool:
     """True when every run of the member kept `fold` of these very shards out of training."""
     if fold is None:
         return False
-    runs = {job.ensemble.runs[item.sha256] for item in member.checkpoints}
-    facts = [json.loads((run / "data.json").read_text(encoding="utf-8")) for run in runs]
     wanted = (fold, job.index.fingerprint)
-    return all(bool((item["validate_fold"], item["shards"]) == wanted) for item in facts)
+    facts = [job.ensemble.origins[item.sha256].facts for item in member.checkpoints]
+    return all(item is not None and (item["validate_fold"], item["shards"]) == wanted for item in facts)
 
 
 if __name__ == "__main__":

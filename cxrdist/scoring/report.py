@@ -52,6 +52,7 @@ th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: ri
 th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.total td { font-weight: 650; border-top: 2px solid var(--ink); border-bottom: 0; }
+table.text td, table.text th { text-align: left; }
 td small, th small { color: var(--soft); font-weight: 400; white-space: nowrap; }
 .scroll { overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
@@ -109,7 +110,7 @@ def summary_section(result: Evaluation, notes: Sequence[str]) -> Section:
         )
     cards.append(
         f'<div class="card" style="border-left-color:#aab4c0"><b>{result.num_images:,}</b><span>images of '
-        f"{result.num_patients:,} patients<br>none used in training unless said below</span></div>"
+        f"{result.num_patients:,} patients</span></div>"
     )
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     about = (
@@ -260,13 +261,14 @@ def comparison_section(result: Evaluation) -> Section:
     )
 
 
-def curves_section(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
+def curves_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, str]) -> Section:
     """Training loss (and validation AUROC where there is one) of each run, from the rows of its metrics.jsonl."""
     validated = any(row["kind"] == "validation" for rows in runs.values() for row in rows)
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = list(np.ravel(np.array(figure.subplots(1, 2 if validated else 1), dtype=object)))
     axes[0].set(xlabel="epoch", ylabel="training loss")
-    for (name, rows), colour in zip(runs.items(), COLOURS[1:] * 3, strict=False):
+    for name, rows in runs.items():
+        colour = colours[name]
         per_epoch = next((row["step"] / row["epoch"] for row in reversed(rows)), 1)
         points = [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]
         if points:
@@ -339,7 +341,9 @@ def attention_section(title: str, about: str, overlays: Sequence[Overlay]) -> Se
 
 
 def files_section(paths: Mapping[str, str], timings: Mapping[str, float]) -> Section:
-    body = _table(("what", "where"), [(html.escape(k), f"<code>{html.escape(v)}</code>") for k, v in paths.items()])
+    body = _table(
+        ("what", "where"), [(html.escape(k), f"<code>{html.escape(v)}</code>") for k, v in paths.items()], text=True
+    )
     if timings:
         rows = [(html.escape(name), _duration(seconds)) for name, seconds in timings.items()]
         rows.append(("<b>total</b>", f"<b>{_duration(sum(timings.values()))}</b>"))
@@ -391,13 +395,15 @@ def _label_table(result: Evaluation) -> str:
     return _table(head, rows, total=True)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False, text: bool = False) -> str:
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     lines = []
     for place, row in enumerate(rows):
         kind = ' class="total"' if total and place == len(rows) - 1 else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    kind = ' class="text"' if text else ""
+    body = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table{kind}>{body}</table></div>'
 
 
 def _panel(axis: Any, title: str) -> None:

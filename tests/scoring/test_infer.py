@@ -20,7 +20,7 @@ from cxrdist.recipes import recipe_for
 from cxrdist.scoring.ensemble import read_table
 from cxrdist.scoring.passes import parse_member, plan_passes
 from cxrdist.shards.index import open_index
-from cxrdist.training.checkpoint import load_member
+from cxrdist.training.checkpoint import load_member, read_tensors, write_checkpoint
 
 
 def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, tmp_path, capsys):
@@ -99,7 +99,10 @@ def test_a_held_out_fold_is_scored_alone_and_counts_as_out_of_fold_only_where_it
     shutil.copytree(world.eva_x, run)
     folds = np.array([int(patient) % 3 for patient in index.patients])
     write_split(run / "split.csv", index.patients, folds)
-    (run / "data.json").write_text(json.dumps({"validate_fold": 1, "shards": index.fingerprint}))
+    for folder in (run / "checkpoints").iterdir():
+        meta = json.loads((folder / "meta.json").read_text())
+        facts = {"validate_fold": 1, "shards": index.fingerprint}
+        write_checkpoint(folder, {"ema": read_tensors(folder, "ema")}, {"meta": meta | {"data": facts}})
     members = ["--member", f"eva_x={run}@1,2:plain"]
     for fold in (1, 2):
         world.run(tmp_path / str(fold), "--split", "train", "--fold", str(fold), members=members)
