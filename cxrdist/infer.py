@@ -64,7 +64,7 @@ RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the res
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from; run (its folder) and facts (the data it was trained on) are None for a bare file."""
+    """Where a checkpoint came from; run (folder) and facts (the data it was trained on) are None for a bare file."""
 
     label: str
     run: Path | None = None
