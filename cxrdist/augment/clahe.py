@@ -5,6 +5,7 @@ device. Only the conversion of colour images is kornia's.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 TILES = 8  # a side
 BINS = 256
+RGB_SHARES = (871.0, 2929.0, 296.0)  # of 4096, in luminance
 
 
 def clip_counts(clip_limit: NDArray[np.float64], image_size: int) -> NDArray[np.float64]:
@@ -30,15 +32,16 @@ def equalise(levels: Tensor, counts: Tensor) -> Tensor:
         counts: (n,) float32, from `clip_counts`.
     Returns: (n, C, S, S) float32 whole levels, within 2 of albumentations 2.0.8 on three channels.
     """
-    if levels.shape[1] == 3:
-        lab = rgb_to_lab(levels / 255.0)
-        lightness = equalise_plane((lab[:, 0] * 2.55).round_(), counts)
-        chroma = lab[:, 1:].round()
-        rgb = lab_to_rgb(torch.cat(((lightness / 2.55).unsqueeze(1), chroma), 1))
-        return (rgb * 255.0).round_().clamp_(0.0, 255.0)
-    to_lightness, to_grey = _grey_tables(levels.device)
-    plane = _look_up(to_lightness, levels[:, 0])
-    return _look_up(to_grey, equalise_plane(plane, counts)).unsqueeze(1)
+    tables = _tables_of_lightness(levels.device)
+    if levels.shape[1] == 1:
+        plane = equalise_plane(_look_up(tables.lightness_of_grey, levels[:, 0]), counts)
+        return _look_up(tables.grey, plane).unsqueeze(1)
+    red, green, blue = _look_up(tables.linear, levels).unbind(1)
+    luminance = ((red * RGB_SHARES[0] + green * RGB_SHARES[1] + blue * RGB_SHARES[2] + 2048.0) / 4096.0).floor_()
+    plane = equalise_plane(_look_up(tables.lightness, luminance), counts)
+    chroma = rgb_to_lab(levels / 255.0)[:, 1:].round_()
+    rgb = lab_to_rgb(torch.cat(((plane / 2.55).unsqueeze(1), chroma), 1))
+    return (rgb * 255.0).round_().clamp_(0.0, 255.0)
 
 
 def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
@@ -48,29 +51,32 @@ def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
     tile_px = size // TILES
     if tile_px * TILES != size:
         raise ValueError(f"CLAHE needs a size that is a multiple of {TILES} px, not {size}")
-    pixel = torch.arange(size, device=device)
+    pixel = torch.arange(size, device=device, dtype=torch.int32)
+    image = torch.arange(num, device=device, dtype=torch.int32).view(-1, 1, 1)
+    levels = plane.int()
     tile = pixel // tile_px
-    image = torch.arange(num, device=device).view(-1, 1, 1) * (TILES * TILES * BINS)
-    whole = plane.long() + image
-    cells = (whole + (tile.view(-1, 1) * TILES + tile) * BINS).view(-1)
+    cells = levels + ((image * TILES + tile.view(-1, 1)) * TILES + tile) * BINS
     histogram = torch.zeros(num * TILES * TILES * BINS, device=device)
-    histogram.scatter_add_(0, cells, torch.ones_like(plane).view(-1))
-    tables = _tables(histogram.view(num, TILES * TILES, BINS), counts.view(-1, 1, 1), tile_px**2).view(-1)
+    histogram.scatter_add_(0, cells.view(-1).long(), torch.ones(1, device=device).expand(cells.numel()))
+    tables = _tables(histogram.view(num, TILES * TILES, BINS), counts.view(-1, 1, 1), tile_px**2)
 
-    # A pixel lies between the centres of four tiles; at the rim two of them, or all four, are one.
-    place = pixel / tile_px - 0.5
+    # A pixel lies between the centres of four tiles. With the rim's tiles repeated once around, the four tables of a
+    # pixel are everywhere the same distances apart, and one index serves for all.
+    around = torch.arange(-1, TILES + 1, device=device).clamp_(0, TILES - 1)
+    tables = tables.view(num, TILES, TILES, BINS).index_select(1, around).index_select(2, around).view(-1)
+    place = pixel * (1.0 / tile_px) - 0.5
     before = place.floor()
     share = place - before
-    first, second = (before + step for step in (0, 1))
-    first, second = (tiles.clamp(0, TILES - 1).long() for tiles in (first, second))
-
-    def at(rows: Tensor, columns: Tensor) -> Tensor:
-        index = whole + (rows.view(-1, 1) * TILES + columns) * BINS
-        return tables.index_select(0, index.view(-1)).view(plane.shape)
-
-    upper = torch.lerp(at(first, first), at(first, second), share)
-    lower = torch.lerp(at(second, first), at(second, second), share)
-    return torch.lerp(upper, lower, share.view(-1, 1)).round_()
+    first = before.int() + 1
+    side = TILES + 2
+    index = (levels + ((image * side + first.view(-1, 1)) * side + first) * BINS).view(-1)
+    corners = [tables[tiles * BINS :].index_select(0, index).view(plane.shape) for tiles in (0, 1, side, side + 1)]
+    upper_left, upper_right, lower_left, lower_right = corners
+    rest = 1.0 - share  # two products and a sum, as in OpenCV: torch.lerp would round some pixels to the other side
+    upper = upper_left.mul_(rest).add_(upper_right.mul_(share))
+    lower = lower_left.mul_(rest).add_(lower_right.mul_(share))
+    share, rest = share.view(-1, 1), rest.view(-1, 1)
+    return upper.mul_(rest).add_(lower.mul_(share)).round_()
 
 
 def _tables(histogram: Tensor, counts: Tensor, area: int) -> Tensor:
@@ -92,16 +98,24 @@ def _look_up(table: Tensor, levels: Tensor) -> Tensor:
     return table.index_select(0, levels.reshape(-1).int()).view(levels.shape)
 
 
+class LightnessTables(NamedTuple):
+    linear: Tensor  # sRGB level -> light, of 2040
+    lightness: Tensor  # light -> 8-bit CIE L
+    lightness_of_grey: Tensor  # grey level -> 8-bit CIE L
+    grey: Tensor  # 8-bit CIE L -> grey level
+
+
 @cache
-def _grey_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """sRGB grey level -> 8-bit CIE L, and back; OpenCV's own fixed-point tables are within 1 of both."""
+def _tables_of_lightness(device: torch.device) -> LightnessTables:
+    """CLAHE makes ten levels of one of L, so L must be OpenCV's own: its fixed-point steps, rounded where it rounds."""
     level = np.arange(256)
-    grey = level / 255.0
-    luminance = np.where(grey <= 0.04045, grey / 12.92, ((grey + 0.055) / 1.055) ** 2.4)
-    root = np.where(luminance > 216 / 24389, np.cbrt(luminance), (24389 / 27 * luminance + 16) / 116)
-    lightness = np.rint((116 * root - 16) * 2.55)
+    share = level / 255.0
+    linear = np.rint(2040 * np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)).astype(int)
+    share = np.arange(2041) / 2040.0
+    root = np.rint(2**15 * np.where(share < 216 / 24389, share * (841 / 108) + 16 / 116, np.cbrt(share)))
+    lightness = np.floor((296 * root - 16 * 255 * 2**15 // 100 + 2**14) / 2**15).clip(0)
     star = level / 2.55
-    luminance = np.where(star > 8, ((star + 16) / 116) ** 3, star * 27 / 24389)
-    grey = np.where(luminance <= 0.0031308, 12.92 * luminance, 1.055 * luminance ** (1 / 2.4) - 0.055)
-    back = np.rint(grey * 255).clip(0, 255)
-    return torch.from_numpy(lightness).float().to(device), torch.from_numpy(back).float().to(device)
+    share = np.where(star > 8, ((star + 16) / 116) ** 3, star * 27 / 24389)
+    grey = np.rint(255 * np.where(share <= 0.0031308, 12.92 * share, 1.055 * share ** (1 / 2.4) - 0.055))
+    tables = (linear, lightness, lightness[linear], grey)
+    return LightnessTables(*(torch.from_numpy(table).float().to(device) for table in tables))

@@ -4,7 +4,7 @@ Resampling three times, as published, blurs; once is sharper and less work. Blac
 it: what the rotation leaves outside is black before CLAHE and brightness, what the last shift leaves outside stays
 black, and nothing outside the crop window is ever seen. It works on one channel (three where the batch has three).
 
-Positions run through three frames, from the output back to the stored image:
+Positions run through three frames, from the output back to the stored image, each counted in px from its own centre:
 output --(shift, scale)--> frame --(rotation)--> crop --(flip, resize)--> source. All but the source are S x S.
 """
 
@@ -21,10 +21,10 @@ from cxrdist.augment.draws import MAX_HOLES, Draws, Floats
 
 # Columns of the table of parameters, one row an image.
 FRAME_X, FRAME_Y = slice(0, 2), slice(2, 4)  # slope, offset
-ROTATION = slice(4, 9)  # cos, sin, x offset, y offset, margin
-SOURCE_X, SOURCE_Y = slice(9, 13), slice(13, 17)  # slope, offset, smallest, largest; in grid_sample's coordinates
-TONE = slice(17, 20)  # CLAHE's count, contrast, brightness
-HOLES = slice(20, 20 + 4 * MAX_HOLES)
+ROTATION = slice(4, 7)  # cos, sin, half width of what is not black
+SOURCE_X, SOURCE_Y = slice(7, 11), slice(11, 15)  # slope, offset, smallest, largest; in grid_sample's coordinates
+TONE = slice(15, 18)  # CLAHE's count, contrast, brightness
+HOLES = slice(18, 18 + 4 * MAX_HOLES)  # centre and half width, in x and in y
 
 
 def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -42,63 +42,54 @@ def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[sl
     parts = [slice(start, min(start + part, num)) for start in range(0, num, part)]
     table = _table(draws, (height, width), image_size)
     # Which images a step concerns is known here: the rows travel with the table, and nothing waits for the device.
-    steps = (draws.clip_limit > 0.0, draws.adjusted, draws.cut)
+    masked = draws.cut | draws.shifted
+    steps = (draws.clip_limit > 0.0, draws.adjusted, masked)
     chosen = [np.flatnonzero(step[rows]) for rows in parts for step in steps]
     packed = torch.from_numpy(np.concatenate([table.ravel(), *chosen]).astype(np.float32))
     if images.is_cuda:
         packed = packed.pin_memory().to(images.device, non_blocking=True)
     flat, *ids = torch.split(packed, [table.size, *map(len, chosen)])
-    rows_of_table = flat.view(table.shape)
-    position = torch.arange(image_size, device=images.device, dtype=torch.float32)
+    columns = flat.view(*table.shape, 1, 1)
+    centre = (image_size - 1) / 2
+    place = torch.arange(image_size, device=images.device, dtype=torch.float32) - centre
     for index, rows in enumerate(parts):
-        with_clahe, with_tone, with_holes = (some.long() for some in ids[3 * index : 3 * index + 3])
-        values = rows_of_table[rows].unsqueeze(-1).unsqueeze(-1)  # a column is (b, 1, 1)
-        slope_x, offset_x = values[:, FRAME_X].unbind(1)
-        slope_y, offset_y = values[:, FRAME_Y].unbind(1)
-        x = position * slope_x + offset_x  # (b, 1, S)
-        y = position.view(-1, 1) * slope_y + offset_y  # (b, S, 1)
-        kept = _share_inside(x, 0, image_size) * _share_inside(y, 0, image_size)
-        x, y = x.clamp_(0, image_size - 1), y.clamp_(0, image_size - 1)
-        levels = _warp(images[rows], values, x, y, rotated=bool(draws.angle[rows].any()))
-        count, contrast, brightness = values[:, TONE].unbind(1)
+        values = columns[rows]  # a column is (b, 1, 1)
+        with_clahe, with_tone, with_mask = (some.long() for some in ids[3 * index : 3 * index + 3])
+        slope_x, offset_x, slope_y, offset_y = values[:, FRAME_X.start : FRAME_Y.stop].unbind(1)
+        x = place * slope_x + offset_x  # (b, 1, S)
+        y = place.view(-1, 1) * slope_y + offset_y  # (b, S, 1)
+        inside_x, inside_y = x.clamp(-centre, centre), y.clamp(-centre, centre)
+        levels = _warp(images[rows], values, inside_x, inside_y, rotated=bool(draws.angle[rows].any()))
+        count, contrast, brightness = values[:, TONE].unsqueeze(1).unbind(2)  # (b, 1, 1, 1)
         if len(with_clahe):
             flattened = equalise(levels[with_clahe], count[with_clahe].view(-1))
             levels.index_copy_(0, with_clahe, flattened)
         if len(with_tone):
-            adjusted = levels[with_tone] * contrast[with_tone].unsqueeze(1) + brightness[with_tone].unsqueeze(1)
+            adjusted = (levels[with_tone] * contrast[with_tone]).add_(brightness[with_tone])
             levels.index_copy_(0, with_tone, adjusted.clamp_(0.0, 255.0).floor_())  # truncated, as published
-        if len(with_holes):
-            kept.index_copy_(
-                0, with_holes, kept[with_holes] * _outside_holes(values[with_holes], x[with_holes], y[with_holes])
-            )
-        if len(with_holes) or draws.shifted[rows].any():
-            levels.mul_(kept.unsqueeze(1)).round_()
+        if len(with_mask):
+            kept = _kept(x[with_mask], y[with_mask], values[with_mask], (image_size + 1) / 2)
+            levels.index_copy_(0, with_mask, (levels[with_mask] * kept.unsqueeze(1)).round_())
         yield rows, levels
 
 
 def _table(draws: Draws, source_size: tuple[int, int], size: int) -> NDArray[np.float32]:
-    centre = (size - 1) / 2
     columns: list[Floats] = []
     for axis in (0, 1):
         slope = 1.0 / draws.scale[:, axis]
-        columns += [slope, centre - (centre + draws.shift[:, axis]) * slope]
+        columns += [slope, -draws.shift[:, axis] * slope]
     angle = np.deg2rad(draws.angle)
-    cos, sin = np.cos(angle), np.sin(angle)
-    margin = np.where(draws.angle == 0.0, 4.0 * size, 0.0)
-    columns += [cos, sin, centre * (1.0 - cos + sin), centre * (1.0 - sin - cos), margin]
+    columns += [np.cos(angle), np.sin(angle), np.where(draws.angle == 0.0, 2.0 * size, (size + 1) / 2)]
     for axis in (0, 1):
-        # Half-pixel centres: source = start + (crop + 0.5) * length / size - 0.5, held inside the window's own pixels.
+        # The resize's half-pixel centres put the crop's centre on the window's; it sees the window's own pixels only.
         extent = source_size[1 - axis]
         start, length = draws.crop[:, axis], draws.crop[:, axis + 2]
-        slope = length / size
-        offset = start + 0.5 * slope - 0.5
-        if axis == 0:
-            offset = np.where(draws.flip, offset + slope * (size - 1), offset)
-            slope = np.where(draws.flip, -slope, slope)
-        columns += [2.0 * slope / extent]
-        columns += [(2.0 * place + 1.0) / extent - 1.0 for place in (offset, start, start + length - 1)]
+        mirror = np.where(draws.flip, -1.0, 1.0) if axis == 0 else 1.0
+        columns += [mirror * length / size * 2.0 / extent]
+        columns += [(2.0 * px + 1.0) / extent - 1.0 for px in (start + (length - 1) / 2, start, start + length - 1)]
     columns += [clip_counts(draws.clip_limit, size), draws.contrast, draws.brightness]
-    columns += list(draws.holes.reshape(len(angle), -1).T)
+    for low, high in (draws.holes[:, hole, ends].T for hole in range(MAX_HOLES) for ends in ([0, 2], [1, 3])):
+        columns += [(low + high - 1) / 2 - (size - 1) / 2, (high - low + 1) / 2]
     return np.stack(columns, 1).astype(np.float32)
 
 
@@ -106,16 +97,21 @@ def _warp(images: Tensor, values: Tensor, x: Tensor, y: Tensor, rotated: bool) -
     """(b, C, S, S) whole levels of `images` at frame positions x (b, 1, S) and y (b, S, 1); black beside the crop."""
     num, size = len(images), x.shape[2]
     grid = torch.empty((num, 2, size, size), device=images.device)
+    planes = grid.unbind(1)
+    source = [values[:, columns].unbind(1) for columns in (SOURCE_X, SOURCE_Y)]
     inside = None
     if rotated:
-        cos, sin, offset_x, offset_y, margin = values[:, ROTATION].unbind(1)
-        x, y = (x * cos + offset_x) - y * sin, x * sin + (y * cos + offset_y)  # (b, S, S)
-        inside = _share_inside(x, -margin, size + margin).mul_(_share_inside(y, -margin, size + margin))
-    for axis, (place, columns) in enumerate(((x, SOURCE_X), (y, SOURCE_Y))):
-        slope, offset, smallest, largest = values[:, columns].unbind(1)
-        grid[:, axis] = torch.clamp(place * slope + offset, smallest, largest)
-    # Two planes seen as pairs: writing the pairs themselves takes 3 times as long, and torch's affine_grid 6 times as
-    # long as the sampling.
+        cos, sin, half_width = values[:, ROTATION].unbind(1)
+        torch.add(x * cos, y * -sin, out=planes[0])
+        torch.add(x * sin, y * cos, out=planes[1])
+        inside = _share_inside(planes[0], 0.0, half_width).mul_(_share_inside(planes[1], 0.0, half_width))
+        for plane, (slope, offset, smallest, largest) in zip(planes, source, strict=True):
+            torch.addcmul(offset, plane, slope, out=plane).clamp_(smallest, largest)
+    else:  # a column, or a row, is the same all over the image
+        for plane, position, (slope, offset, smallest, largest) in zip(planes, (x, y), source, strict=True):
+            plane.copy_((position * slope).add_(offset).clamp_(smallest, largest))
+    # Two planes seen as pairs: writing the pairs themselves takes 3 times as long, and torch's affine_grid (kornia's
+    # warp_affine) twice as long as the sampling.
     pairs = grid.permute(0, 2, 3, 1)
     levels = grid_sample(images.float(), pairs, mode="bilinear", padding_mode="border", align_corners=False)
     if inside is not None:
@@ -123,15 +119,17 @@ def _warp(images: Tensor, values: Tensor, x: Tensor, y: Tensor, rotated: bool) -
     return levels.round_()
 
 
-def _share_inside(place: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """How much of a bilinear sample at `place` falls on the pixels low, ..., high - 1 of a row."""
-    return (place - (low - 1)).clamp_(0.0, 1.0).mul_((high - place).clamp_(0.0, 1.0))
+def _share_inside(place: Tensor, centre: Tensor | float, half_width: Tensor | float) -> Tensor:
+    """The share of a bilinear sample at `place` that falls on a run of n pixels; `half_width` is (n + 1) / 2."""
+    distance = (place - centre).abs_()
+    return torch.sub(half_width, distance, out=distance).clamp_(0.0, 1.0)
 
 
-def _outside_holes(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(b, S, S) share of a sample that no hole covers."""
-    outside = torch.ones_like(x * y)
-    for box in torch.split(values[:, HOLES], 4, dim=1):
-        left, top, right, bottom = box.unbind(1)
-        outside.mul_(1.0 - _share_inside(x, left, right) * _share_inside(y, top, bottom))
-    return outside
+def _kept(x: Tensor, y: Tensor, values: Tensor, half_width: float) -> Tensor:
+    """(b, S, S) share of each output pixel that lies in the frame and in none of its holes."""
+    kept = _share_inside(x, 0.0, half_width) * _share_inside(y, 0.0, half_width)
+    x, y = (position.clamp(1.0 - half_width, half_width - 1.0) for position in (x, y))
+    for hole in torch.split(values[:, HOLES], 4, dim=1):
+        centre_x, half_x, centre_y, half_y = hole.unbind(1)
+        kept.mul_(1.0 - _share_inside(x, centre_x, half_x) * _share_inside(y, centre_y, half_y))
+    return kept

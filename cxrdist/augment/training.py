@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cxrdist.augment.composed import composed
 from cxrdist.augment.draws import Draws, HoleMode, Ints, draw
+from cxrdist.augment.memory import empty_batch, keep_freed_blocks
 from cxrdist.augment.reference import stepwise
 from cxrdist.augment.views import normalise, resize
 from cxrdist.errors import UserError
@@ -37,6 +38,7 @@ class TrainingAugment:
     ) -> None:
         if mode not in get_args(AugmentMode):
             raise UserError(f"augment={mode!r} is unknown; one of {', '.join(get_args(AugmentMode))}")
+        keep_freed_blocks()
         self.image_size = image_size
         self.mode = mode
         self.seed = seed
@@ -78,7 +80,7 @@ class TrainingAugment:
             return normalise(self.levels(images, keys, epoch))
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             draws = self.draws(keys, epoch, (images.shape[2], images.shape[3]))
-            out = torch.empty((len(images), 3, self.image_size, self.image_size), device=images.device)
+            out = empty_batch((len(images), 3, self.image_size, self.image_size), images.device)
             for rows, levels in composed(images, draws, self.image_size):
                 normalise(levels, out=out[rows])
         return out

@@ -6,11 +6,13 @@ were trained on it, and an antialiased resize is off by up to 50 levels. A view 
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cxrdist.augment.memory import empty_batch, keep_freed_blocks
 from cxrdist.errors import UserError
 
 VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
@@ -27,32 +29,54 @@ def resize(images: Tensor, size: int) -> Tensor:
     Returns: (B, C, size, size) float32 whole grey levels in [0, 255]. In integers, so the same on every device.
     Source: OpenCV's fixed-point rule: weights of 11 bits, rows after columns with 4 bits dropped in between.
     """
-    left, right, left_weight, right_weight = _taps(images.shape[-1], size, images.device)
-    upper, lower, upper_weight, lower_weight = _taps(images.shape[-2], size, images.device)
-    columns = images.index_select(-1, left) * left_weight
-    columns += images.index_select(-1, right) * right_weight
-    columns >>= 4
-    rows = (columns.index_select(-2, upper) * upper_weight.view(-1, 1)) >> 16
-    rows += (columns.index_select(-2, lower) * lower_weight.view(-1, 1)) >> 16
-    return ((rows + 2) >> 2).float()
+    out = empty_batch((*images.shape[:2], size, size), images.device)
+    columns = _taps(images.shape[-1], size, images.device)
+    rows = _taps(images.shape[-2], size, images.device)
+    # A CPU goes plane by plane, so that its work stays in the cache: twice as fast.
+    for source, target in (
+        [(images, out)] if images.is_cuda else zip(images.flatten(0, 1), out.flatten(0, 1), strict=True)
+    ):
+        _resize(source, columns, rows, target)
+    return out
+
+
+class Taps(NamedTuple):
+    """The two pixels that each new one is mixed from (the same one at a rim), and their weights of 2048; int32."""
+
+    first: Tensor
+    second: Tensor
+    first_weight: Tensor
+    second_weight: Tensor
+
+
+def _resize(images: Tensor, columns: Taps, rows: Taps, out: Tensor) -> None:
+    pairs = images.int()  # a pixel and its right neighbour in one number: picking columns is what takes the time
+    pairs[..., :-1] |= pairs[..., 1:] << 8
+    pairs = pairs.index_select(-1, columns.first)
+    across = (pairs & 255).mul_(columns.first_weight).add_((pairs >> 8).mul_(columns.second_weight))
+    across >>= 4
+    upper = across.index_select(-2, rows.first).mul_(rows.first_weight.view(-1, 1))
+    lower = across.index_select(-2, rows.second).mul_(rows.second_weight.view(-1, 1))
+    upper >>= 16
+    lower >>= 16
+    out.copy_(upper.add_(lower).add_(2).bitwise_right_shift_(2))
 
 
 @cache
-def _taps(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each of `size` pixels: the two it is mixed from (int32, the same one at a rim) and their weights of 2048."""
+def _taps(length: int, size: int, device: torch.device) -> Taps:
     place = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
     first = np.floor(place)
     share = np.where((first < 0) | (first >= length - 1), np.float32(0.0), place - first)
     first = first.clip(0, length - 1)
-    weights = (np.rint((1 - share) * 2048), np.rint(share * 2048))
-    columns = (first, (first + 1).clip(max=length - 1), *weights)
-    one, two, three, four = (torch.from_numpy(column.astype(np.int32)).to(device) for column in columns)
-    return one, two, three, four
+    columns = (first, (first + 1).clip(max=length - 1), np.rint((1 - share) * 2048), np.rint(share * 2048))
+    return Taps(*(torch.from_numpy(column.astype(np.int32)).to(device) for column in columns))
 
 
 def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
     """(B, 1 or 3, H, W) grey levels in [0, 255] -> (B, 3, H, W) float32, less ImageNet's mean, over its deviation."""
     shift, scale = _shift_and_scale(levels.device)
+    if out is None:
+        out = empty_batch((len(levels), 3, *levels.shape[2:]), levels.device)
     return torch.addcmul(shift, levels.float(), scale, out=out)
 
 
@@ -98,7 +122,9 @@ def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterat
             yield name, plain.flip(-1)
         else:
             factor = float(name.removeprefix("bright"))
-            yield name, (plain.double() * factor).clamp_(0.0, 255.0).floor_().float()  # truncated, as published
+            table = torch.arange(256, dtype=torch.float64, device=images.device) * factor
+            table = table.clamp_(max=255.0).floor_().float()  # truncated, as published; 1.05 * 60 is 63 in float64 only
+            yield name, table.index_select(0, plain.int().view(-1)).view(plain.shape)
 
 
 def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -109,6 +135,7 @@ def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterato
         views: names from `VIEWS`; `distinct_views` gives the weight of each name that is yielded.
     Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images, on the images' device.
     """
+    keep_freed_blocks()
     with torch.autocast(images.device.type, enabled=False):
         for name, levels in view_levels(images, views, image_size):
             yield name, normalise(levels)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cxrdist.augment.sheet import contact_sheet
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.augment.views import make_views
 from cxrdist.errors import UserError
@@ -11,15 +12,6 @@ from cxrdist.errors import UserError
 pytestmark = pytest.mark.fast
 
 KEYS = np.array([3, 70_001, 12, 5, 108_490, 9, 11, 13])
-
-
-@pytest.fixture(scope="module")
-def images() -> torch.Tensor:
-    """(8, 1, 120, 120) smooth fields with a bright middle."""
-    rng = np.random.default_rng(0)
-    field = rng.normal(size=(8, 1, 15, 15)).astype(np.float32)
-    smooth = torch.nn.functional.interpolate(torch.from_numpy(field), (120, 120), mode="bicubic")
-    return (smooth * 40 + 120).clamp(0, 255).byte()
 
 
 @pytest.mark.parametrize("mode", ["published", "crop_flip", "none"])
@@ -51,3 +43,11 @@ def test_none_is_the_evaluation_input(images: torch.Tensor) -> None:
 def test_an_unknown_mode_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="augment='strong' is unknown; one of published, crop_flip, none"):
         TrainingAugment(96, "strong", seed=1)  # type: ignore[arg-type]
+
+
+def test_a_contact_sheet_shows_what_training_sees(images: torch.Tensor) -> None:
+    sheet = contact_sheet(images, KEYS, tile_px=64, num_draws=2, seed=22, first_epoch=4)
+    assert sheet.shape == (8 * 67 - 3, 3 * 67 - 3, 3)
+    augment = TrainingAugment(64, "published", seed=22)
+    shown = sheet[67 : 67 + 64, 134 : 134 + 64, 0]
+    assert np.array_equal(shown, augment.levels(images, KEYS, epoch=5)[1, 0].numpy())
