@@ -126,8 +126,9 @@ def label_section(result: Evaluation) -> Section:
     """The AUROC of each label and table as a picture, and as a table with average precision."""
     return Section(
         "AUROC per label",
-        "Dots with 95 % intervals (patients resampled). A label without positives or negatives has no AUROC and is "
-        "left out of the macro. AP: average precision of the first table; a random score has the positives' share.",
+        "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
+        "positives or negatives has no AUROC and is left out of the macro. AP: average precision of the first table; a "
+        "random score has the positives' share.",
         figure_html(_forest(result), "AUROC per label with intervals") + _label_table(result),
     )
 
@@ -297,14 +298,14 @@ def images_section(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], titl
     """A grid: per image its name, then pictures (H, W) or (H, W, 3) uint8 under the column titles."""
     figure = Figure(figsize=(11, 11 / len(titles) * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     for row, (name, pictures) in zip(axes, rows, strict=True):
-        for column, (axis, picture) in enumerate(zip(row, pictures, strict=True)):
+        row[0].set_ylabel(name, fontsize=7)
+        for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
-                axis.set_title(titles[column], fontsize=9)
-        row[0].set_ylabel(name, fontsize=7)
     return Section(
         "Training images",
         "Stored images and what training made of them in four epochs; the draws depend on seed, epoch and image alone.",
