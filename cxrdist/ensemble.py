@@ -74,7 +74,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="out-of-fold tables of the same members to search the weights on (needs --csv)",
     )
-    add_flags(parser, "--csv", "--out", csv={"help": "label CSV of the images in --search-with"})
+    add_flags(
+        parser,
+        "--csv",
+        "--out",
+        csv={"help": "label CSV of the images in --search-with"},
+        out={"metavar": "FILE", "help": "what to write (default: submission.csv)"},
+    )
     args = parser.parse_args(argv)
     args.out = args.out or Path("submission.csv")
     if args.search_with and args.weights is not None:

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         combined = average_tables(tables, args.weights, args.average)
         tables = [combined, *in_order(combined, tables)]
     truth = match_labels(tables[0], read_label_csv(args.csv, blank=args.blank, uncertain=args.uncertain), str(args.csv))
+    print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
     write_atomically(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
     targets = truth[list(LABELS)].to_numpy(np.float64)
@@ -79,7 +80,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scores", type=Path, nargs="+", required=True, metavar="FILE", help="score tables, e.g. OUT/scores/*.csv"
     )
-    add_flags(parser, "--csv", "--out", "--shards", csv={"required": True, "help": "label CSV of the scored images"})
+    add_flags(
+        parser,
+        "--csv",
+        "--out",
+        "--shards",
+        csv={"required": True, "help": "label CSV of the scored images"},
+        out={"help": "folder of the report (default: report)"},
+    )
     parser.add_argument("--blank", choices=("error", "zero"), default="error", help="what a blank label means")
     parser.add_argument(
         "--uncertain", choices=("error", "zero", "one"), default="error", help="what label -1 means (default error)"

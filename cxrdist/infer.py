@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     together(lambda: finish(args, job, collect(job.store, rank)) if rank == 0 else collect(job.store, rank), rank)
     if rank == 0:
         seconds = time.monotonic() - start
-        print(f"inference took {seconds:.0f} s on {world_size} processes", flush=True)
+        print(f"inference took {seconds:.0f} s on {world_size} processes, start and reading included", flush=True)
     accelerator.end_training()
 
 
@@ -186,7 +186,14 @@ def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="accelerate launch -m cxrdist.infer", description=__doc__)
-    add_flags(parser, "--div", "--shards", "--shards-url", "--out", out={"required": False})
+    add_flags(
+        parser,
+        "--div",
+        "--shards",
+        "--shards-url",
+        "--out",
+        out={"help": "where to write (default: predictions/div_<div>)"},
+    )
     parser.add_argument(
         "--member",
         action="append",
@@ -477,6 +484,7 @@ def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:
     if args.fold is None:
         unreadable = index.left_out | unreadable
     column = {name: place for place, name in enumerate(columns_of(job.passes))}
+    check_finite(logits, job, kept)
     how = within(args.average)
     tables = []
     for member in job.ensemble.members:
@@ -511,6 +519,18 @@ def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:
     fallback = write_submission(final, job.template, args.out / "submission.csv")
     note = f", {len(fallback)} of them unreadable (class means)" if fallback else ""
     print(f"submission: {args.out / 'submission.csv'}, {len(job.template):,} images{note}")
+
+
+def check_finite(logits: NDArray[np.float32], job: Job, kept: NDArray[np.int64]) -> None:
+    """UserError that names checkpoint, view and image of the first score that is no number."""
+    bad = np.argwhere(~np.isfinite(logits).all(axis=2))
+    if len(bad):
+        sha256, _, view = columns_of(job.passes)[bad[0, 0]]
+        remedy = "use --precision bf16 or fp32" if job.precision == "fp16" else "train again or use another epoch"
+        raise UserError(
+            f"{job.ensemble.origins[sha256].label} gives no number for {len(set(bad[:, 1])):,} images, e.g. "
+            f"{job.index.image_names[kept[bad[0, 1]]]!r} (view {view}, {job.precision}); {remedy}"
+        )
 
 
 def within(how: Any) -> Any:

@@ -13,6 +13,7 @@ from cxrdist.errors import UserError
 from cxrdist.labels import LABELS
 from cxrdist.recipes import from_json, to_json
 from cxrdist.scoring.ensemble import ScoreTable, read_table, write_table
+from cxrdist.training.checkpoint import read_document, read_tensors, write_checkpoint
 
 pytestmark = pytest.mark.fault
 SWAPPED = (LABELS[1], LABELS[0], *LABELS[2:])
@@ -70,6 +71,19 @@ def test_a_template_of_other_images_and_an_epoch_that_is_not_there_are_named(wor
     with pytest.raises(UserError, match="has epochs: 1, 2"):
         world.run(tmp_path / "out", members=["--member", f"x={world.eva_x}@1,3"])
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_give_no_number_are_named_and_no_table_is_written(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world.eva_x, run)
+    folder = run / "checkpoints" / "epoch_02"
+    weights = read_tensors(folder, "ema")
+    weights["head.bias"][3] = float("nan")
+    write_checkpoint(folder, {"ema": weights}, {"meta": read_document(folder, "meta")})
+    with pytest.raises(UserError, match=r"run@2 gives no number for 23 images, e\.g\. .*view plain, fp32"):
+        world.run(tmp_path / "out", members=["--member", f"x={run}@1,2"])
+    assert not (tmp_path / "out" / "scores").exists()
+    assert not (tmp_path / "out" / "submission.csv").exists()
 
 
 def test_one_process_where_two_were_asked_for_is_named_at_once(world, tmp_path):
