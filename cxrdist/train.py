@@ -14,11 +14,8 @@ import json
 import os
 import platform
 import re
-import resource
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,14 +28,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cxrdist
 from cxrdist import estimate, models, recipes
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.cli import Parser, add_flags
 from cxrdist.data import order, split
-from cxrdist.data.loader import Batch, Loader
+from cxrdist.data.loader import Loader
 from cxrdist.data.remote import fetch_shards
 from cxrdist.errors import UserError, run_entry
 from cxrdist.files import write_atomically
@@ -51,8 +47,10 @@ from cxrdist.training import checkpoint
 from cxrdist.training.checkpoint import FrozenBackbone
 from cxrdist.training.ema import Ema
 from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
+from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.precision import autocast, resolve_precision
+from cxrdist.training.ranks import Control, Ranks
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")
@@ -206,21 +204,6 @@ def main(argv: list[str] | None = None) -> None:
             training.run_epochs()
 
 
-@dataclass
-class LoopState:
-    """Where the run is and what has been summed since the last row; all that resuming needs beside the weights.
-
-    window, epoch_sums: (4,) float64 on the device, this rank's share of loss, focal, BCE and number of steps taken.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.epoch = 0
-        self.step = 0  # optimizer steps done in this epoch
-        self.global_step = 0  # since the start, skipped ones included
-        self.window = torch.zeros(4, dtype=torch.float64, device=device)
-        self.epoch_sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-
 @dataclass(frozen=True)
 class Start:
     """What a run folder offers to begin with."""
@@ -240,7 +223,7 @@ class Training:
     index: ShardIndex
     train_rows: Rows
     validation_rows: Rows | None
-    ranks: "Ranks"
+    ranks: Ranks
     model: nn.Module
     parallel: nn.Module  # the same model, its gradients averaged over the ranks
     optimizer: GuardedAdamW
@@ -265,7 +248,9 @@ class Training:
         augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
         criterion = self._criterion()
         num_steps = order.num_steps(len(self.train_rows), recipe.global_batch_size)
-        meter = Meter(self, num_steps)
+        meter = Meter(
+            recipe, ranks, optimizer, state, self.loader, self.tracker, num_steps=num_steps, max_skips=self.max_skips
+        )
         control = Control(ranks, self.checkpoint_s, self.max_s, self.max_steps)
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # of the step in work
         with control.signals(), meter:
@@ -441,285 +426,6 @@ class Training:
             focal_gamma=recipe.focal_gamma,
             bce_weight=recipe.bce_weight,
         )
-
-
-class Ranks:
-    """The processes of this run: who we are, and the few things that are done together.
-
-    Small messages go over a gloo group of their own, so that agreeing on the host never waits for a GPU.
-    """
-
-    def __init__(self, accelerator: Accelerator, timeout: datetime.timedelta) -> None:
-        self._accelerator = accelerator
-        self.rank: int = accelerator.process_index
-        self.world_size: int = accelerator.num_processes
-        self.device: torch.device = accelerator.device
-        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
-
-    def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank (small values: it is pickled)."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on the device."""
-        if self.world_size == 1:
-            return values
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    def together(self, act: Callable[[], T]) -> T:
-        """act() on every rank. If one cannot, all end: rank 0 says why, the others leave quietly with the same code."""
-        result, problem = None, None
-        try:
-            result = act()
-        except UserError as error:
-            problem = str(error)
-        problems = self.gather(problem)
-        first = next((rank for rank, text in enumerate(problems) if text is not None), None)
-        if first is not None:
-            if self.rank != 0:
-                raise SystemExit(2)
-            raise UserError(f"{problems[first]}" + (f" [rank {first}]" if first else ""))
-        return result  # type: ignore[return-value]
-
-    def first(self, act: Callable[[], T]) -> T:
-        """act() on rank 0 and its (small) result on all, which wait for it and end together if it fails."""
-        return self.gather(self.together(lambda: act() if self.rank == 0 else None))[0]  # type: ignore[return-value]
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over the ranks."""
-        return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
-
-    def accumulating(self, model: nn.Module, *, sync: bool) -> contextlib.AbstractContextManager[None]:
-        """Average gradients in this backward pass only if `sync`."""
-        if sync or self.world_size == 1:
-            return contextlib.nullcontext()
-        return model.no_sync()  # type: ignore[no-any-return, operator]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What all ranks do after a step."""
-
-    save: bool = False
-    stop: str = ""
-
-
-class Control:
-    """Saving and stopping, agreed by all ranks at the same step, one step after the cause.
-
-    Each rank's wish travels in a small all-reduce on the host that is started after one step and read after the next,
-    so it costs no waiting.
-    """
-
-    def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None, max_steps: int | None) -> None:
-        self._ranks = ranks
-        self._max_steps = max_steps
-        self._checkpoint_s = checkpoint_s
-        self._max_s = max_s
-        self._started = self._saved = time.monotonic()
-        self._signal = 0
-        self._slowest_s = 0.0
-        self._last = self._started
-        self._pending: tuple[Any, Tensor] | None = None
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGUSR1 mean: checkpoint at the next step boundary, then stop."""
-
-        def note(number: int, _: object) -> None:
-            self._signal = number
-
-        kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-
-    def after_step(self, global_step: int) -> Decision:
-        """Send this rank's wishes and return what was agreed on the wishes sent one step ago."""
-        if global_step == self._max_steps:
-            return Decision(stop="--max-steps")
-        now = time.monotonic()
-        self._slowest_s, self._last = max(self._slowest_s, now - self._last), now
-        due = self._ranks.rank == 0 and now - self._saved >= self._checkpoint_s
-        over = self._max_s is not None and now + 2 * self._slowest_s - self._started >= self._max_s
-        wishes = torch.tensor([float(due), float(self._signal), float(over)])
-        if self._ranks.world_size == 1:
-            return self._decide(wishes)
-        agreed = self._pending
-        self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True), wishes)
-        if agreed is None:
-            return Decision()
-        agreed[0].wait()
-        return self._decide(agreed[1])
-
-    def _decide(self, agreed: Tensor) -> Decision:
-        due, signal_number, over = agreed.tolist()
-        if due:
-            self._saved = time.monotonic()
-        stop = "--max-hours" if over else ""
-        return Decision(bool(due), signal.Signals(int(signal_number)).name if signal_number else stop)
-
-
-class Meter:
-    """Rows, speeds and the progress line. Collects on the device, reads it once per row."""
-
-    def __init__(self, training: Training, num_steps: int) -> None:
-        self._training = training
-        self._num_steps = num_steps
-        self._finite: list[tuple[Rows, Tensor]] = []
-        self._images = 0
-        self._since = time.perf_counter()
-        self._waited = training.loader.wait_s
-        self._skipped = float(training.optimizer.num_skipped)
-        total = num_steps * training.recipe.epochs
-        quiet = training.ranks.rank != 0 or not sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=training.state.global_step, unit="step", disable=quiet)
-
-    def __enter__(self) -> "Meter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def saw(self, batch: Batch, logits: Tensor) -> None:
-        """Remember which images a forward pass saw and whether their logits are finite (unread, on the device)."""
-        self._finite.append((batch.rows, torch.isfinite(logits.detach()).all(dim=1)))
-        self._images += len(batch.rows) if batch.weight else 0
-
-    def advance(self) -> None:
-        """Move the progress bar by one step."""
-        self._bar.update()
-
-    def log(self) -> None:
-        """Write one row over the steps since the last one. Collective, and the only wait for the device.
-
-        Raises UserError, naming ranks and images, when too many steps in a row were skipped.
-        """
-        training, state = self._training, self._training.state
-        optimizer, ranks = training.optimizer, training.ranks
-        scale = optimizer.loss_scale if optimizer.loss_scale is not None else torch.ones((), device=ranks.device)
-        numbers = torch.cat(
-            [
-                ranks.sum(state.window),
-                torch.stack(
-                    [
-                        optimizer.num_skipped,
-                        optimizer.skipped_in_a_row,
-                        optimizer.grad_norm,
-                        optimizer.lr_factor(),
-                        scale.double(),
-                    ]
-                ),
-                *[flags.double() for _, flags in self._finite],
-            ]
-        ).tolist()
-        loss, focal, bce, taken, skipped, in_a_row, grad_norm, factor, scale_now = numbers[:9]
-        steps_taken = taken / ranks.world_size
-        seen = np.concatenate([rows for rows, _ in self._finite]) if self._finite else np.empty(0, np.int64)
-        bad = [str(training.index.image_names[row]) for row, good in zip(seen, numbers[9:], strict=True) if not good]
-        row: dict[str, Any] = {"kind": "train", "step": state.global_step, "epoch": state.epoch + 1}
-        for name, value in (("loss", loss), ("focal", focal), ("bce", bce)):
-            row[name] = value / steps_taken if steps_taken else None
-        row |= {"grad_norm": grad_norm, "skipped": int(skipped), "loss_scale": scale_now}
-        row |= {
-            f"lr/{_shown_pattern(pattern)}": lr * factor
-            for pattern, lr in zip(optimizer.patterns, optimizer.base_lrs, strict=True)
-        }
-        new_skips, self._skipped = skipped - self._skipped, skipped
-        speed = self._speed()
-        if training.tracker is not None:
-            training.tracker.metrics(row)
-            training.tracker.timings({"step": state.global_step, **speed})
-        self._print(row, speed)
-        state.window.zero_()
-        self._finite.clear()
-        if new_skips:
-            self._report_skips(int(new_skips), int(in_a_row), bad)
-
-    def log_epoch(self, validation: dict[str, Any] | None) -> None:
-        """Write the epoch's mean loss and, where there is one, the validation row. Collective."""
-        training, state = self._training, self._training.state
-        loss, focal, bce, taken = training.ranks.sum(state.epoch_sums).tolist()
-        taken /= training.ranks.world_size
-        means = [value / taken if taken else None for value in (loss, focal, bce)]
-        place = {"step": state.global_step, "epoch": state.epoch + 1}
-        if training.tracker is not None:
-            training.tracker.metrics(
-                {"kind": "epoch", **place} | dict(zip(("epoch_loss", "epoch_focal", "epoch_bce"), means, strict=True))
-            )
-            if validation is not None:
-                training.tracker.metrics(
-                    {"kind": "validation", **place}
-                    | {f"validation/{name}": value for name, value in validation.items()}
-                )
-        text = f"epoch {state.epoch + 1}/{training.recipe.epochs}: train loss {_text(means[0])}"
-        if validation is not None:
-            text += f", validation loss {_text(validation['loss'])}, macro AUROC {_text(validation['auroc_macro'])}"
-            text += f" over {validation['auroc_labels']} labels"
-        training.ranks.say(text)
-        self._since = time.perf_counter()  # validation is not training speed
-
-    def _speed(self) -> dict[str, Any]:
-        training = self._training
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
-        waited = training.loader.wait_s - self._waited
-        own = {
-            "images_per_s": self._images / seconds,
-            "wait_share": waited / seconds,
-            "memory_bytes": _memory_bytes(training.ranks.device),
-        }
-        parts = training.ranks.gather(own)
-        self._since, self._waited, self._images = now, training.loader.wait_s, 0
-        return {
-            "images_per_s": sum(part["images_per_s"] for part in parts),
-            "wait_share": max(part["wait_share"] for part in parts),
-            **{f"rank{rank}/{name}": value for rank, part in enumerate(parts) for name, value in part.items()},
-        }
-
-    def _print(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
-        training, state = self._training, self._training.state
-        total = self._num_steps * training.recipe.epochs
-        left = (total - state.global_step) * training.recipe.global_batch_size / max(speed["images_per_s"], 1e-9)
-        facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
-        if self._bar.disable:
-            left_text = datetime.timedelta(seconds=round(left))
-            training.ranks.say(f"epoch {row['epoch']} step {state.global_step}/{total}: {facts}, {left_text} left")
-        else:
-            self._bar.set_postfix_str(facts)
-
-    def _report_skips(self, new_skips: int, in_a_row: int, bad: list[str]) -> None:
-        """Collective: every rank has seen the same counts."""
-        training = self._training
-        named = training.ranks.gather(bad)
-        where = [
-            f"rank {rank}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            for rank, names in enumerate(named)
-            if names
-        ]
-        cause = f"logits not finite on {'; '.join(where)}" if where else "the gradient was not finite, the logits were"
-        training.ranks.say(
-            f"warning: {new_skips} steps skipped on all ranks up to {training.state.global_step}: {cause}"
-        )
-        if in_a_row >= training.max_skips:
-            raise UserError(
-                f"{in_a_row} steps in a row were skipped, up to step {training.state.global_step}: {cause}; look at "
-                "these images, lower the learning rate, or use --precision bf16 or fp32; then --resume"
-            )
 
 
 def check_processes(expected: int | None) -> None:
@@ -954,20 +660,6 @@ def _write_start(
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _shown_pattern(pattern: str) -> str:
-    return re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
-
-
-def _text(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
 
 
 def _environment(ranks: Ranks, precision: str, device_batch_size: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -48,7 +47,8 @@ def make_shards(folder: Path, targets: np.ndarray, patients: int = 6) -> Path:
 
 def finite(run: Path) -> bool:
     files = list((run / "checkpoints").glob("*/*.safetensors"))
-    return bool(files) and all(bool(torch.isfinite(t).all()) for file in files for t in load_file(file).values())
+    tensors = [(name, tensor) for file in files for name, tensor in load_file(file).items()]
+    return bool(tensors) and all(bool(t.isfinite().all()) for name, t in tensors if name != "counter/grad_norm")
 
 
 def test_a_nan_on_one_rank_makes_all_skip_the_same_step(uneven_shards, tmp_path):
@@ -181,7 +181,7 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")

@@ -1,0 +1,218 @@
+"""What a run tells while it trains: metrics rows, speeds and the progress line, from sums kept on the device."""
+
+import datetime
+import re
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from cxrdist.data.loader import Batch, Loader
+from cxrdist.errors import UserError
+from cxrdist.recipes import Recipe
+from cxrdist.training.optim import GuardedAdamW
+from cxrdist.training.ranks import Ranks
+from cxrdist.training.tracking import Tracker
+
+Rows = NDArray[np.int64]
+
+
+class LoopState:
+    """Where the run is and what has been summed since the last row; all that resuming needs beside the weights.
+
+    window, epoch_sums: (4,) float64 on the device, this rank's share of loss, focal, BCE and number of steps taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.epoch = 0
+        self.step = 0  # optimizer steps done in this epoch
+        self.global_step = 0  # since the start, skipped ones included
+        self.window = torch.zeros(4, dtype=torch.float64, device=device)
+        self.epoch_sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+
+class Meter:
+    """Rows, speeds and the progress line. Collects on the device, reads it once per row."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        optimizer: GuardedAdamW,
+        state: LoopState,
+        loader: Loader,
+        tracker: Tracker | None,
+        *,
+        num_steps: int,
+        max_skips: int,
+    ) -> None:
+        """
+        Args:
+            tracker: on rank 0, None elsewhere. num_steps: optimizer steps of an epoch.
+            max_skips: this many skipped steps in a row end the run.
+        """
+        self._recipe = recipe
+        self._ranks = ranks
+        self._optimizer = optimizer
+        self._state = state
+        self._loader = loader
+        self._tracker = tracker
+        self._num_steps = num_steps
+        self._max_skips = max_skips
+        self._finite: list[tuple[Rows, Tensor]] = []
+        self._images = 0
+        self._since = time.perf_counter()
+        self._waited = self._loader.wait_s
+        self._skipped = float(self._optimizer.num_skipped)
+        total = num_steps * self._recipe.epochs
+        quiet = self._ranks.rank != 0 or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=self._state.global_step, unit="step", disable=quiet)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def saw(self, batch: Batch, logits: Tensor) -> None:
+        """Remember which images a forward pass saw and whether their logits are finite (unread, on the device)."""
+        self._finite.append((batch.rows, torch.isfinite(logits.detach()).all(dim=1)))
+        self._images += len(batch.rows) if batch.weight else 0
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update()
+
+    def log(self) -> None:
+        """Write one row over the steps since the last one. Collective, and the only wait for the device.
+
+        Raises UserError, naming ranks and images, when too many steps in a row were skipped.
+        """
+        state, optimizer, ranks = self._state, self._optimizer, self._ranks
+        scale = optimizer.loss_scale if optimizer.loss_scale is not None else torch.ones((), device=ranks.device)
+        numbers = torch.cat(
+            [
+                ranks.sum(state.window),
+                torch.stack(
+                    [
+                        optimizer.num_skipped,
+                        optimizer.skipped_in_a_row,
+                        optimizer.grad_norm,
+                        optimizer.lr_factor(),
+                        scale.double(),
+                    ]
+                ),
+                *[flags.double() for _, flags in self._finite],
+            ]
+        ).tolist()
+        loss, focal, bce, taken, skipped, in_a_row, grad_norm, factor, scale_now = numbers[:9]
+        steps_taken = taken / ranks.world_size
+        seen = np.concatenate([rows for rows, _ in self._finite]) if self._finite else np.empty(0, np.int64)
+        bad = [
+            str(self._loader.index.image_names[row]) for row, good in zip(seen, numbers[9:], strict=True) if not good
+        ]
+        row: dict[str, Any] = {"kind": "train", "step": state.global_step, "epoch": state.epoch + 1}
+        for name, value in (("loss", loss), ("focal", focal), ("bce", bce)):
+            row[name] = value / steps_taken if steps_taken else None
+        row |= {"grad_norm": grad_norm, "skipped": int(skipped), "loss_scale": scale_now}
+        row |= {
+            f"lr/{_shown_pattern(pattern)}": lr * factor
+            for pattern, lr in zip(optimizer.patterns, optimizer.base_lrs, strict=True)
+        }
+        new_skips, self._skipped = skipped - self._skipped, skipped
+        speed = self._speed()
+        if self._tracker is not None:
+            self._tracker.metrics(row)
+            self._tracker.timings({"step": state.global_step, **speed})
+        self._print(row, speed)
+        state.window.zero_()
+        self._finite.clear()
+        if new_skips:
+            self._report_skips(int(new_skips), int(in_a_row), bad)
+
+    def log_epoch(self, validation: dict[str, Any] | None) -> None:
+        """Write the epoch's mean loss and, where there is one, the validation row. Collective."""
+        state = self._state
+        loss, focal, bce, taken = self._ranks.sum(state.epoch_sums).tolist()
+        taken /= self._ranks.world_size
+        means = [value / taken if taken else None for value in (loss, focal, bce)]
+        place = {"step": state.global_step, "epoch": state.epoch + 1}
+        if self._tracker is not None:
+            self._tracker.metrics(
+                {"kind": "epoch", **place} | dict(zip(("epoch_loss", "epoch_focal", "epoch_bce"), means, strict=True))
+            )
+            if validation is not None:
+                self._tracker.metrics(
+                    {"kind": "validation", **place}
+                    | {f"validation/{name}": value for name, value in validation.items()}
+                )
+        text = f"epoch {state.epoch + 1}/{self._recipe.epochs}: train loss {_text(means[0])}"
+        if validation is not None:
+            text += f", validation loss {_text(validation['loss'])}, macro AUROC {_text(validation['auroc_macro'])}"
+            text += f" over {validation['auroc_labels']} labels"
+        self._ranks.say(text)
+        self._since = time.perf_counter()  # validation is not training speed
+
+    def _speed(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        waited = self._loader.wait_s - self._waited
+        own = {
+            "images_per_s": self._images / seconds,
+            "wait_share": waited / seconds,
+            "memory_bytes": _memory_bytes(self._ranks.device),
+        }
+        parts = self._ranks.gather(own)
+        self._since, self._waited, self._images = now, self._loader.wait_s, 0
+        return {
+            "images_per_s": sum(part["images_per_s"] for part in parts),
+            "wait_share": max(part["wait_share"] for part in parts),
+            **{f"rank{rank}/{name}": value for rank, part in enumerate(parts) for name, value in part.items()},
+        }
+
+    def _print(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
+        state = self._state
+        total = self._num_steps * self._recipe.epochs
+        left = (total - state.global_step) * self._recipe.global_batch_size / max(speed["images_per_s"], 1e-9)
+        facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
+        if self._bar.disable:
+            left_text = datetime.timedelta(seconds=round(left))
+            self._ranks.say(f"epoch {row['epoch']} step {state.global_step}/{total}: {facts}, {left_text} left")
+        else:
+            self._bar.set_postfix_str(facts)
+
+    def _report_skips(self, new_skips: int, in_a_row: int, bad: list[str]) -> None:
+        """Collective: every rank has seen the same counts."""
+        named = self._ranks.gather(bad)
+        where = [
+            f"rank {rank}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for rank, names in enumerate(named)
+            if names
+        ]
+        cause = f"logits not finite on {'; '.join(where)}" if where else "the gradient was not finite, the logits were"
+        self._ranks.say(f"warning: {new_skips} steps skipped on all ranks up to {self._state.global_step}: {cause}")
+        if in_a_row >= self._max_skips:
+            raise UserError(
+                f"{in_a_row} steps in a row were skipped, up to step {self._state.global_step}: {cause}; look at "
+                "these images, lower the learning rate, or use --precision bf16 or fp32; then --resume"
+            )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _shown_pattern(pattern: str) -> str:
+    return re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
