@@ -253,6 +253,7 @@ class Training:
         )
         control = Control(ranks, self.checkpoint_s, self.max_s, self.max_steps)
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # of the step in work
+        self._show_samples(augment)
         with control.signals(), meter:
             for epoch in range(state.epoch, recipe.epochs):
                 self.model.train()
@@ -330,6 +331,10 @@ class Training:
         probs = 1.0 / (1.0 + np.exp(-logits_table.astype(np.float64)))
         per_label = metrics.auroc_per_label(targets, probs)
         macro, num_defined = metrics.macro(per_label)
+        if self.tracker is not None and self.tracker.has_dashboard:
+            self.tracker.curves(
+                self.state.global_step, "validation/roc", _roc_curves(targets, probs), "false positives"
+            )
         return {
             "images": len(seen),
             "loss": float(loss.total),
@@ -397,6 +402,18 @@ class Training:
             checkpoint.write_checkpoint(folder, tensors, {"meta": meta})
 
         self.ranks.first(write)
+
+    def _show_samples(self, augment: TrainingAugment) -> None:
+        """What the model is about to see, on the dashboard: four images of the first global batch, rank 0 only."""
+        if self.tracker is None or not self.tracker.has_dashboard:
+            return
+        epoch = min(self.state.epoch, self.recipe.epochs - 1)
+        rows = order.epoch_order(self.train_rows, self.recipe.seed, epoch)[:4]
+        for batch in self.loader.batches([rows]):
+            levels = augment.levels(batch.images, batch.keys, epoch)
+            pictures = levels.permute(0, 2, 3, 1).squeeze(-1).to(torch.uint8).cpu().numpy()
+            names = [str(self.index.image_names[row]) for row in batch.rows]
+            self.tracker.images(self.state.global_step, "augmented samples", pictures, names)
 
     def _plan(self, epoch: int) -> Iterator[order.MicroBatch]:
         return order.train_batches(
@@ -656,6 +673,17 @@ def _write_start(
         split.write_split(run / "split.csv", index.patients, folds)
     write_atomically(run / "data.json", json.dumps(facts, indent=1))
     write_atomically(run / "recipe.json", recipes.to_json(recipe))
+
+
+def _roc_curves(targets: NDArray[np.float32], probs: NDArray[np.float64]) -> dict[str, tuple[list[float], list[float]]]:
+    """At most 200 points of each label's ROC, for labels that have one."""
+    curves = {}
+    for column, label in enumerate(LABELS):
+        if 0 < targets[:, column].sum() < len(targets):
+            false_positives, true_positives = metrics.roc_curve(targets[:, column], probs[:, column])
+            chosen = np.unique(np.linspace(0, len(false_positives) - 1, 200).astype(int))
+            curves[label] = (false_positives[chosen].tolist(), true_positives[chosen].tolist())
+    return curves
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

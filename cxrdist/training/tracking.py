@@ -12,8 +12,12 @@ import os
 import queue
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 WandbMode = Literal["auto", "online", "offline", "off"]
 INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting for 90 s
@@ -49,10 +53,20 @@ class Tracker:
         """Append one row of speeds, waiting times and memory."""
         self._write(self._timings, row)
 
-    def images(self, step: int, name: str, images: Any, captions: list[str] | None = None) -> None:
-        """Show (N, H, W, 3) uint8 arrays under `name` on the dashboard."""
+    @property
+    def has_dashboard(self) -> bool:
+        """Whether pictures and curves are worth making."""
+        return self._wandb is not None
+
+    def images(self, step: int, name: str, images: NDArray[np.uint8], captions: list[str]) -> None:
+        """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard."""
         if self._wandb is not None:
-            self._wandb.send({"step": step, name: _Images(list(images), captions or [])})
+            self._wandb.send({"step": step, name: _Images(list(images), captions)})
+
+    def curves(self, step: int, name: str, curves: dict[str, tuple[list[float], list[float]]], x_name: str) -> None:
+        """Show lines, each of x and y values, in one plot under `name` on the dashboard."""
+        if self._wandb is not None:
+            self._wandb.send({"step": step, name: _Curves(name, curves, x_name)})
 
     def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
@@ -114,10 +128,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@dataclass(frozen=True)
 class _Images:
-    def __init__(self, arrays: list[Any], captions: list[str]) -> None:
-        self.arrays = arrays
-        self.captions = captions
+    arrays: list[NDArray[np.uint8]]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class _Curves:
+    title: str
+    curves: dict[str, tuple[list[float], list[float]]]
+    x_name: str
 
 
 class _WandbThread:
@@ -199,10 +220,16 @@ def _run_id(run: Path) -> str:
 
 
 def _shown(wandb: Any, value: Any) -> Any:
-    if not isinstance(value, _Images):
-        return value
-    captions = value.captions or [""] * len(value.arrays)
-    return [wandb.Image(array, caption=caption) for array, caption in zip(value.arrays, captions, strict=True)]
+    """What wandb draws in place of our pictures and curves; made in its thread."""
+    if isinstance(value, _Images):
+        pairs = zip(value.arrays, value.captions, strict=True)
+        return [wandb.Image(array, caption=caption) for array, caption in pairs]
+    if isinstance(value, _Curves):
+        xs, ys = zip(*value.curves.values(), strict=True)
+        return wandb.plot.line_series(
+            list(xs), list(ys), keys=list(value.curves), title=value.title, xname=value.x_name
+        )
+    return value
 
 
 def _say(text: str) -> None:
