@@ -7,6 +7,7 @@ import torch
 from cxrdist.augment.sheet import contact_sheet
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.augment.views import make_views
+from cxrdist.data.order import train_batches
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -51,3 +52,37 @@ def test_a_contact_sheet_shows_what_training_sees(images: torch.Tensor) -> None:
     augment = TrainingAugment(64, "published", seed=22)
     shown = sheet[67 : 67 + 64, 134 : 134 + 64, 0]
     assert np.array_equal(shown, augment.levels(images, KEYS, epoch=5)[1, 0].numpy())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_threads_and_batch_sizes_show_each_key_the_same_picture(images: torch.Tensor, world_size: int) -> None:
+    """FAULTS row 5, for the augmentation: what one process shows the model, several show it too."""
+
+    def pictures(world_size: int, device_batch_size: int) -> dict[int, torch.Tensor]:
+        shown = {}
+        for rank in range(world_size):
+            augment = TrainingAugment(96, "published", seed=22)  # each rank makes its own
+            plan = train_batches(
+                np.arange(8),
+                seed=22,
+                epoch=3,
+                global_batch_size=8,
+                device_batch_size=device_batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
+            for micro in plan:
+                if micro.weight > 0:
+                    batch = augment(images[micro.rows], KEYS[micro.rows], micro.epoch)
+                    shown |= dict(zip(KEYS[micro.rows].tolist(), batch, strict=True))
+        return shown
+
+    alone = pictures(1, 8)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads + 1)
+    try:
+        together = pictures(world_size, 1)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert alone.keys() == together.keys() == set(KEYS.tolist())
+    assert all(torch.equal(alone[key], together[key]) for key in alone)
