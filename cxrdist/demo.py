@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     steps = make_steps(args, out, plan)
     seconds = run_steps(steps, out, plan.environment)
     print(summary(args.div, out, seconds))
+    if args.images is not None:
+        print("The demo's models start from random weights; real images need the official ones (README, 'Weights').")
 
 
 def check_input(images: Path | None, csv: Path | None, blank: Any, uncertain: Any) -> None:

@@ -200,7 +200,7 @@ def _columns(path: Path, header: list[str], needed: Iterable[str]) -> dict[str, 
     missing = [name for name in needed if name not in header]
     if missing:
         more = f" (and {len(missing) - 1} more: {', '.join(missing[1:])})" if len(missing) > 1 else ""
-        raise UserError(f"{path}: column {missing[0]!r} is missing{_near(missing[0], header)}{more}")
+        raise UserError(f"{path}: column {missing[0]!r} is missing{_near(missing[0], header)}{more}; add it to the CSV")
     return {name: column for column, name in enumerate(header)}
 
 

@@ -252,7 +252,9 @@ def list_images(folder: Path, wanted: set[str]) -> dict[str, ImageFile]:
             files[entry.name] = ImageFile(entry.path, size, problem)
     if not files:
         inside = f"; it holds the folder {sorted(folders)[0]!r}: is that meant?" if folders else ""
-        raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder{inside}")
+        raise UserError(
+            f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder{inside}; name the one that has images"
+        )
     return files
 
 

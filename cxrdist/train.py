@@ -137,15 +137,14 @@ def main(argv: list[str] | None = None) -> None:
             MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size)
         )
         accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
+        torch.manual_seed(recipe.seed)
+        model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
+        groups = ranks.together(lambda: param_groups(model, recipe.groups))
         ranks.say(recipes.to_json(recipe))
         ranks.say(
             f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(train_rows):,} images, "
             f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
         )
-
-        torch.manual_seed(recipe.seed)
-        model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
-        groups = ranks.together(lambda: param_groups(model, recipe.groups))
         ranks.say(f"parameters: {models.count_parameters(model, recipe.groups)}")
         if args.grad_checkpointing:
             ranks.together(lambda: _checkpoint_gradients(model))
