@@ -144,6 +144,9 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batches(uneven
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=2e-5)
     epochs = [[row["epoch_loss"] for row in training_runs.rows(folder, "epoch")] for folder in (run, whole)]
     torch.testing.assert_close(torch.tensor(epochs[0]), torch.tensor(epochs[1]), rtol=0, atol=2e-5)
+    for ours, theirs in zip(*(training_runs.rows(folder, "validation") for folder in (run, whole)), strict=True):
+        assert ours["validation/images"] == theirs["validation/images"] == 12
+        assert ours["validation/loss"] == pytest.approx(theirs["validation/loss"], abs=2e-5)
     ours, theirs = (load_file(folder / "checkpoints" / "epoch_04" / "ema.safetensors") for folder in (run, whole))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=5e-3 if "bias" in name else 1e-3)

@@ -1,0 +1,91 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxrdist import recipes, train
+from cxrdist.errors import UserError
+from cxrdist.models import frozen_names
+from cxrdist.training import checkpoint
+from tests import training_runs
+
+GOLDEN = Path(__file__).parent / "golden"
+EVA_X = ["--set", "image_size=224", "--set", "model_kwargs=depth:2,embed_dim:48,num_heads:3"]
+CHEXFOUND = [
+    "--set",
+    "image_size=96",
+    "--set",
+    "model_kwargs=decoder_dim:16,depth:8,embed_dim:32,num_heads:4,num_queries:40",
+]
+ONE_EPOCH = ["--set", "epochs=1", "--set", "member_epochs=1", "--set", "global_batch_size=16", "--wandb", "off"]
+
+
+def start(shards: Path, run: Path, *flags: str) -> None:
+    command = [flag for flag in training_runs.FLAGS if flag not in ("--init", "random")]
+    train.main([*command, "--shards", str(shards), "--out", str(run), *ONE_EPOCH, *flags])
+
+
+def test_eva_x_starts_from_the_official_layout(uneven_shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    init = GOLDEN / "evax" / "base_mim.pt"
+    start(uneven_shards, run, "--model", "eva_x", *EVA_X, "--init", str(init), "--max-steps", "1")
+    assert "base_mim.pt" in capsys.readouterr().out
+    step = checkpoint.read_tensors(run / "checkpoints" / "step_1", "model")
+    official = torch.load(init, weights_only=True)["model"]
+    assert torch.equal(step["cls_token"], official["cls_token"])  # frozen by the recipe
+    moved = (step["blocks.0.norm1.weight"] - official["blocks.0.norm1.weight"]).abs().max()
+    assert 0 < float(moved) < 2e-6  # one step at 1e-6
+
+
+def test_chexfound_starts_from_two_files_and_names_its_backbone(uneven_shards, tmp_path):
+    files = tmp_path / "official"
+    files.mkdir()
+    for name in ("teacher_checkpoint.pth", "glori.pth", "results_eval_linear.json"):
+        shutil.copy(GOLDEN / "chexfound" / name, files / name)
+    run = tmp_path / "run"
+    start(uneven_shards, run, "--model", "chexfound", *CHEXFOUND, "--init", str(files))
+    assert not (run / "backbone.safetensors").exists()
+    meta = json.loads((run / "checkpoints" / "epoch_01" / "meta.json").read_text())
+    assert meta["frozen"]["file"] == str(files / "teacher_checkpoint.pth")
+    _, model = checkpoint.load_member(run, 1)
+    official = torch.load(files / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert torch.equal(
+        model.state_dict()["backbone.blocks.5.norm1.weight"], official["backbone.blocks.2.5.norm1.weight"]
+    )
+    assert frozen_names(model)
+    (files / "teacher_checkpoint.pth").rename(files / "moved.pth")
+    with pytest.raises(UserError, match=r"teacher_checkpoint.pth: the frozen backbone is not there"):
+        checkpoint.load_member(run, 1)
+
+
+def test_without_init_the_missing_file_is_named_and_nothing_is_written(uneven_shards, tmp_path, monkeypatch):
+    shards = uneven_shards.resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"eva_x_base_patch16_merged520k_mim\.pt in weights/"):
+        start(shards, tmp_path / "run", "--model", "eva_x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_says_what_ran(uneven_shards, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--model", "eva_x", *EVA_X, "--init", "random", "--max-steps", "2", "--validate-fold", "0", "--folds", "3"]
+    start(uneven_shards, run, *flags)
+    recipe = dataclasses.replace(recipes.eva_x("b"), image_size=224)
+    assert {text.split(":")[0] for text in recipes.differences(recipe, checkpoint.read_recipe(run))} == {
+        "epochs",
+        "member_epochs",
+        "global_batch_size",
+        "ema_decay",
+        "model_kwargs",
+    }
+    (session,) = json.loads((run / "environment.json").read_text())
+    assert (session["world_size"], session["precision"]) == (1, "fp32")
+    assert torch.__version__.startswith(session["packages"]["torch"])
+    assert (run / "split.csv").read_text().startswith("patient,fold\n")
+    with pytest.raises(UserError, match="--resume goes on"):
+        start(uneven_shards, run, *flags)
+    start(uneven_shards, run, *flags, "--resume")
+    assert len(json.loads((run / "environment.json").read_text())) == 2
