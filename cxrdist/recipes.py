@@ -225,6 +225,15 @@ def with_global_batch_size(recipe: Recipe, global_batch_size: int) -> Recipe:
     return dataclasses.replace(recipe, global_batch_size=global_batch_size, ema_decay=recipe.ema_decay**scale)
 
 
+def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Literal["none", "sqrt", "linear"]) -> Recipe:
+    """The recipe with its learning rates times `ratio` (of global batches) or its root; unchanged for "none"."""
+    if rule == "none" or ratio == 1.0:
+        return recipe
+    factor = ratio if rule == "linear" else ratio**0.5
+    groups = (dataclasses.replace(group, lr=None if group.lr is None else group.lr * factor) for group in recipe.groups)
+    return dataclasses.replace(recipe, groups=tuple(groups))
+
+
 def to_json(recipe: Recipe) -> str:
     """The recipe as JSON text; floats survive the round trip exactly."""
     return json.dumps(dataclasses.asdict(recipe), indent=1)

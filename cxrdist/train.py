@@ -102,6 +102,12 @@ def parser() -> Parser:
     flags.add_argument(
         "--max-steps", type=int, metavar="N", help="checkpoint and stop after N steps, to try things out"
     )
+    flags.add_argument(
+        "--scale-lr",
+        choices=("none", "sqrt", "linear"),
+        default="none",
+        help="scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)",
+    )
     flags.add_argument("--dry-run", action="store_true", help="say what the run needs (memory, hours, disk) and stop")
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
     return flags
@@ -111,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     """Check, build, restore, train. Every mistake that can be seen beforehand is named before anything is written."""
     args = parser().parse_args(argv)
     check_processes(args.expect_processes)
-    recipe = recipes.with_overrides(recipes.recipe_for(args.model, args.div), args.overrides)
+    published = recipes.recipe_for(args.model, args.div)
+    recipe = recipes.with_overrides(published, args.overrides)
+    recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
     shards = args.shards or Path("shards") / f"div_{args.div}"
     run = args.out or Path("runs") / f"{recipe.name}_{args.div}"
     if args.dry_run:
@@ -141,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
         groups = ranks.together(lambda: param_groups(model, recipe.groups))
         ranks.say(recipes.to_json(recipe))
+        if recipe.global_batch_size != published.global_batch_size:
+            changed = "; ".join(recipes.differences(published, recipe))
+            ranks.say(f"another global batch than the recipe's (learning rates: --scale-lr {args.scale_lr}): {changed}")
         ranks.say(
             f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(train_rows):,} images, "
             f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
@@ -466,6 +477,12 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
     with _named_group_failures():
         accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
         ranks = Ranks(accelerator, timeout)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks.world_size != started:
+        raise UserError(
+            f"{started} processes were started but each works alone: two runs would write into one folder; start with "
+            "accelerate launch and a file of accel_configs/, or ./launch.sh"
+        )
     try:
         yield ranks
     finally:

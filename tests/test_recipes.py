@@ -4,7 +4,7 @@ import pytest
 
 from cxrdist import recipes
 from cxrdist.errors import UserError
-from cxrdist.recipes import Group, differences, from_json, recipe_for, to_json, with_overrides
+from cxrdist.recipes import Group, differences, from_json, recipe_for, to_json, with_overrides, with_scaled_lrs
 
 pytestmark = pytest.mark.fast
 
@@ -75,6 +75,15 @@ def test_another_global_batch_keeps_the_memory_of_the_ema_in_images():
     assert recipe.ema_decay == pytest.approx(0.9997**4)
     explicit = with_overrides(recipes.eva_x("b"), ["global_batch_size=256", "ema_decay=0.9997"])
     assert explicit.ema_decay == 0.9997
+
+
+def test_learning_rates_scale_with_the_batch_only_on_request():
+    recipe = recipes.eva_x("b")
+    assert with_scaled_lrs(recipe, 4.0, "none") == recipe
+    for rule, factor in (("sqrt", 2.0), ("linear", 4.0)):
+        scaled = with_scaled_lrs(recipe, 4.0, rule)
+        assert scaled.groups[0].lr is None
+        assert [group.lr for group in scaled.groups[1:]] == [group.lr * factor for group in recipe.groups[1:]]
 
 
 def test_an_unknown_model_division_or_file_is_named():
