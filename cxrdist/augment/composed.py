@@ -20,7 +20,7 @@ from cxrdist.augment.clahe import clip_counts, equalise
 from cxrdist.augment.draws import MAX_HOLES, Draws, Floats
 
 # Columns of the table of parameters, one row an image.
-FRAME_X, FRAME_Y = slice(0, 2), slice(2, 4)  # slope, offset
+FRAME = slice(0, 4)  # slope and offset in x, in y
 ROTATION = slice(4, 7)  # cos, sin, half width of what is not black
 SOURCE_X, SOURCE_Y = slice(7, 11), slice(11, 15)  # slope, offset, smallest, largest; in grid_sample's coordinates
 TONE = slice(15, 18)  # CLAHE's count, contrast, brightness
@@ -55,7 +55,7 @@ def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[sl
     for index, rows in enumerate(parts):
         values = columns[rows]  # a column is (b, 1, 1)
         with_clahe, with_tone, with_mask = (some.long() for some in ids[3 * index : 3 * index + 3])
-        slope_x, offset_x, slope_y, offset_y = values[:, FRAME_X.start : FRAME_Y.stop].unbind(1)
+        slope_x, offset_x, slope_y, offset_y = values[:, FRAME].unbind(1)
         x = place * slope_x + offset_x  # (b, 1, S)
         y = place.view(-1, 1) * slope_y + offset_y  # (b, S, 1)
         inside_x, inside_y = x.clamp(-centre, centre), y.clamp(-centre, centre)

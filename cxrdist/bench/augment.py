@@ -182,7 +182,9 @@ def _warps(images: Tensor, size: int) -> dict[str, Variant]:
     matrix = get_rotation_matrix2d(
         centre, torch.from_numpy(draws.angle).float().to(device), torch.ones(num, 2, device=device)
     )
-    grid = affine_grid(matrix.new_tensor([[1.0, 0.1, 0.0], [-0.1, 1.0, 0.0]]).repeat(num, 1, 1), [num, 1, size, size])
+    grid = affine_grid(
+        matrix.new_tensor([[1.0, 0.1, 0.0], [-0.1, 1.0, 0.0]]).repeat(num, 1, 1), [num, 1, size, size], False
+    )
     levels = images.float()
     rgb = levels.repeat(1, 3, 1, 1)
     return {
