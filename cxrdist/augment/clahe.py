@@ -1,6 +1,6 @@
 """Contrast-limited adaptive histogram equalisation as the published run had it: on the L of OpenCV's 8-bit LAB.
 
-kornia's own CLAHE spreads what it clips another way, and takes 3 times as long on one channel; OpenCV's is not on the
+kornia's own CLAHE spreads what it clips another way, and takes twice as long on one channel; OpenCV's is not on the
 device. Only the conversion of colour images is kornia's.
 """
 
