@@ -102,6 +102,8 @@ class Loader:
         self._on_bad = on_bad
         self._max_bad = max_bad
         self._reader = ShardReader(index)
+        size = int(index.meta["size_px"])
+        self._image_shape = (size, size, index.num_channels)  # decided here, once for all batches
         self._buffers = _Buffers(pinned=self.device.type == "cuda")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._threads = ThreadPoolExecutor(self.num_threads, "decode") if self.num_threads else None
@@ -154,7 +156,15 @@ class Loader:
         planned = isinstance(micro, MicroBatch)
         if not isinstance(micro, MicroBatch):
             micro = MicroBatch(np.asarray(micro, np.int64), weight=1.0, last=True, step=number, epoch=0)
-        job = _Job(self._reader, self._buffers, micro, keep_empty=planned, device=self.device, stream=self._stream)
+        job = _Job(
+            self._reader,
+            self._buffers,
+            micro,
+            self._image_shape,
+            keep_empty=planned,
+            device=self.device,
+            stream=self._stream,
+        )
         self._jobs.add(job)
         if self._threads is not None:
             for _ in range(min(self.num_threads, len(micro.rows))):
@@ -241,6 +251,7 @@ class _Job:
         reader: ShardReader,
         buffers: _Buffers,
         micro: MicroBatch,
+        image_shape: tuple[int, int, int],
         *,
         keep_empty: bool,
         device: torch.device,
@@ -260,8 +271,7 @@ class _Job:
         # Shared by the threads without a lock: `next` on these is one step under the GIL.
         self._todo = enumerate(micro.rows.tolist())
         self._num_done = itertools.count(1)
-        size = int(reader.index.meta["size_px"])
-        shape = (len(micro.rows), size, size, reader.index.num_channels)
+        shape = (len(micro.rows), *image_shape)
         self._buffer = buffers.take(math.prod(shape))
         self._pixels = self._buffer[: math.prod(shape)].reshape(shape)
         if stream is None:

@@ -5,7 +5,6 @@ repeatable: what was trained on is written down, not recomputed.
 """
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
+from cxrdist.files import write_atomically
 
 HEADER = ["patient", "fold"]
 
@@ -52,14 +52,8 @@ def write_split(path: Path, patients: NDArray[np.object_], folds: NDArray[np.int
     for patient, fold in zip(patients, folds.tolist(), strict=True):
         if fold_of.setdefault(patient, fold) != fold:
             raise UserError(f"{path}: patient {patient} would be in folds {fold_of[patient]} and {fold}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows(sorted(fold_of.items()))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    rows = [HEADER, *([patient, str(fold)] for patient, fold in sorted(fold_of.items()))]
+    write_atomically(path, "".join(f"{','.join(row)}\n" for row in rows))
 
 
 def read_split(path: Path) -> dict[str, int]:

@@ -139,3 +139,18 @@ def test_a_shard_cut_after_it_was_opened_is_named(index, tmp_path):
         ShardReader(dataclasses.replace(index, folder=tmp_path)).read(7)
     with pytest.raises(UserError, match=r"train-000002\.tar, key 00000048 .* No such file"):
         ShardReader(dataclasses.replace(index, folder=tmp_path)).read(32)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_are_the_same_and_not_overwritten_while_kept(index):
+    plan = [np.arange(4) + i % 12 * 4 for i in range(60)]
+    with Loader(index, num_threads=2) as on_cpu, Loader(index, "cuda", num_threads=2) as on_gpu:
+        kept = []
+        for expected, batch in zip(on_cpu.batches(plan), on_gpu.batches(plan), strict=True):
+            assert batch.images.device.type == "cuda"
+            assert torch.equal(batch.targets.cpu(), expected.targets)
+            kept.append((batch.images * 1, expected.images.clone(), batch.images))
+        for used_at_once, expected_images, used_later in kept:
+            assert torch.equal(used_at_once.cpu(), expected_images)
+            assert torch.equal(used_later.cpu(), expected_images)
+        assert len(on_gpu._buffers._free) <= 4
