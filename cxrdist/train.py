@@ -468,11 +468,16 @@ def check_processes(expected: int | None) -> None:
 @contextlib.contextmanager
 def _process_group(timeout_s: float) -> Iterator[Ranks]:
     timeout = datetime.timedelta(seconds=timeout_s)
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # DDP rebuilds its buckets after a session's first step, and with three ranks or more a ring's sum depends on the
+    # place in the bucket: a resumed run would differ in the last bit. Looking for unused parameters keeps the buckets.
+    keep_buckets = use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 2
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=keep_buckets
+        ),
     ]
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # precision is resolved and applied here, so accelerate is told to leave it alone
     with _named_group_failures():
         accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
