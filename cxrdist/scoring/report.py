@@ -145,7 +145,7 @@ def roc_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Eva
                 axis.plot(fpr, tpr, color=colour, lw=1.4, label=f"{score.name} {score.auroc[label]:.2f}")
         _panel(axis, f"{LABELS[label]} ({result.positives[label]})")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False, loc="lower right", handlelength=1.2)
+            axis.legend(fontsize=7, loc="lower right", handlelength=1.2, framealpha=0.8, edgecolor="none")
         else:
             axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
     axes[14].axis("off")
@@ -172,7 +172,7 @@ def precision_section(tables: Sequence[ScoreTable], targets: NDArray[Any], resul
                 axis.plot(recall, precision, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
         _panel(axis, f"{LABELS[label]} ({share:.1%})")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False, loc="best", handlelength=1.2)
+            axis.legend(fontsize=7, loc="best", handlelength=1.2, framealpha=0.8, edgecolor="none")
     axes[14].axis("off")
     axes[15].axis("off")
     figure.supxlabel("recall", fontsize=9)
