@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     assert world_size == int(os.environ.get("WORLD_SIZE", "1"))
     job = together(lambda: prepare(args, shards, device), rank)
     parts = job.store.read_all()
-    done = {int(number) for numbers in gather_object([part.batches for part in parts.values()]) for number in numbers}
+    done = {int(number) for numbers in gathered([part.batches for part in parts.values()]) for number in numbers}
     own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
     own_batches = [job.batches[number] for number in own]
     if rank == 0:
@@ -145,12 +145,23 @@ def together(act: Callable[[], T], rank: int) -> T:
         result = act()
     except UserError as error:
         problem = str(error)
-    problems = [text for text in gather_object([problem]) if text is not None]
+    problems = [text for text in gathered([problem]) if text is not None]
     if problems and rank != 0:
         raise SystemExit(2)
     if problems:
         raise UserError(problems[0])
     return result  # type: ignore[return-value]
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The items of all ranks, in rank order, on every rank. UserError when another rank is gone."""
+    try:
+        return list(gather_object(items))
+    except RuntimeError as error:
+        raise UserError(
+            f"another process ended or stopped answering ({str(error).splitlines()[0][:150]}); its own message is the "
+            "cause; finished scores are kept, run the same command again"
+        ) from error
 
 
 def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job:
@@ -470,10 +481,8 @@ def in_parts(
 def collect(store: PartStore, rank: int) -> dict[str, Part]:
     """All parts of all processes on rank 0, also where machines do not share the output folder. A barrier, too."""
     own = store.read_all()
-    seen: list[Any] = [sorted(own)]
-    broadcast_object_list(seen)
-    missing = [(name, part) for name, part in own.items() if name not in set(seen[0])] if rank else []
-    return own | dict(gather_object(missing))
+    seen = set(gathered(sorted(own) if rank == 0 else []))
+    return own | dict(gathered([(name, part) for name, part in own.items() if name not in seen]))
 
 
 def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:
