@@ -247,7 +247,7 @@ def test_queries_beyond_the_classes_are_kept_only_in_the_published_sizes():
     with torch.device("meta"):
         assert build_model("chexfound", 512).glori.query_embed.num_embeddings == 40
         assert build_model("chexfound", 128, embed_dim=48, num_heads=3).glori.query_embed.num_embeddings == 14
-        assert build_model("chexfound", 128, drop_rate=0.3).glori.layers[0].multihead_attn.dropout == 0.3
+        assert build_model("chexfound", 128, drop_rate=0.3).glori.layers[0].multihead_attn.drop_rate == 0.3
 
 
 DDP_STEPS = """
