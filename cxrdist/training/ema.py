@@ -37,7 +37,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """average += (1 - decay) * (model - average); integer buffers are copied.
+        """average = decay * average + (1 - decay) * model, rounded as published; integer buffers are copied.
+
+        The shorter lerp drifts from the published averages by 1.3e-6 in 20 updates.
 
         skip: 0-dim, 1.0 leaves the average as it is. It stays on the device: nothing here waits for the GPU.
         """
@@ -45,9 +47,10 @@ class Ema:
         if self.ramp:
             keep = torch.minimum(keep, (1.0 + self.num_updates) / (10.0 + self.num_updates))
         take = 1.0 if skip is None else 1.0 - skip.double()
-        weight = ((1.0 - keep) * take).float()
-        # One launch a tensor: the foreach kernel takes weights from the host only, and reading this one would wait.
-        torch._foreach_lerp_(self._average_list, self._live_list, [weight] * len(self._live_list))
+        weight = (1.0 - keep) * take
+        # The factors stay on the device: reading them would wait for it.
+        torch._foreach_mul_(self._average_list, (1.0 - weight).float())
+        torch._foreach_addcmul_(self._average_list, self._live_list, [weight.float()] * len(self._live_list))
         for name in self._counters:
             average, live = self._average[name], self._live[name]
             average.copy_(live if skip is None else torch.where(skip.bool(), average, live))

@@ -29,9 +29,9 @@ def test_twenty_published_updates_replayed(decay):
         exact = {name: decay * value + (1 - decay) * golden[f"model{step:02d}/{name}"] for name, value in exact.items()}
     for name, value in exact.items():
         average = ema.state_dict()[name].numpy()
-        # The published float32 loop itself drifts by up to 1.3e-6 from the exact average in these 20 updates.
-        np.testing.assert_allclose(average, golden[f"ema_final/{name}"], rtol=0, atol=1.6e-6)
-        np.testing.assert_allclose(average, value, rtol=3e-7, atol=3e-7)
+        np.testing.assert_allclose(average, golden[f"ema_final/{name}"], rtol=0, atol=1e-6)
+        # the published float32 loop itself drifts from the exact average in these 20 updates
+        np.testing.assert_allclose(average, value, rtol=0, atol=2e-6)
     # The published loop rounded this counter down at every update; a count is copied here.
     assert int(ema.state_dict()["1.num_batches_tracked"]) == int(golden["model19/1.num_batches_tracked"])
 
