@@ -79,8 +79,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own; save_file leaves files that only their owner can read
         # safetensors refuses tensors that share memory, and writes nothing but contiguous ones
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata or {})
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
