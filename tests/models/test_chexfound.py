@@ -250,7 +250,8 @@ def test_queries_beyond_the_classes_are_kept_only_in_the_published_sizes():
         assert build_model("chexfound", 128, drop_rate=0.3).glori.layers[0].multihead_attn.drop_rate == 0.3
 
 
-DDP_STEPS = """
+DDP_STEPS = r"""
+import sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from cxrdist.models import build_model
@@ -267,13 +268,14 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
 change = (model.glori.query_embed.weight.detach() - before).abs().amax(1)
-print("moved", bool((change[:14] > 1e-3).all()), "still", bool((change[14:] == 0).all()))
+# one write a line: the ranks share the terminal
+sys.stdout.write(f"moved {bool((change[:14] > 1e-3).all())} still {bool((change[14:] == 0).all())}\n")
 flat = torch.cat([p.detach().flatten() for p in model.parameters()])
 other = flat.clone()
 dist.broadcast(other, 0)
 assert torch.equal(flat, other), "ranks differ"
 buckets = sum(parameter.numel() for parameter in ddp.module.parameters() if parameter.requires_grad)
-print("buckets", buckets == sum(p.numel() for p in model.glori.parameters()))
+sys.stdout.write(f"buckets {buckets == sum(p.numel() for p in model.glori.parameters())}\n")
 dist.destroy_process_group()
 """
 
