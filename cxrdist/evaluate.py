@@ -211,7 +211,7 @@ def picture_sections(
 def augmented_section(index: ShardIndex, recipe: Recipe) -> Section:
     rows = [int(row) for row in np.linspace(0, len(index) - 1, min(NUM_AUGMENTED, len(index)))]
     images = read_images(index, rows)
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
     keys = index.keys[rows]
     plain = resize(images, recipe.image_size)
     stages = [plain, *(augment.levels(images, keys, epoch) for epoch in range(4))]

@@ -56,6 +56,7 @@ class Recipe:
     pos_weight_beta: float = 0.9999
     pos_weight_cap: float = 10.0
     augment: Literal["published", "crop_flip", "none"] = "published"
+    holes: Literal["as_run", "as_asked"] = "as_run"  # coarse dropout: what the library cut, or the one hole asked for
     drop_rate: float = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
     model_kwargs: tuple[tuple[str, int | float], ...] = ()  # size overrides for a small variant, sorted by name
     member_epochs: tuple[int, ...] = (5, 6)  # epochs (from 1) whose EMA weights inference averages
@@ -76,6 +77,7 @@ class Recipe:
             "views": len(self.views) > 0 and set(self.views) <= set(PUBLISHED_VIEWS),
             "lr_schedule": self.lr_schedule in ("constant", "cosine"),
             "augment": self.augment in ("published", "crop_flip", "none"),
+            "holes": self.holes in ("as_run", "as_asked"),
             "drop_rate": 0.0 <= self.drop_rate < 1.0,
         }
         for field, good in checks.items():

@@ -43,6 +43,7 @@ from cxrdist.models import weights as weight_files
 from cxrdist.recipes import Recipe
 from cxrdist.scoring import metrics
 from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.shards.verify import verify
 from cxrdist.training import checkpoint
 from cxrdist.training.checkpoint import FrozenBackbone
 from cxrdist.training.ema import Ema
@@ -76,6 +77,11 @@ def parser() -> Parser:
         "--precision",
     )
     add_flags(flags, *shared, "--expect-processes", "--max-hours")
+    flags.add_argument(
+        "--continue-init",
+        action="store_true",
+        help="go on after the epoch of --init's file (a published modelN.pth): its EMA and optimizer state too",
+    )
     flags.add_argument("--folds", type=int, default=5, metavar="N", help="patient-grouped folds (with --validate-fold)")
     flags.add_argument("--validate-fold", type=int, metavar="K", help="hold out fold K (from 0) and validate on it")
     flags.add_argument("--log-every", type=int, default=50, metavar="N", help="optimizer steps between logged rows")
@@ -134,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         ranks = stack.enter_context(_process_group(args.timeout_s))
         precision, why = ranks.together(lambda: resolve_precision(args.precision, ranks.device))
         index = ranks.together(lambda: open_index(shards, "train", args.div))
+        ranks.first(lambda: verify(shards, "train", args.div).num_images)  # every tar header, by one reader
         facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, args))
         ranks.together(lambda: stack.enter_context(checkpoint.run_lock(run)) if ranks.rank == 0 else None)
         restored = ranks.first(lambda: _find_start(run, recipe, facts, resume=args.resume, say=ranks.say))
@@ -172,6 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(models.frozen_names(model)))
         state = LoopState(ranks.device)
+        if args.continue_init and restored.folder is None:
+            ranks.together(functools.partial(_continue_init, args.init, recipe, optimizer, ema, state, num_steps))
+            ranks.say(f"going on after epoch {state.epoch} of --init, with its EMA and optimizer state")
         if restored.folder is not None:
             ranks.together(functools.partial(_restore, restored.folder, model, optimizer, ema, state, ranks))
         if frozen is None and models.frozen_names(model):
@@ -255,7 +265,7 @@ class Training:
     def run_epochs(self) -> None:
         """Train from where `state` stands to the last epoch, or until a signal or the time limit ends it early."""
         recipe, ranks, state, optimizer = self.recipe, self.ranks, self.state, self.optimizer
-        augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+        augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
         criterion = self._criterion()
         num_steps = order.num_steps(len(self.train_rows), recipe.global_batch_size)
         meter = Meter(
@@ -645,6 +655,38 @@ def _build(recipe: Recipe, init: str | None, run: Path, start: Start) -> tuple[n
         if any(name.startswith("backbone.") for name in weight_files.read_weights(file).tensors):
             return model, FrozenBackbone(str(file.resolve()), weight_files.file_sha256(file))
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
+
+
+def _continue_init(
+    init: str | None, recipe: Recipe, optimizer: GuardedAdamW, ema: Ema, state: LoopState, num_steps: int
+) -> None:
+    """EMA, optimizer state and epoch of a published training file; the weights are those already loaded from it."""
+    if init in (None, "random"):
+        raise UserError("--continue-init goes with --init FILE, the file to go on from")
+    found = weight_files.read_weights(*weight_files.init_files(recipe.model, Path(str(init))))
+    parts = {"EMA": found.ema, "optimizer state": found.optimizer, "epoch": found.epoch}
+    missing = [name for name, part in parts.items() if part is None]
+    if found.ema is None or found.optimizer is None or found.epoch is None:
+        raise UserError(
+            f"--continue-init: {init} holds no {' and no '.join(missing)}; leave the flag out to start from it"
+        )
+    if found.epoch >= recipe.epochs:
+        raise UserError(
+            f"--continue-init: {init} is of epoch {found.epoch} of {recipe.epochs}: --set epochs=N for more"
+        )
+    num_updates = float(found.epoch * num_steps)
+    counters = dict.fromkeys(("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps"), 0.0)
+    moments = {f"{kind}/{name}": value for name, kinds in found.optimizer.items() for kind, value in kinds.items()}
+    try:
+        ema.load_state_dict({name: found.ema[name] for name in ema.state_dict()}, num_updates)
+        optimizer.load_state_dict(
+            moments
+            | {f"counter/{name}": torch.tensor(value, dtype=torch.float64) for name, value in counters.items()}
+            | {"counter/num_applied": torch.tensor(num_updates, dtype=torch.float64)}
+        )
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"--continue-init: {init} does not fit this recipe ({error}); leave the flag out") from None
+    state.epoch, state.global_step = found.epoch, found.epoch * num_steps
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

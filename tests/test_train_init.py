@@ -8,7 +8,7 @@ import torch
 
 from cxrdist import recipes, train
 from cxrdist.errors import UserError
-from cxrdist.models import frozen_names
+from cxrdist.models import frozen_names, weights
 from cxrdist.training import checkpoint
 from tests import training_runs
 
@@ -59,6 +59,30 @@ def test_chexfound_starts_from_two_files_and_names_its_backbone(uneven_shards, t
     (files / "teacher_checkpoint.pth").rename(files / "moved.pth")
     with pytest.raises(UserError, match=r"teacher_checkpoint.pth: the frozen backbone is not there"):
         checkpoint.load_member(run, 1)
+
+
+def test_the_published_epoch_three_goes_on_as_epoch_four(uneven_shards, tmp_path):
+    run = tmp_path / "run"
+    init = GOLDEN / "chexfound" / "model3_finetuned.pth"
+    four = ["--set", "epochs=4", "--set", "member_epochs=4", "--init", str(init), "--continue-init"]
+    start(uneven_shards, run, "--model", "chexfound", *CHEXFOUND, *four, "--log-every", "1")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows if row["kind"] == "train"] == [(4, 10), (4, 11), (4, 12)]
+    assert [path.name for path in (run / "checkpoints").glob("epoch_*")] == ["epoch_04"]
+    found = weights.read_weights(init)
+    average = checkpoint.read_tensors(run / "checkpoints" / "epoch_04", "ema")["glori.layers.0.linear1.weight"]
+    published = found.ema["glori.layers.0.linear1.weight"]
+    assert not torch.equal(published, found.tensors["glori.layers.0.linear1.weight"])
+    torch.testing.assert_close(average, published, rtol=0, atol=3 * 3.3e-4 * 3 * 2e-4)  # three steps, decay .99967
+    before = found.optimizer["glori.layers.0.linear1.weight"]["step"]
+    after = checkpoint.read_tensors(run / "checkpoints" / "step_12", "optimizer")["step/glori.layers.0.linear1.weight"]
+    assert float(after) == float(before) + 3
+
+
+def test_going_on_needs_a_file_with_the_state_of_its_training(uneven_shards, tmp_path):
+    init = ["--init", str(GOLDEN / "evax" / "base_mim.pt"), "--continue-init"]
+    with pytest.raises(UserError, match="holds no EMA and no optimizer state and no epoch"):
+        start(uneven_shards, tmp_path / "run", "--model", "eva_x", *EVA_X, *init)
 
 
 def test_without_init_the_missing_file_is_named_and_nothing_is_written(uneven_shards, tmp_path, monkeypatch):

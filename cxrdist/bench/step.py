@@ -78,7 +78,7 @@ def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device)
         loss_scale=2.0**16 if args.precision == "fp16" else None,
     )
     ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(models.frozen_names(model)))
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
     parts: dict[str, list[float]] = {}
     clock = time.perf_counter()
 
