@@ -50,7 +50,7 @@ launch() { # MODULE DIV [ARGS]: accelerate with the YAML that fits this machine
   esac
   config=${CXRDIST_ACCEL_CONFIG:-accel_configs/$config.yaml}
   processes=${CXRDIST_PROCESSES:-$processes}
-  python -m accelerate.commands.launch --config_file "$config" --num_processes "$processes" \
+  python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
     -m "$module" --div "$div" --expect-processes "$processes" "$@"
 }
 

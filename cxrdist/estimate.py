@@ -1,4 +1,4 @@
-"""What a run needs before it starts: memory per device, FLOPs, hours, files. For `train --dry-run`.
+"""What a run needs before it starts: memory per device, FLOPs, hours, files. For `--dry-run` of `train` and `infer`.
 
 FLOPs and activation memory are counted on the recipe's own model with fake tensors (shapes, no arithmetic), so they
 follow every recipe field. Times divide counted FLOPs by peak speed times a stated efficiency: estimates, printed as
@@ -6,6 +6,7 @@ such. Efficiencies: T4, what the published EVA-X training reached (31.3 images/s
 CPU, half of the matrix-multiplication speed measured on the spot (0.48-0.56 seen for both models in bf16).
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -20,9 +21,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from cxrdist.augment.views import distinct_views
 from cxrdist.errors import UserError
 from cxrdist.models import build_model, trainable_names
-from cxrdist.recipes import Recipe
+from cxrdist.recipes import Recipe, chexfound, eva_x
 from cxrdist.shards.index import open_index
 from cxrdist.training.precision import resolve_precision
 
@@ -30,6 +32,9 @@ GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
 TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
 PUBLISHED_IMAGES = {"a": 107_374, "b": 108_491}
+PUBLISHED_TEST_IMAGES = {"a": 46_233, "b": 47_927}
+PUBLISHED_INFER_HOURS = {"a": 6.1, "b": 6.8}  # two T4s, 12 passes of EVA-X and 2 of CheXFound
+PUBLISHED_INFER_PASSES = (12, 2)
 DECODED_BATCHES = 3  # 600-px uint8 batches in flight
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -256,6 +261,53 @@ def report(recipe: Recipe, num_images: int, here: Machine, device_batch_size: in
     return "\n".join(lines)
 
 
+def infer_report(div: Literal["a", "b"], num_images: int, here: Machine) -> str:
+    """The table `infer --dry-run` prints: hours of the published members on `here` and other machines.
+
+    T4: at the speed that the published inference reached, found from its counted FLOPs and its hours.
+    """
+    recipes = (eva_x(div), chexfound(div))
+    flops = [count_cost(recipe, here.precision).forward_flops for recipe in recipes]
+    # views of every epoch, but one pass of a frozen backbone for all epochs
+    passes = (len(distinct_views(recipes[0].views)) * len(recipes[0].member_epochs), len(recipes[1].views))
+    need, published = (
+        sum(count * cost for count, cost in zip(counts, flops, strict=True))
+        for counts in (passes, PUBLISHED_INFER_PASSES)
+    )
+    hours = PUBLISHED_INFER_HOURS[div]
+    speed = published * PUBLISHED_TEST_IMAGES[div] / (hours * 3600)
+    t4 = dataclasses.replace(
+        PUBLISHED_T4,
+        efficiency=speed / (PUBLISHED_T4.peak_flops * PUBLISHED_T4.num_devices),
+        source="efficiency of the published inference",
+    )
+    lines = [
+        f"dry run: inference of division {div.upper()}, {num_images:,} images, each decoded once; "
+        f"{passes[0]} passes of EVA-X and {passes[1]} of CheXFound: {need / 1e9:,.0f} GFLOP an image",
+        f"published: {PUBLISHED_INFER_PASSES[0]} and {PUBLISHED_INFER_PASSES[1]} passes, {published / 1e9:,.0f} GFLOP, "
+        f"{hours} h on two T4s for {PUBLISHED_TEST_IMAGES[div]:,} images",
+        "",
+        f"{'estimates':<30}{'images/s':>10}{'all':>10}  efficiency",
+    ]
+    for machine in (here, t4, *MACHINES[1:]):
+        rate = machine.peak_flops * machine.efficiency * machine.num_devices / need
+        lines.append(
+            f"{machine.name:<30}{rate:>10.3g}{_duration(num_images / rate / 3600):>10}  {machine.efficiency:.0%} of "
+            f"{machine.peak_flops / 1e12:.3g} TFLOP/s {machine.precision} ({machine.source})"
+        )
+    lines.append("times are arithmetic alone, with decoding and Python keeping up; expect to be off by a factor of two")
+    return "\n".join(lines)
+
+
+def infer_dry_run(div: Literal["a", "b"], shards: Path, precision: str) -> str:
+    """The report of `infer_report` for this machine; images are counted in the shard set where it is there."""
+    here = _this_machine(precision)
+    there = (shards / "test.json").is_file()
+    num_images = len(open_index(shards, "test", div)) if there else PUBLISHED_TEST_IMAGES[div]
+    text = infer_report(div, num_images, here)
+    return text if there else f"{text}\nno test shards in {shards} yet: counted the published {num_images:,} images"
+
+
 def _duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
 
@@ -266,6 +318,18 @@ def dry_run(recipe: Recipe, shards: Path, out: Path, *, device_batch_size: int |
     Counts the images of the shard set where it is there, else those of the published division. Raises UserError when
     the run cannot fit this machine (see `require_fit`).
     """
+    here = _this_machine(precision)
+    there = (shards / "train.json").is_file()
+    num_images = len(open_index(shards, "train", recipe.div)) if there else PUBLISHED_IMAGES[recipe.div]
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    text = report(recipe, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free))
+    return (
+        text if there else f"{text}\nno shards in {shards} yet: counted the {num_images:,} images of the published run"
+    )
+
+
+def _this_machine(precision: str) -> Machine:
+    """All GPUs, or the processes that were launched; its speed is measured for half a second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, _ = resolve_precision(precision, device)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -275,14 +339,7 @@ def dry_run(recipe: Recipe, shards: Path, out: Path, *, device_batch_size: int |
     else:
         num_devices = max(launched, 2)
         memory = _available_memory() / num_devices
-    here = measured_machine(device, num_devices, cast(Precision, chosen), memory)
-    there = (shards / "train.json").is_file()
-    num_images = len(open_index(shards, "train", recipe.div)) if there else PUBLISHED_IMAGES[recipe.div]
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    text = report(recipe, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free))
-    return (
-        text if there else f"{text}\nno shards in {shards} yet: counted the {num_images:,} images of the published run"
-    )
+    return measured_machine(device, num_devices, cast(Precision, chosen), memory)
 
 
 def _available_memory() -> float:

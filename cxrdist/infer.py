@@ -35,6 +35,7 @@ from cxrdist.data.order import eval_batches
 from cxrdist.data.remote import fetch_shards
 from cxrdist.data.split import read_split, rows_of_fold
 from cxrdist.errors import UserError, run_entry
+from cxrdist.estimate import infer_dry_run
 from cxrdist.labels import LABELS, SPLITS, read_template
 from cxrdist.models import CheXFound, build_model, frozen_names
 from cxrdist.models import weights as weight_files
@@ -100,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     check_processes(args.expect_processes)
     start = time.monotonic()
     shards = args.shards or Path("shards") / f"div_{args.div}"
+    if args.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(infer_dry_run(args.div, shards, args.precision))
+        return
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, args.split, args.div)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
@@ -238,6 +243,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--timeout-s", type=float, default=1800, metavar="S", help="give up when another process is silent for so long"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="estimate the hours of the published members' inference here and stop"
     )
     add_flags(parser, "--device-batch-size", "--precision", "--expect-processes")
     args = parser.parse_args(argv)

@@ -12,6 +12,7 @@ from cxrdist.estimate import (
     PUBLISHED_T4,
     best_device_batch,
     count_cost,
+    infer_report,
     memory_bytes,
     report,
     require_fit,
@@ -51,6 +52,15 @@ def test_run_that_cannot_fit_names_the_flag_that_helps() -> None:
         require_fit(cost, recipe, PUBLISHED_T4, None, 1e9)
     require_fit(cost, recipe, PUBLISHED_T4, 16, 1e12)
     assert memory_bytes(cost, 16, "cuda", 2) > memory_bytes(cost, 8, "cuda", 2)
+
+
+def test_inference_at_the_published_speed_costs_the_share_of_passes_that_is_left() -> None:
+    text = infer_report("b", 47_927, PUBLISHED_T4)
+    assert "10 passes of EVA-X and 1 of CheXFound" in text
+    row = next(line for line in text.splitlines() if "published inference" in line)
+    hours = float(row.split(" h ")[0].split()[-1])
+    left = (10 * 157 + 740) / (12 * 157 + 2 * 740)
+    assert hours == pytest.approx(6.8 * left, abs=0.06)
 
 
 def test_report_marks_its_times_as_estimates() -> None:

@@ -158,6 +158,17 @@ def test_shards_of_the_other_division_are_refused_before_anything_is_written(une
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_tar_header_is_named_before_anything_is_written(uneven_shards, tmp_path):
+    shards = tmp_path / "div_b"
+    shutil.copytree(uneven_shards, shards)
+    with next(shards.glob("train-000001.tar")).open("r+b") as file:
+        file.write(b"\xff" * 64)
+    flags = [*training_runs.FLAGS, "--model", "demo_eva_x", "--shards", str(shards), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=r"train-000001\.tar: damaged: 000000\d\d\.jpg should be at byte 0"):
+        train_entry.main(flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_used_folder_needs_resume_and_a_second_run_waits_outside(uneven_shards, begun):
     with pytest.raises(UserError, match=r"unfinished run: --resume"):
         in_process(uneven_shards, begun, *VALIDATE, *ONE)
