@@ -203,13 +203,14 @@ def test_hung_rank_ends_the_run_within_the_timeout_and_says_what_to_do(
 ) -> None:
     job = start([*LAUNCH, *TWO, *train_words(uneven_shards, tmp_path / "run", epochs=300)])
     job.wait_for_rows(tmp_path / "run", 3)
-    job.workers()[1].send_signal(signal.SIGSTOP)
+    workers = job.workers()
+    workers[1].send_signal(signal.SIGSTOP)
     stopped = job.seconds()
     assert job.wait(TIMEOUT_S + 45) != 0
     assert job.seconds() - stopped < TIMEOUT_S + 45
     assert "stopped answering" in job.output()
     assert "--resume" in job.output()
-    assert not psutil.Process().children(recursive=True) or not job.workers()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []  # no orphans
 
 
 def test_busy_port_is_named(start: Any, uneven_shards: Path, tmp_path: Path) -> None:
