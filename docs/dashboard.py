@@ -1,6 +1,6 @@
-"""Draw the panels of a run's wandb dashboard from the file that an offline run leaves: python -m docs.dashboard RUN PNG.
+"""Draw a run's wandb panels from the file that an offline run leaves: python -m docs.dashboard RUN PNG.
 
-The picture in docs/dashboard.png was made by it; a browser on wandb's own page shows the same series after `wandb sync`.
+It made docs/dashboard.png; after `wandb sync` a browser shows the same series on wandb's own page.
 """
 
 import sys
