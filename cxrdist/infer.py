@@ -56,6 +56,7 @@ from cxrdist.scoring.submission import check_template, write_submission
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.training import checkpoint
 from cxrdist.training.precision import autocast, resolve_precision
+from cxrdist.training.ranks import use_cpu
 
 T = TypeVar("T")
 
@@ -263,10 +264,6 @@ def check_processes(expected: int | None) -> None:
             f"--expect-processes {expected}, but {started} started; use an accelerate config that starts them "
             "(accel_configs/), e.g. `./launch.sh infer b`"
         )
-
-
-def use_cpu() -> bool:
-    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def default_members(div: str) -> list[MemberSpec]:

@@ -51,7 +51,7 @@ from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
 from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Control, Ranks
+from cxrdist.training.ranks import Control, Ranks, use_cpu
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")
@@ -478,10 +478,9 @@ def check_processes(expected: int | None) -> None:
 @contextlib.contextmanager
 def _process_group(timeout_s: float) -> Iterator[Ranks]:
     timeout = datetime.timedelta(seconds=timeout_s)
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # DDP rebuilds its buckets after a session's first step, and with three ranks or more a ring's sum depends on the
     # place in the bucket: a resumed run would differ in the last bit. Looking for unused parameters keeps the buckets.
-    keep_buckets = use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 2
+    keep_buckets = use_cpu() and int(os.environ.get("WORLD_SIZE", "1")) > 2
     handlers = [
         InitProcessGroupKwargs(timeout=timeout),
         DistributedDataParallelKwargs(
@@ -490,7 +489,7 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
     ]
     # precision is resolved and applied here, so accelerate is told to leave it alone
     with _named_group_failures():
-        accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        accelerator = Accelerator(cpu=use_cpu(), mixed_precision="no", kwargs_handlers=handlers)
         ranks = Ranks(accelerator, timeout)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks.world_size != started:

@@ -16,17 +16,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cxrdist.augment.views import IMAGENET_MEAN, IMAGENET_STD, VIEWS, make_views, resize
-from cxrdist.bench.augment import Variant, soft_images, until_done
+from cxrdist.bench.augment import Variant, add_arguments, soft_images, until_done
 from cxrdist.bench.timing import Row, interleaved, rows_of
 
+__all__ = ["add_arguments", "run"]  # the same flags as bench augment
 PUBLISHED = "albumentations on RGB, a view a pass"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-images", type=int, default=32, metavar="N", help="images of a batch (default 32)")
-    parser.add_argument("--image-size", type=int, default=448, metavar="PX", help="model size (default 448)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each variant (default 7)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: GPU if any")
 
 
 def run(args: argparse.Namespace) -> list[Row]:

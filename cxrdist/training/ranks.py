@@ -6,6 +6,7 @@ differs between ranks: each method here is called by all of them.
 
 import contextlib
 import datetime
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,11 @@ from tqdm import tqdm
 from cxrdist.errors import UserError
 
 T = TypeVar("T")
+
+
+def use_cpu() -> bool:
+    """Whether accelerate has to be told cpu=True: else two processes without a GPU each take themselves for alone."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 class Ranks:
