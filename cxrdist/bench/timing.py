@@ -1,5 +1,6 @@
 """Timing that holds on a shared machine: variants take turns, and medians of ratios within a turn are reported."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Images per second of each variant in each round, in round order.
 
-    Every round runs each variant once, starting with another one each time, so load from elsewhere hits all alike.
+    Every round runs each variant once, in a shuffled order: load from elsewhere, and the caches as the variant before
+    left them, hit all alike.
     A variant does its work when called and returns the number of images. `clock=time.process_time` counts the CPU
     seconds of all threads of this process instead: images per core-second, steady also while others use the machine.
     """
@@ -41,9 +43,9 @@ def interleaved(
         for name in names:
             variants[name]()
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    shuffled = random.Random(0)
+    for _ in range(rounds):
+        for name in shuffled.sample(names, len(names)):
             start = clock()
             num_images = variants[name]()
             speeds[name].append(num_images / (clock() - start))

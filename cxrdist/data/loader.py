@@ -1,6 +1,6 @@
 """A plan of rows -> uint8 batches on the device, decoded once, in threads of this process.
 
-The JPEG decoder releases the GIL and writes straight into the batch, so one thread reaches 0.95-0.98 of the bare
+The JPEG decoder releases the GIL and writes straight into the batch, so one thread reaches 0.95-0.97 of the bare
 decoder's speed per core (0.94 while others use the caches), and threads on all cores 0.86-1.0 where worker processes,
 which copy every batch, reach 0.62-0.75 (`python -m cxrdist.bench data` prints the ratios).
 """

@@ -7,16 +7,25 @@ pytestmark = pytest.mark.fast
 
 
 def test_variants_take_turns_and_ratios_are_medians_within_a_round():
-    ticks = iter([0.0, 1.0, 0.0, 2.0] * 2)
+    now = 0.0
     calls: list[str] = []
-    variants = {"slow": lambda: calls.append("slow") or 4, "fast": lambda: calls.append("fast") or 8}
-    speeds = interleaved(variants, rounds=2, clock=lambda: next(ticks), warm_up=False)
-    assert calls == ["slow", "fast", "fast", "slow"]
-    assert speeds == {"slow": [4.0, 2.0], "fast": [4.0, 8.0]}
+
+    def work(name: str, seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        calls.append(name)
+        return 8
+
+    variants = {"slow": lambda: work("slow", 4.0), "fast": lambda: work("fast", len(calls) // 2 + 1.0)}
+    speeds = interleaved(variants, rounds=8, clock=lambda: now, warm_up=False)
+    rounds = list(zip(calls[::2], calls[1::2], strict=True))
+    assert set(rounds) == {("slow", "fast"), ("fast", "slow")}
+    assert speeds == {"slow": [2.0] * 8, "fast": [8 / seconds for seconds in range(1, 9)]}
+    speeds = {name: values[1:4:2] for name, values in speeds.items()}  # slow 2 and 2, fast 4 and 2
     rows = rows_of("decode", speeds, baseline="slow", limit="fast", notes={"fast": "bound"})
-    assert rows[1] == Row("decode", "fast", 6.0, 2.5, 1.0, "bound")
-    assert rows[0].ratio_to_limit == pytest.approx(0.625)
-    assert "2.5" in table(rows)
+    assert rows[1] == Row("decode", "fast", 3.0, 1.5, 1.0, "bound")
+    assert rows[0].ratio_to_limit == pytest.approx(0.75)
+    assert "1.5" in table(rows)
     assert set(as_json(rows)[0]) >= {"stage", "variant", "images_per_s", "ratio_to_baseline", "ratio_to_limit"}
 
 
