@@ -35,22 +35,13 @@ setup() {
 
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
-num_gpus() { if command -v nvidia-smi > /dev/null; then nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true; else echo 0; fi; }
-
 launch() { # MODULE DIV [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 div=$2 processes config
+  local module=$1 div=$2 plan config processes threads
   shift 2
   case "$div" in a | b) ;; *) echo "error: division is a or b, not '$div'; e.g. ./launch.sh train b" >&2; exit 2 ;; esac
-  processes=$(num_gpus)
-  case "$processes" in
-    0) config=cpu processes=2 ;;
-    1) config=gpu1 ;;
-    2) config=gpu2_fp16 ;;
-    *) config=gpu8_bf16 ;;
-  esac
-  config=${CXRDIST_ACCEL_CONFIG:-accel_configs/$config.yaml}
-  processes=${CXRDIST_PROCESSES:-$processes}
-  python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
+  plan=$(python -m cxrdist.doctor --plan)
+  IFS=$'\t' read -r config processes threads <<< "$plan"
+  OMP_NUM_THREADS=$threads python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
     -m "$module" --div "$div" --expect-processes "$processes" "$@"
 }
 

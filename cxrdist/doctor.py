@@ -26,6 +26,7 @@ from cxrdist.training.tracking import resolve_mode
 
 SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")
 PROJECT = Path(__file__).resolve().parent.parent
+FIRST_WITH_BF16 = (8, 0)  # compute capability of Ampere
 MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both runs
 
 
@@ -40,10 +41,15 @@ class LaunchPlan:
 
 
 def plan_launch() -> LaunchPlan:
-    """Two CPU processes (gloo) without a GPU, else one process for each GPU; the same choice as launch.sh."""
+    """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
-    name, num_processes = {0: ("cpu", 2), 1: ("gpu1", 1), 2: ("gpu2_fp16", 2)}.get(num_gpus, ("gpu8_bf16", num_gpus))
+    num_processes = num_gpus or 2
+    if num_gpus < 2:
+        name = "gpu1" if num_gpus else "cpu"
+    else:
+        capabilities = [torch.cuda.get_device_capability(number) for number in range(num_gpus)]
+        name = "gpu8_bf16" if min(capabilities) >= FIRST_WITH_BF16 else "gpu2_fp16"
     folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
     config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
     num_processes = int(os.environ.get("CXRDIST_PROCESSES", num_processes))
@@ -58,8 +64,18 @@ def plan_launch() -> LaunchPlan:
 
 
 def main(argv: list[str] | None = None) -> None:
-    Parser(prog="python -m cxrdist.doctor", description=__doc__).parse_args(argv)
+    parser = Parser(prog="python -m cxrdist.doctor", description=__doc__)
+    parser.add_argument(
+        "--plan", action="store_true", help="print only the accelerate config, processes and threads (for launch.sh)"
+    )
     problems: list[str] = []
+    if parser.parse_args(argv).plan:
+        gpus(problems)
+        if problems and "CXRDIST_ACCEL_CONFIG" not in os.environ:
+            raise UserError(f"{problems[0]}; to run on the CPU set CXRDIST_ACCEL_CONFIG=accel_configs/cpu.yaml")
+        plan = plan_launch()
+        print(plan.config, plan.num_processes, (os.environ | plan.environment)["OMP_NUM_THREADS"], sep="\t")
+        return
     rows = [
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})"),
         ("versions", versions(problems)),

@@ -56,7 +56,7 @@ from cxrdist.scoring.submission import check_template, write_submission
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.training import checkpoint
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import use_cpu
+from cxrdist.training.ranks import check_processes, use_cpu
 
 T = TypeVar("T")
 
@@ -254,16 +254,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.fold is not None and args.split != "train":
         raise UserError("--fold chooses patients of the training split: add --split train")
     return args
-
-
-def check_processes(expected: int | None) -> None:
-    """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if expected is not None and expected != started:
-        raise UserError(
-            f"--expect-processes {expected}, but {started} started; use an accelerate config that starts them "
-            "(accel_configs/), e.g. `./launch.sh infer b`"
-        )
 
 
 def default_members(div: str) -> list[MemberSpec]:

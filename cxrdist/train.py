@@ -51,7 +51,7 @@ from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
 from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Control, Ranks, use_cpu
+from cxrdist.training.ranks import Control, Ranks, check_processes, use_cpu
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")
@@ -462,16 +462,6 @@ class Training:
             focal_alpha=recipe.focal_alpha,
             focal_gamma=recipe.focal_gamma,
             bce_weight=recipe.bce_weight,
-        )
-
-
-def check_processes(expected: int | None) -> None:
-    """Raise UserError unless as many processes were started as `--expect-processes` says."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if expected is not None and started != expected:
-        raise UserError(
-            f"{started} processes were started, {expected} expected (--expect-processes): start them with accelerate "
-            "launch and a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one), or use ./launch.sh"
         )
 
 

@@ -30,6 +30,16 @@ def use_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
+def check_processes(expected: int | None) -> None:
+    """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and started != expected:
+        raise UserError(
+            f"{started} processes were started, {expected} expected (--expect-processes): start them with accelerate "
+            "launch and a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one), or use ./launch.sh"
+        )
+
+
 class Ranks:
     """The processes of this run: who we are, and the few things that are done together.
 

@@ -87,7 +87,7 @@ def test_weights_that_give_no_number_are_named_and_no_table_is_written(world, tm
 
 
 def test_one_process_where_two_were_asked_for_is_named_at_once(world, tmp_path):
-    with pytest.raises(UserError, match="--expect-processes 2, but 1 started"):
+    with pytest.raises(UserError, match="1 processes were started, 2 expected"):
         world.run(tmp_path / "out", "--expect-processes", "2")
     assert not (tmp_path / "out").exists()
 
