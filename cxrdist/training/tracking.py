@@ -14,7 +14,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,11 @@ class Tracker:
             wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment.
         """
         self.run = run
-        self._metrics = (run / "metrics.jsonl").open("ab")
-        self._timings = (run / "timings.jsonl").open("ab")
         mode = resolve_mode(wandb_mode)
-        self._wandb = None if mode == "off" else _WandbThread(run, mode, config or {})
+        history = [] if mode == "off" else _history(run)
+        self._metrics = _open_to_append(run / "metrics.jsonl")
+        self._timings = _open_to_append(run / "timings.jsonl")
+        self._wandb = None if mode == "off" else _WandbThread(run, mode, config or {}, history)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -99,6 +100,30 @@ def cut_metrics(run: Path, num_bytes: int) -> str | None:
     return f"{path} lost {num_bytes - size:,} bytes since the checkpoint" if size < num_bytes else None
 
 
+def _open_to_append(path: Path) -> IO[bytes]:
+    """The file at its end, on a new line even where a killed process left half of one."""
+    file = path.open("a+b")
+    if file.tell() > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """The rows of both local files up to the last one of metrics.jsonl, by step."""
+    files: list[list[dict[str, Any]]] = []
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        lines = (run / name).read_text().splitlines() if (run / name).exists() else []
+        files.append([])
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                files[-1].append(json.loads(line))
+    metrics, timings = files
+    last_step = max((row["step"] for row in metrics), default=-1)
+    return sorted(metrics + [row for row in timings if row["step"] <= last_step], key=lambda row: int(row["step"]))
+
+
 def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:
     """What `auto` means here: WANDB_MODE if it is set, else online when logged in, else off."""
     if mode != "auto":
@@ -142,10 +167,17 @@ class _Curves:
 
 
 class _WandbThread:
-    """Starts wandb and feeds it. Every failure ends in one printed line; none reaches the training."""
+    """Starts wandb and feeds it. Every failure ends in one printed line; none reaches the training.
 
-    def __init__(self, run: Path, mode: Literal["online", "offline"], config: dict[str, Any]) -> None:
+    `history`, the rows of earlier sessions, is sent first as far as wandb does not have it: a session that was killed
+    takes what was on its way with it, and an offline session is a wandb run of its own, so the newest holds the whole.
+    """
+
+    def __init__(
+        self, run: Path, mode: Literal["online", "offline"], config: dict[str, Any], history: list[dict[str, Any]]
+    ) -> None:
         self._run = run
+        self._history = history
         self._mode = mode
         self._config = config
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
@@ -176,6 +208,10 @@ class _WandbThread:
             return
         try:
             session = self._start(wandb)
+            known = session.summary.get("step", -1)  # what wandb has of this run, nothing when offline
+            for past in self._history:
+                if past["step"] > known:
+                    session.log(past)
             while (row := self._rows.get()) is not None:
                 session.log({key: _shown(wandb, value) for key, value in row.items()})
             session.finish()

@@ -4,10 +4,12 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cxrdist.labels import LABELS
@@ -51,27 +53,41 @@ def series_of(records: list[Any]) -> dict[str, list[tuple[int, Any]]]:
     return series
 
 
+def train_words(shards: Path, run: Path, *flags: str) -> list[str]:
+    fields = ("image_size=32", "model_kwargs=depth=2", "global_batch_size=8", "epochs=2", "member_epochs=2")
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    words += ["--config_file", "accel_configs/cpu.yaml", "-m", "cxrdist.train", "--div", "b", "--model", "eva_x_tiny"]
+    words += ["--init", "random", "--shards", str(shards), "--out", str(run), "--log-every", "1"]
+    words += ["--validate-fold", "0", "--folds", "3", "--wandb", "offline", *flags]
+    return words + [word for field in fields for word in ("--set", field)]
+
+
+def local_rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """The whole lines of a local file."""
+    path = run / name
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def test_every_panel_of_the_dashboard_has_its_series_and_equals_the_local_file(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    fields = ("image_size=32", "model_kwargs=depth=2", "global_batch_size=8", "epochs=2", "member_epochs=2")
-    settings = [word for field in fields for word in ("--set", field)]
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--config_file", "accel_configs/cpu.yaml", "-m", "cxrdist.train", "--div", "b", "--model", "eva_x_tiny"]
-    flags = ["--init", "random", "--shards", str(uneven_shards), "--out", str(run), "--log-every", "1"]
-    flags += ["--validate-fold", "0", "--folds", "3", "--wandb", "offline"]
-    done = subprocess.run([*launch, *flags, *settings], cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
+    words = train_words(uneven_shards, run)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     records = offline_records(path)
     series = series_of(records)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = local_rows(run, "metrics.jsonl")
     train = [row for row in rows if row["kind"] == "train"]
     groups = [name for name in train[0] if name.startswith("lr/")]
     assert len(groups) >= 4
     for name in ("loss", "focal", "bce", "grad_norm", "loss_scale", "skipped", *groups):
         assert series[name] == [(row["step"], row[name]) for row in train], name
+    for row in rows + local_rows(run, "timings.jsonl"):
+        for name in row.keys() - {"step", "kind"}:
+            assert (row["step"], row[name]) in series[name], name
     for name in ("images_per_s", "wait_share", "memory_bytes"):
         for rank in (0, 1):
             assert len(series[f"rank{rank}/{name}"]) >= len(train) - 1, name
@@ -87,3 +103,36 @@ def test_every_panel_of_the_dashboard_has_its_series_and_equals_the_local_file(
     (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert started.run_group == "run"
     assert "recipe" in {item.key for item in started.config.update}
+
+
+def test_a_dashboard_killed_with_its_training_goes_on_and_has_what_the_local_files_have(
+    uneven_shards: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to everything at once, wandb's own process too, as when a node is lost."""
+    run = tmp_path / "run"
+    words = train_words(uneven_shards, run, "--resume", "--checkpoint-minutes", "0")
+    killed = subprocess.Popen(
+        words, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    limit = time.monotonic() + 120
+    while len(local_rows(run, "metrics.jsonl")) < 4:
+        assert killed.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    everything = [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]
+    assert any("wandb" in process.name() for process in everything)
+    for process in everything:
+        process.kill()
+    killed.wait()
+    psutil.wait_procs(everything, timeout=30)
+    before = local_rows(run, "metrics.jsonl")
+    assert len(before) >= 4
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = local_rows(run, "metrics.jsonl")
+    assert rows[: len(before)] == before
+    newest = max(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    series = series_of(offline_records(newest))
+    for row in rows:
+        for name in row.keys() - {"step", "kind"}:
+            assert (row["step"], row[name]) in series[name], name

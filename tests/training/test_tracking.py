@@ -58,3 +58,37 @@ def test_a_dashboard_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, ca
         assert time.monotonic() - begun < 2
         assert said in capsys.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
+
+
+class Session:
+    """A wandb run that already has the rows up to a step."""
+
+    def __init__(self, known):
+        self.summary = {} if known is None else {"step": known}
+        self.rows = []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize(("known", "sent"), [(None, [1, 1, 2, 3, 3, 5, 5]), (2, [3, 3, 5, 5]), (3, [5, 5])])
+def test_a_resumed_dashboard_gets_the_rows_it_lacks(tmp_path, monkeypatch, known, sent):
+    with Tracker(tmp_path) as tracker:
+        for step in (1, 2, 3):
+            tracker.metrics({"step": step, "loss": step / 8})
+        for step in (1, 3, 4):
+            tracker.timings({"step": step, "images_per_s": 2.5})
+    with (tmp_path / "timings.jsonl").open("a") as file:
+        file.write('{"step": 5, "ima')
+    session = Session(known)
+    monkeypatch.setattr(tracking._WandbThread, "_start", lambda *_: session)
+    with Tracker(tmp_path, wandb_mode="offline") as tracker:
+        tracker.metrics({"step": 5, "loss": 0.5})
+        tracker.timings({"step": 5, "images_per_s": 3.5})
+    assert json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])["images_per_s"] == 3.5
+    assert [row["step"] for row in session.rows] == sent
+    if known is None:
+        assert session.rows[:2] == [{"step": 1, "loss": 0.125}, {"step": 1, "images_per_s": 2.5}]
