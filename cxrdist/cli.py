@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,23 @@ class Parser(argparse.ArgumentParser):
                 if close:
                     message += f" (did you mean {close[0]}?)"
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind that is finite and not below `minimum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'} of at least {minimum}"
+            )
+        return value
+
+    return parse
 
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
@@ -54,9 +73,9 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "help": "override one recipe field, e.g. --set ema_decay=0.9995 (repeatable)",
     },
     "--device-batch-size": {
-        "type": int,
+        "type": at_least(1),
         "metavar": "N",
-        "help": "images per device and forward pass; changes speed and memory, not the result",
+        "help": "images per device and forward pass: for speed and memory; rounding and dropout masks change with it",
     },
     "--precision": {
         "choices": ("auto", "bf16", "fp16", "fp32"),
@@ -64,11 +83,15 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "help": "auto: what accelerate was told, else the best the hardware has",
     },
     "--expect-processes": {
-        "type": int,
+        "type": at_least(1),
         "metavar": "N",
         "help": "stop at once unless exactly N processes were started",
     },
-    "--max-hours": {"type": float, "metavar": "H", "help": "checkpoint and stop before this many hours are over"},
+    "--max-hours": {
+        "type": at_least(0, float),
+        "metavar": "H",
+        "help": "checkpoint and stop before this many hours are over",
+    },
     "--json": {"type": Path, "metavar": "FILE", "help": "also write the result as JSON"},
 }
 

@@ -21,6 +21,7 @@ from cxrdist.scoring.ensemble import (
     average_studies,
     average_tables,
     join_parts,
+    member_weights,
     read_table,
     search_weights,
     write_table,
@@ -33,15 +34,13 @@ from cxrdist.scoring.submission import write_submission
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tables = join_parts([read_table(path) for path in args.scores])
-    weights = args.weights
-    if weights is not None and len(weights) != len(tables):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(tables)} members; give one per member")
+    weights = member_weights(tables, args.weights)
     if args.search_with:
         weights = searched_weights(args, tables)
     final = average_tables(tables, weights, args.average)
     if args.average_studies:
         final = average_studies(final)
-    for table, weight in zip(tables, weights or [1.0] * len(tables), strict=True):
+    for table, weight in zip(tables, weights, strict=True):
         print(f"{table.name:<16} weight {weight:.3g}")
     if args.template is None:
         write_table(args.out, final)
@@ -58,7 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--template", type=Path, metavar="FILE", help="sample submission; without it a table is written"
     )
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="weight of each member (default equal)")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="weight of each member (default: as scored)"
+    )
     parser.add_argument(
         "--average",
         choices=("prob", "logit", "rank"),

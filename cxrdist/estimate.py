@@ -216,7 +216,7 @@ def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size:
     if need > machine.memory_bytes:
         raise UserError(
             f"--device-batch-size {chosen} needs about {need / GB:.1f} GB per device, but {machine.name} has "
-            f"{machine.memory_bytes / GB:.1f} GB: use --device-batch-size {best} (the result does not change)"
+            f"{machine.memory_bytes / GB:.1f} GB: use --device-batch-size {best} (the same images a step)"
         )
     epoch, step = checkpoint_bytes(cost)
     disk = epoch * recipe.epochs + 2 * step

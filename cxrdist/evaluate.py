@@ -28,7 +28,7 @@ from cxrdist.labels import DIVISIONS, LABELS, read_label_csv
 from cxrdist.models import CheXFound
 from cxrdist.recipes import Recipe
 from cxrdist.scoring import report
-from cxrdist.scoring.ensemble import ScoreTable, align, average_tables, join_parts, read_table
+from cxrdist.scoring.ensemble import ScoreTable, align, average_tables, join_parts, member_weights, read_table
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
 from cxrdist.scoring.report import Overlay, Section, write_report
 from cxrdist.scoring.saliency import attention_maps, grad_cam
@@ -43,10 +43,9 @@ NUM_AUGMENTED = 4  # training images, each in as many epochs
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tables = join_parts([read_table(path) for path in args.scores])
-    if args.weights is not None and len(args.weights) != len(tables):
-        raise UserError(f"--weights has {len(args.weights)} numbers for {len(tables)} members; give one per member")
+    weights = member_weights(tables, args.weights)
     if len(tables) > 1:
-        combined = average_tables(tables, args.weights, args.average)
+        combined = average_tables(tables, weights, args.average)
         tables = [combined, *in_order(combined, tables)]
     truth = match_labels(tables[0], read_label_csv(args.csv, blank=args.blank, uncertain=args.uncertain), str(args.csv))
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
@@ -92,7 +91,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--uncertain", choices=("error", "zero", "one"), default="error", help="what label -1 means (default error)"
     )
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="weight of each member (default equal)")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="weight of each member (default: as scored)"
+    )
     parser.add_argument("--average", choices=("prob", "logit", "rank"), default="prob", help="how members are averaged")
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples of the patients (default 1000)"

@@ -3,12 +3,18 @@
 Plain `open(path, "w")` over an existing file destroys the old one when the disk is full.
 """
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cxrdist.errors import UserError
+
+LOCK_FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems that cannot lock
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -28,10 +34,45 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(_reason(path, len(data), error)) from error
+        raise UserError(reason(path, len(data), error)) from error
 
 
-def _reason(path: Path, size: int, error: OSError) -> str:
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, made where it is missing; UserError when another process has it.
+
+    The lock is freed however the process ends. On a file system that cannot lock there is none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise UserError(reason(folder, 0, error)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"{folder} is in use by another run ({holder}); wait for it, or give this one its own folder with --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK_FILE]:  # nothing was begun
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()
+
+
+def reason(path: Path, size: int, error: OSError) -> str:
+    """The message for a failed write of `size` bytes: path, cause and remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return (

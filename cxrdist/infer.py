@@ -8,6 +8,7 @@ decoded once, equal views and shared frozen backbones run once. A killed run goe
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import os
@@ -29,13 +30,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cxrdist.augment.views import distinct_views, make_views
-from cxrdist.cli import Parser, add_flags
+from cxrdist.cli import Parser, add_flags, at_least
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
 from cxrdist.data.remote import fetch_shards
 from cxrdist.data.split import read_split, rows_of_fold
 from cxrdist.errors import UserError, run_entry
 from cxrdist.estimate import infer_dry_run
+from cxrdist.files import folder_lock
 from cxrdist.labels import LABELS, SPLITS, read_template
 from cxrdist.models import CheXFound, build_model, frozen_names
 from cxrdist.models import weights as weight_files
@@ -54,9 +56,10 @@ from cxrdist.scoring.passes import (
 )
 from cxrdist.scoring.submission import check_template, write_submission
 from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.shards.verify import verify
 from cxrdist.training import checkpoint
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import check_processes, use_cpu
+from cxrdist.training.ranks import check_processes, require_one_group, use_cpu
 
 T = TypeVar("T")
 
@@ -112,35 +115,38 @@ def main(argv: list[str] | None = None) -> None:
     # without cpu=True two processes on a machine without GPU each take themselves for the only one
     accelerator = Accelerator(cpu=use_cpu(), kwargs_handlers=[timeout], mixed_precision="no")
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    assert world_size == int(os.environ.get("WORLD_SIZE", "1"))
-    job = together(lambda: prepare(args, shards, device), rank)
-    parts = job.store.read_all()
-    done = {int(number) for numbers in gathered([part.batches for part in parts.values()]) for number in numbers}
-    own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
-    own_batches = [job.batches[number] for number in own]
-    if rank == 0:
-        print(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
-        batch_size = job.describes["device_batch_size"]
-        print(f"  {world_size} processes on {device.type}, {job.precision}, {batch_size} images a batch", flush=True)
-        if done:
-            print(f"going on: {len(done):,} of {len(job.batches):,} batches are scored already", flush=True)
+    require_one_group(world_size)
+    with contextlib.ExitStack() as stack:
+        together(lambda: verify(shards, args.split, args.div) if rank == 0 else None, rank)  # every tar header
+        job = together(lambda: prepare(args, shards, device), rank)
+        together(lambda: stack.enter_context(folder_lock(args.out)) if rank == 0 else None, rank)
+        parts = job.store.read_all()
+        done = {int(number) for numbers in gathered([part.batches for part in parts.values()]) for number in numbers}
+        own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
+        own_batches = [job.batches[number] for number in own]
+        if rank == 0:
+            print(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
+            size = job.describes["device_batch_size"]
+            print(f"  {world_size} processes on {device.type}, {job.precision}, {size} images a batch", flush=True)
+            if done:
+                print(f"going on: {len(done):,} of {len(job.batches):,} batches are scored already", flush=True)
 
-    total = sum(len(batch) for batch in own_batches)
-    every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
-    name = f"infer, process 1 of {world_size}"
-    with (
-        Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
-        tqdm(total=total, unit=" images", desc=name, disable=rank != 0, mininterval=every_s, maxinterval=60) as show,
-    ):
-        scored = score(loader, own_batches, job.passes, job.ensemble.models, job.precision)
-        num_columns = len(columns_of(job.passes))
-        for part in in_parts(scored, loader, own, own_batches, num_columns, args.checkpoint_minutes * 60, show):
-            job.store.write(part, rank)
+        total = sum(len(batch) for batch in own_batches)
+        every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
+        name = f"infer, process 1 of {world_size}"
+        with (
+            Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
+            tqdm(total=total, unit=" images", desc=name, disable=rank != 0, mininterval=every_s, maxinterval=60) as bar,
+        ):
+            scored = score(loader, own_batches, job.passes, job.ensemble.models, job.precision)
+            num_columns = len(columns_of(job.passes))
+            for part in in_parts(scored, loader, own, own_batches, num_columns, args.checkpoint_minutes * 60, bar):
+                job.store.write(part, rank)
 
-    together(lambda: finish(args, job, collect(job.store, rank)) if rank == 0 else collect(job.store, rank), rank)
-    if rank == 0:
-        seconds = time.monotonic() - start
-        print(f"inference took {seconds:.0f} s on {world_size} processes, start and reading included", flush=True)
+        together(lambda: finish(args, job, collect(job.store, rank)) if rank == 0 else collect(job.store, rank), rank)
+        if rank == 0:
+            seconds = time.monotonic() - start
+            print(f"inference took {seconds:.0f} s on {world_size} processes, start and reading included", flush=True)
     accelerator.end_training()
 
 
@@ -223,7 +229,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="which split to score (default test)")
     parser.add_argument(
-        "--fold", type=int, metavar="K", help="with --split train: only patients of this fold of the runs"
+        "--fold", type=at_least(0), metavar="K", help="with --split train: only patients of this fold of the runs"
     )
     parser.add_argument(
         "--average",
@@ -234,16 +240,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--average-studies", action="store_true", help="give all images of a study their mean")
     parser.add_argument(
         "--max-unreadable",
-        type=int,
+        type=at_least(0),
         default=20,
         metavar="N",
         help="stop when a process meets more undecodable images than this; fewer get the class means (default 20)",
     )
     parser.add_argument(
-        "--checkpoint-minutes", type=float, default=0.5, metavar="M", help="save scores this often (default 0.5)"
+        "--checkpoint-minutes",
+        type=at_least(0, float),
+        default=0.5,
+        metavar="M",
+        help="save scores this often (default 0.5)",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=1800, metavar="S", help="give up when another process is silent for so long"
+        "--timeout-s",
+        type=at_least(1, float),
+        default=1800,
+        metavar="S",
+        help="give up when another process is silent for so long",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="estimate the hours of the published members' inference here and stop"
@@ -502,6 +516,7 @@ def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:
             "split": args.split,
             "shards": index.fingerprint,
             "checkpoints": [describe_checkpoint(item) for item in member.checkpoints],
+            "weight": member.weight,
             "average": how,
             "precision": job.precision,
             "device_batch_size": job.describes["device_batch_size"],

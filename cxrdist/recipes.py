@@ -7,6 +7,8 @@ Source of every number: the published solution of Grand X-Ray Slam (2nd place di
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -64,6 +66,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checks = {
+            "name": re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name) is not None,
             "model": self.model in MODELS,
             "div": self.div in DIVISIONS,
             "image_size": self.image_size > 0 and self.image_size % 16 == 0,
@@ -73,7 +76,16 @@ class Recipe:
             "warmup_steps": self.warmup_steps >= 0,
             "clip_grad_norm": self.clip_grad_norm is None or self.clip_grad_norm > 0,
             "groups": len(self.groups) > 0,
-            "member_epochs": all(1 <= epoch <= self.epochs for epoch in self.member_epochs),
+            "seed": self.seed >= 0,
+            "betas": len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas),
+            "focal_weight": 0.0 <= self.focal_weight < math.inf,
+            "focal_alpha": 0.0 <= self.focal_alpha < math.inf,
+            "focal_gamma": 0.0 <= self.focal_gamma < math.inf,
+            "bce_weight": 0.0 <= self.bce_weight < math.inf,
+            "pos_weight_beta": 0.0 <= self.pos_weight_beta < 1.0,
+            "pos_weight_cap": 0.0 < self.pos_weight_cap < math.inf,
+            "member_epochs": all(1 <= epoch <= self.epochs for epoch in self.member_epochs)
+            and len(set(self.member_epochs)) == len(self.member_epochs),
             "views": len(self.views) > 0 and set(self.views) <= set(PUBLISHED_VIEWS),
             "lr_schedule": self.lr_schedule in ("constant", "cosine"),
             "augment": self.augment in ("published", "crop_flip", "none"),

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 import cxrdist
 from cxrdist import estimate, models, recipes
 from cxrdist.augment.training import TrainingAugment
-from cxrdist.cli import Parser, add_flags
+from cxrdist.cli import Parser, add_flags, at_least
 from cxrdist.data import order, split
 from cxrdist.data.loader import Loader
 from cxrdist.data.remote import fetch_shards
 from cxrdist.errors import UserError, run_entry
-from cxrdist.files import write_atomically
+from cxrdist.files import folder_lock, write_atomically
 from cxrdist.labels import LABELS
 from cxrdist.models import weights as weight_files
 from cxrdist.recipes import Recipe
@@ -51,7 +51,7 @@ from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
 from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Control, Ranks, check_processes, use_cpu
+from cxrdist.training.ranks import Control, Ranks, check_processes, require_one_group, use_cpu
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")
@@ -82,31 +82,39 @@ def parser() -> Parser:
         action="store_true",
         help="go on after the epoch of --init's file (a published modelN.pth): its EMA and optimizer state too",
     )
-    flags.add_argument("--folds", type=int, default=5, metavar="N", help="patient-grouped folds (with --validate-fold)")
-    flags.add_argument("--validate-fold", type=int, metavar="K", help="hold out fold K (from 0) and validate on it")
-    flags.add_argument("--log-every", type=int, default=50, metavar="N", help="optimizer steps between logged rows")
+    flags.add_argument(
+        "--folds", type=at_least(2), default=5, metavar="N", help="patient-grouped folds (with --validate-fold)"
+    )
+    flags.add_argument(
+        "--validate-fold", type=at_least(0), metavar="K", help="hold out fold K (from 0) and validate on it"
+    )
+    flags.add_argument(
+        "--log-every", type=at_least(1), default=50, metavar="N", help="optimizer steps between logged rows"
+    )
     flags.add_argument(
         "--checkpoint-minutes",
-        type=float,
+        type=at_least(0, float),
         default=15.0,
         metavar="M",
         help="minutes between step checkpoints; 0: each step",
     )
-    flags.add_argument("--keep-steps", type=int, default=2, metavar="K", help="step checkpoints that are kept")
+    flags.add_argument("--keep-steps", type=at_least(1), default=2, metavar="K", help="step checkpoints that are kept")
     flags.add_argument(
-        "--timeout-s", type=float, default=600.0, metavar="S", help="a process silent for so long is lost"
+        "--timeout-s", type=at_least(1, float), default=600.0, metavar="S", help="a process silent for so long is lost"
     )
     flags.add_argument(
         "--wandb", choices=("auto", "online", "offline", "off"), default="auto", help="auto: if logged in"
     )
     flags.add_argument(
-        "--threads", type=int, metavar="N", help="decode threads per process (default: its share of cores)"
+        "--threads", type=at_least(0), metavar="N", help="decode threads per process (default: its share of cores)"
     )
     flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
-    flags.add_argument("--max-skips", type=int, default=20, metavar="N", help="stop after N skipped steps in a row")
     flags.add_argument(
-        "--max-steps", type=int, metavar="N", help="checkpoint and stop after N steps, to try things out"
+        "--max-skips", type=at_least(1), default=20, metavar="N", help="stop after N skipped steps in a row"
+    )
+    flags.add_argument(
+        "--max-steps", type=at_least(1), metavar="N", help="checkpoint and stop after N steps, to try things out"
     )
     flags.add_argument(
         "--scale-lr",
@@ -116,6 +124,13 @@ def parser() -> Parser:
     )
     flags.add_argument("--dry-run", action="store_true", help="say what the run needs (memory, hours, disk) and stop")
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an undecodable image does")
+    flags.add_argument(
+        "--max-unreadable",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="with --on-bad skip: stop when a process meets more undecodable images than this (default 100)",
+    )
     return flags
 
 
@@ -141,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         precision, why = ranks.together(lambda: resolve_precision(args.precision, ranks.device))
         index = ranks.together(lambda: open_index(shards, "train", args.div))
         ranks.first(lambda: verify(shards, "train", args.div).num_images)  # every tar header, by one reader
-        facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, args))
-        ranks.together(lambda: stack.enter_context(checkpoint.run_lock(run)) if ranks.rank == 0 else None)
+        facts, train_rows, validation_rows, folds = ranks.together(lambda: _choose_rows(index, recipe, run, args))
+        ranks.together(lambda: stack.enter_context(folder_lock(run)) if ranks.rank == 0 else None)
         restored = ranks.first(lambda: _find_start(run, recipe, facts, resume=args.resume, say=ranks.say))
         if restored.finished:
             ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
@@ -191,10 +206,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         tracker: Tracker | None = None
         if ranks.rank == 0:
-            config = {"recipe": dataclasses.asdict(recipe), "precision": precision, "world_size": ranks.world_size}
-            cut_metrics(run, restored.metrics_bytes)
+            config = {"recipe": dataclasses.asdict(recipe)} | _environment(ranks, precision, device_batch_size)
+            lost = cut_metrics(run, restored.metrics_bytes)
+            if lost is not None:
+                ranks.say(f"warning: {lost}")
             tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, config=config))
-        loader = stack.enter_context(Loader(index, ranks.device, num_threads=args.threads, on_bad=args.on_bad))
+        loader = stack.enter_context(
+            Loader(index, ranks.device, num_threads=args.threads, on_bad=args.on_bad, max_bad=args.max_unreadable)
+        )
         training = Training(
             recipe=recipe,
             run=run,
@@ -481,12 +500,7 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
     with _named_group_failures():
         accelerator = Accelerator(cpu=use_cpu(), mixed_precision="no", kwargs_handlers=handlers)
         ranks = Ranks(accelerator, timeout)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks.world_size != started:
-        raise UserError(
-            f"{started} processes were started but each works alone: two runs would write into one folder; start with "
-            "accelerate launch and a file of accel_configs/, or ./launch.sh"
-        )
+    require_one_group(ranks.world_size)
     try:
         yield ranks
     finally:
@@ -504,7 +518,7 @@ def _named_failures(device_batch_size: int, ranks: Ranks) -> Iterator[None]:
         smaller = max(1, device_batch_size // 2)
         raise UserError(
             f"out of memory on {ranks.device} with {device_batch_size} images at once; use --device-batch-size "
-            f"{smaller} (the result stays the same) or --grad-checkpointing ({str(error).splitlines()[0]})"
+            f"{smaller} (the same images a step) or --grad-checkpointing ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -530,7 +544,7 @@ def _named_group_failures() -> Iterator[None]:
 
 
 def _choose_rows(
-    index: ShardIndex, recipe: Recipe, args: Any
+    index: ShardIndex, recipe: Recipe, run: Path, args: Any
 ) -> tuple[dict[str, Any], Rows, Rows | None, NDArray[np.int64] | None]:
     """What the run is trained on: facts to compare at resume, training rows, validation rows, every image's fold."""
     if index.targets is None:
@@ -549,8 +563,14 @@ def _choose_rows(
         return facts, everything, None, None
     if not 0 <= args.validate_fold < args.folds:
         raise UserError(f"--validate-fold {args.validate_fold} is not possible: folds run from 0 to {args.folds - 1}")
-    folds = split.assign_folds(index.patients, index.targets, args.folds, recipe.seed)
     facts |= {"folds": args.folds, "validate_fold": args.validate_fold}
+    recorded = None
+    with contextlib.suppress(OSError, ValueError):
+        recorded = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    if args.resume and recorded == facts:  # a run goes on with the split it has, not with what would be drawn today
+        fold_of = split.read_split(run / "split.csv")
+        return facts, *split.rows_of_fold(index.patients, fold_of, args.validate_fold), None
+    folds = split.assign_folds(index.patients, index.targets, args.folds, recipe.seed)
     held_out = folds == args.validate_fold
     return facts, everything[~held_out], everything[held_out], folds
 

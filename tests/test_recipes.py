@@ -63,6 +63,15 @@ def test_overrides_take_the_type_of_their_field():
         ("lr_schedule=linear", "constant"),
         ("groups=1", "no such recipe field"),
         ("ema_ramp=1", "true or false"),
+        ("name=../../tmp/evil", "name='../../tmp/evil' is not valid"),
+        ("seed=-1", "seed=-1 is not valid"),
+        ("betas=0.9", "betas=.* is not valid"),
+        ("betas=2,3", "betas=.* is not valid"),
+        ("focal_weight=nan", "focal_weight=nan is not valid"),
+        ("focal_gamma=-1", "focal_gamma=-1.0 is not valid"),
+        ("pos_weight_beta=1", "pos_weight_beta=1.0 is not valid"),
+        ("pos_weight_cap=-1", "pos_weight_cap=-1.0 is not valid"),
+        ("member_epochs=5,5", "member_epochs=.* is not valid"),
     ],
 )
 def test_a_wrong_override_is_named(text, message):

@@ -196,6 +196,8 @@ class Loader:
 
     def _skip(self, row: int, error: Exception) -> None:
         index = self.index
+        if any(item.row == row for item in self.skipped):
+            return  # in an earlier epoch
         self.skipped.append(SkippedImage(row, int(index.keys[row]), str(index.image_names[row]), str(error)))
         if len(self.skipped) > self._max_bad:
             raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
@@ -302,9 +304,8 @@ class _Job:
                 raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
         except ValueError as error:
             intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256[row]
-            state = (
-                "as it was preprocessed" if intact else "damaged since: copy the shard anew or run cxrdist.preprocess"
-            )
+            again = "copy the shard anew, or delete it and run cxrdist.preprocess again"
+            state = "as it was preprocessed" if intact else f"damaged since: {again}"
             raise _Undecodable(
                 f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"
             ) from error

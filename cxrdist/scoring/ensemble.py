@@ -192,6 +192,13 @@ def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     return joined
 
 
+def member_weights(tables: Sequence[ScoreTable], given: Sequence[float] | None) -> list[float]:
+    """`--weights` as given, else the weights that the members were scored with (1 where a table names none)."""
+    if given is not None and len(given) != len(tables):
+        raise UserError(f"--weights has {len(given)} numbers for {len(tables)} members; give one per member")
+    return [float(table.meta.get("weight", 1.0)) for table in tables] if given is None else list(given)
+
+
 def average_studies(table: ScoreTable) -> ScoreTable:
     """Give every image of a study the mean probability of the study's images (same patient and study in the name).
 

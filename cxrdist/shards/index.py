@@ -110,7 +110,7 @@ def read_meta(folder: Path, split: str, div: str) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this cxrdist reads {FORMAT_VERSION}; preprocess again")
     if not complete:
-        raise UserError(f"{path} is damaged; delete it and run cxrdist.preprocess again (finished shards are reused)")
+        raise UserError(f"{path} is damaged; delete it and run cxrdist.preprocess again")
     if (found_div, found_split) != (div, split):
         raise UserError(
             f"{folder} holds split {found_split!r} of division {found_div!r}, not {split!r} of {div!r}; "

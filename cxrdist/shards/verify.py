@@ -43,7 +43,8 @@ def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
     path = index.folder / index.shards[number]
 
     def damaged(what: str) -> UserError:
-        return UserError(f"{path}: damaged: {what}; run cxrdist.preprocess again, or copy this shard anew")
+        again = "copy this shard anew, or delete it and run cxrdist.preprocess again"
+        return UserError(f"{path}: damaged: {what}; {again}")
 
     with path.open("rb") as file:
         position = 0

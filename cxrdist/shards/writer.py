@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cxrdist.errors import UserError
+from cxrdist.files import NO_LOCKS
 from cxrdist.labels import LABELS
 from cxrdist.shards.convert import JPEG_QUALITY, SIZE_PX, Converted, Mode, convert, convert_in_order
 from cxrdist.shards.index import COLUMNS, FORMAT_VERSION, shard_name
@@ -31,7 +32,6 @@ from cxrdist.shards.index import COLUMNS, FORMAT_VERSION, shard_name
 ROWS_PER_SHARD = 1000
 TAR_OVERHEAD = 2560  # bytes a sample beside its JPEG: two headers, the JSON, padding
 NUM_PROBES = 8  # images converted beforehand to estimate the space needed
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that cannot lock: writing stays atomic
 
 
 @dataclass(frozen=True)
@@ -445,7 +445,7 @@ def _lock(path: Path, wait: bool) -> Iterator[None]:
                 f"{path.parent.parent}: another cxrdist.preprocess writes this split; wait, or give another --out"
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in NO_LOCKS:  # without locks, writing is still atomic
                 raise
         yield
 

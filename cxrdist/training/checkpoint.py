@@ -1,18 +1,15 @@
-"""The run folder: checkpoints that are whole or do not count, a lock, and members rebuilt for inference.
+"""The run folder: checkpoints that are whole or do not count, and members rebuilt for inference.
 
 A checkpoint is a folder that is written under a temporary name, synced and renamed; its `manifest.json` (every file's
 size and SHA-256) is written last. `epoch_<EE>` is what inference reads, `step_<N>` all that resuming needs. A frozen
 backbone is named by file and hash, not stored.
 """
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,30 +36,6 @@ class FrozenBackbone:
     sha256: str
 
 
-@contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold `run` for this process; UserError when another one has it. It is freed however the process ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"{run} is in use by another run ({holder}); wait for it, or give this one its own folder with --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        try:
-            yield
-        finally:
-            if [path.name for path in run.iterdir()] == [".lock"]:  # nothing was begun
-                (run / ".lock").unlink()
-                run.rmdir()
-
-
 def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
     """Write `<name>.safetensors` and `<name>.json` files as one checkpoint that is there as a whole or not at all.
 
@@ -83,10 +56,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], docume
         }
         write_atomically(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
         _sync_folder(temporary)
+        replaced = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         temporary.rename(folder)
         _sync_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _disk_error(folder, error) from error
@@ -128,6 +104,10 @@ def epoch_folders(run: Path) -> list[Path]:
 def newest_step(run: Path) -> tuple[Path | None, list[str]]:
     """The newest step checkpoint that is whole, or None, and a warning for each newer one that is not."""
     warnings = []
+    for replaced in (run / "checkpoints").glob(".*.old"):  # killed between two renames of write_checkpoint
+        name = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
+        if not name.exists():
+            replaced.rename(name)
     for folder in step_folders(run):
         try:
             check(folder)
@@ -147,8 +127,9 @@ def keep_newest_steps(run: Path, count: int) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Delete temporary folders of interrupted saves."""
-    for folder in (run / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for ending in ("tmp", "old"):
+        for folder in (run / "checkpoints").glob(f".*.{ending}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -65,6 +65,7 @@ class Meter:
         self._tracker = tracker
         self._num_steps = num_steps
         self._max_skips = max_skips
+        self._num_bad = 0
         self._finite: list[tuple[Rows, Tensor]] = []
         self._images = 0
         self._since = time.perf_counter()
@@ -102,7 +103,7 @@ class Meter:
                 torch.stack(
                     [
                         optimizer.num_skipped,
-                        optimizer.skipped_in_a_row,
+                        optimizer.longest_streak,
                         optimizer.grad_norm,
                         optimizer.lr_factor(),
                         scale.double(),
@@ -132,6 +133,7 @@ class Meter:
             self._tracker.timings({"step": state.global_step, **speed})
         self._print(row, speed)
         state.window.zero_()
+        optimizer.longest_streak.zero_()
         self._finite.clear()
         if new_skips:
             self._report_skips(int(new_skips), int(in_a_row), bad)
@@ -168,7 +170,12 @@ class Meter:
             "wait_share": waited / seconds,
             "memory_bytes": _memory_bytes(self._ranks.device),
         }
-        parts = self._ranks.gather(own)
+        new = [f"{item.image_name}: {item.reason}" for item in self._loader.skipped[self._num_bad :]]
+        parts, bad = zip(*self._ranks.gather((own, new)), strict=True)
+        self._num_bad += len(new)
+        for rank, reasons in enumerate(bad):
+            for reason in reasons:
+                self._ranks.say(f"warning: rank {rank} leaves out {reason}")
         self._since, self._waited, self._images = now, self._loader.wait_s, 0
         return {
             "images_per_s": sum(part["images_per_s"] for part in parts),

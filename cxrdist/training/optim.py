@@ -103,6 +103,7 @@ class GuardedAdamW:
         self._moving = bool((factors != 1.0).any())
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.num_applied, self.num_skipped, self.skipped_in_a_row = zero.clone(), zero.clone(), zero.clone()
+        self.longest_streak = zero.clone()  # of skipped steps, since whoever reads it last set it to 0
         self.grad_norm = zero.clone()  # of the last step, before clipping, without the loss scale
         self.loss_scale = None if loss_scale is None else zero.float() + loss_scale
         self._good_steps = zero.clone()  # since the scale last changed
@@ -141,6 +142,7 @@ class GuardedAdamW:
         self.num_applied += 1.0 - skipped
         self.num_skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
+        self.longest_streak = torch.maximum(self.longest_streak, self.skipped_in_a_row)
         if self.loss_scale is not None:
             good = (self._good_steps + 1.0) * (1.0 - skipped)
             grow = good >= LOSS_SCALE_INTERVAL

@@ -40,6 +40,16 @@ def check_processes(expected: int | None) -> None:
         )
 
 
+def require_one_group(world_size: int) -> None:
+    """UserError unless the process group has all processes that were started."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != started:
+        raise UserError(
+            f"{started} processes were started but each works alone: all would write into one folder; start with "
+            "accelerate launch and a file of accel_configs/, or ./launch.sh"
+        )
+
+
 class Ranks:
     """The processes of this run: who we are, and the few things that are done together.
 

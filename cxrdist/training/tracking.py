@@ -5,6 +5,8 @@ slow, offline or broken without the training noticing.
 """
 
 import contextlib
+import errno
+import io
 import json
 import math
 import netrc
@@ -14,10 +16,13 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cxrdist.errors import UserError
+from cxrdist.files import reason
 
 WandbMode = Literal["auto", "online", "offline", "off"]
 INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting for 90 s
@@ -71,7 +76,6 @@ class Tracker:
 
     def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
-        self._metrics.flush()
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
@@ -83,9 +87,16 @@ class Tracker:
             self._wandb.close()
             self._wandb = None
 
-    def _write(self, file: Any, row: dict[str, Any]) -> None:
-        file.write((json.dumps(_finite(row), allow_nan=False) + "\n").encode())
-        file.flush()
+    def _write(self, file: io.FileIO, row: dict[str, Any]) -> None:
+        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        begin = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "only a part fits")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(begin)
+            raise UserError(reason(Path(file.name), len(line), error)) from error
         if self._wandb is not None:
             self._wandb.send(row)
 
@@ -100,9 +111,9 @@ def cut_metrics(run: Path, num_bytes: int) -> str | None:
     return f"{path} lost {num_bytes - size:,} bytes since the checkpoint" if size < num_bytes else None
 
 
-def _open_to_append(path: Path) -> IO[bytes]:
+def _open_to_append(path: Path) -> io.FileIO:
     """The file at its end, on a new line even where a killed process left half of one."""
-    file = path.open("a+b")
+    file = path.open("a+b", buffering=0)
     if file.tell() > 0:
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":

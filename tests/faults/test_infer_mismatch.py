@@ -1,8 +1,10 @@
 """FAULTS rows 23 (inference half) and 36: what does not belong together is named before anything is computed."""
 
 import dataclasses
+import io
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 
 from cxrdist import ensemble, evaluate
 from cxrdist.errors import UserError
+from cxrdist.files import folder_lock
 from cxrdist.labels import LABELS
 from cxrdist.recipes import from_json, to_json
 from cxrdist.scoring.ensemble import ScoreTable, read_table, write_table
@@ -39,6 +42,30 @@ def test_shards_of_the_other_division_or_other_label_order_are_named(world, shar
             world.run(tmp_path / "out", shards=shards)
         shutil.copy(world.shards / "test.json", shards / "test.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_reordered_members_of_a_tar_are_named_and_not_scored_as_other_images(world, shards, tmp_path):
+    tar = shards / "test-000001.tar"
+    with tarfile.open(tar) as file:
+        names = file.getnames()
+        samples = [[(file.getmember(name), file.extractfile(name).read()) for name in names[i : i + 2]] for i in (0, 2)]
+        rest = [(file.getmember(name), file.extractfile(name).read()) for name in names[4:]]
+    size = tar.stat().st_size
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as file:
+        for member, content in [*samples[1], *samples[0], *rest]:
+            file.addfile(member, io.BytesIO(content))
+    content = tar.read_bytes().rstrip(b"\0")
+    tar.write_bytes(content.ljust(size, b"\0"))
+    with pytest.raises(UserError, match=r"test-000001\.tar: damaged: member .* instead of"):
+        world.run(tmp_path / "out", shards=shards)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_inference_does_not_mix_its_files_into_a_folder_in_use(world, tmp_path):
+    with folder_lock(tmp_path / "out"):
+        with pytest.raises(UserError, match="in use by another run"):
+            world.run(tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_run_of_the_other_division_or_with_swapped_outputs_is_named(world, infer_world, tmp_path):

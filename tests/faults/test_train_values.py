@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from cxrdist import recipes
 from cxrdist import train as train_entry
 from cxrdist.errors import UserError
+from cxrdist.files import folder_lock
 from cxrdist.shards.index import open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.training import checkpoint
@@ -78,6 +79,70 @@ def test_too_many_skips_in_a_row_stop_the_run_and_name_the_images(uneven_shards,
     assert ended.code != 0
     assert "3 steps in a row were skipped, up to step 3: logits not finite on rank 1: 0000" in ended.output
     assert not any(row["loss"] is not None for row in training_runs.rows(tmp_path))
+
+
+def test_a_streak_of_skips_that_ended_before_the_logged_row_counts(uneven_shards, tmp_path):
+    import tests.training.worker  # noqa: F401  registers the small recipes
+
+    index = open_index(uneven_shards, "train", "b")
+    recipe = recipes.RECIPES["tiny_chexfound"]("b")
+    plan = train_entry.order.train_batches(
+        np.arange(48), seed=recipe.seed, epoch=0, global_batch_size=10, device_batch_size=5, rank=1, world_size=2
+    )
+    bad = [int(index.keys[micro.rows[0]]) for micro in plan if micro.step < 3]
+    flags = ["--device-batch-size", "5", "--log-every", "5", "--max-skips", "3"]
+    ended = training_runs.train(uneven_shards, tmp_path, *flags, fault={"nan": {"rank": 1, "keys": bad}})
+    assert ended.code != 0
+    assert "3 steps in a row were skipped, up to step 5: logits not finite on rank 1: 0000" in ended.output
+
+
+def test_skipped_images_are_named_once_and_counted(uneven_shards, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(uneven_shards, shards)
+    index = open_index(shards, "train", "b")
+    path = shards / index.shards[int(index.shard_ids[5])]
+    content = bytearray(path.read_bytes())
+    begin = int(index.offsets[5])
+    content[begin : begin + 200] = bytes(200)
+    path.write_bytes(content)
+    flags = ("--set", "epochs=2", "--set", "member_epochs=2", "--on-bad", "skip")
+    in_process(shards, tmp_path / "run", *flags, "--max-unreadable", "1")
+    printed = capsys.readouterr().out
+    assert printed.count("leaves out") == 1
+    assert f"rank 0 leaves out {index.image_names[5]}: " in printed
+    with pytest.raises(UserError, match=r"more than 0 images were skipped; .*damaged since"):
+        in_process(shards, tmp_path / "none", *flags, "--max-unreadable", "0")
+
+
+def test_a_resumed_run_goes_on_with_the_split_it_recorded(uneven_shards, tmp_path, monkeypatch):
+    def other(*_):
+        raise AssertionError("the split was drawn again")
+
+    in_process(uneven_shards, tmp_path / "run", *VALIDATE, "--max-steps", "1")
+    monkeypatch.setattr(train_entry.split, "assign_folds", other)
+    in_process(uneven_shards, tmp_path / "run", *VALIDATE, "--max-steps", "2", "--resume")
+    (tmp_path / "run" / "split.csv").unlink()
+    with pytest.raises(UserError, match=r"split\.csv: cannot be read as a split"):
+        in_process(uneven_shards, tmp_path / "run", *VALIDATE, "--resume")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--keep-steps", "0"),
+        ("--log-every", "0"),
+        ("--threads", "-1"),
+        ("--device-batch-size", "0"),
+        ("--max-steps", "x"),
+        ("--checkpoint-minutes", "nan"),
+        ("--folds", "1"),
+    ],
+)
+def test_an_impossible_number_is_named_before_anything_is_read(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        in_process(tmp_path / "none", tmp_path / "run", *flags)
+    assert f"argument {flags[0]}: {flags[1]!r} is not a" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_overflowing_loss_scale_backs_off_and_nothing_else_moves(uneven_shards, tmp_path):
@@ -172,7 +237,7 @@ def test_a_damaged_tar_header_is_named_before_anything_is_written(uneven_shards,
 def test_a_used_folder_needs_resume_and_a_second_run_waits_outside(uneven_shards, begun):
     with pytest.raises(UserError, match=r"unfinished run: --resume"):
         in_process(uneven_shards, begun, *VALIDATE, *ONE)
-    with checkpoint.run_lock(begun):
+    with folder_lock(begun):
         ended = training_runs.train(uneven_shards, begun, *VALIDATE, *ONE, "--resume", processes=1)
     assert ended.code == 2
     assert "is in use by another run (process" in ended.output

@@ -54,6 +54,13 @@ def test_weighted_average_lands_in_the_templates_order(tables, tmp_path):
     assert again.image_names[0] == tables["good"].image_names[-1]
 
 
+def test_members_keep_the_weights_they_were_scored_with(tables, tmp_path):
+    out = tmp_path / "final.csv"
+    write_table(tmp_path / "good.csv", dataclasses.replace(tables["good"], meta=tables["good"].meta | {"weight": 3.0}))
+    ensemble.main(arguments(tmp_path, "--out", str(out)))
+    np.testing.assert_array_equal(read_table(out).probs, average([tables["good"].probs, tables["poor"].probs], [3, 1]))
+
+
 def test_weights_are_searched_on_joined_out_of_fold_tables_only(tables, tmp_path, capsys):
     folds = [str(tmp_path / f"{member}_fold{part}.csv") for member in ("good", "poor") for part in (0, 1)]
     out = ("--csv", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "final.csv"))

@@ -1,7 +1,11 @@
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 
 from cxrdist.errors import CheckpointError, UserError
+from cxrdist.files import folder_lock
 from cxrdist.training import checkpoint
 
 pytestmark = pytest.mark.fast
@@ -59,11 +63,39 @@ def test_a_failed_write_leaves_the_one_before_and_no_rest(tmp_path, monkeypatch)
 
 def test_the_lock_is_for_one_and_leaves_no_empty_folder(tmp_path):
     run = tmp_path / "run"
-    with checkpoint.run_lock(run):
-        with pytest.raises(UserError, match="in use by another run"), checkpoint.run_lock(run):
+    with folder_lock(run):
+        with pytest.raises(UserError, match="in use by another run"), folder_lock(run):
             pass
         assert run.exists()
     assert not run.exists()
+
+
+def test_a_folder_on_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with folder_lock(tmp_path / "run"):
+        assert (tmp_path / "run").exists()
+
+
+def test_a_save_killed_while_it_replaces_a_checkpoint_loses_none(tmp_path, monkeypatch):
+    write(tmp_path, "step_1")
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, "step_1")
+    monkeypatch.undo()
+    assert checkpoint.newest_step(tmp_path) == (tmp_path / "checkpoints" / "step_1", [])
+    write(tmp_path, "step_1")
+    checkpoint.keep_newest_steps(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
 def test_a_missing_epoch_names_those_that_are_there(tmp_path):

@@ -1,9 +1,11 @@
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 
+from cxrdist.errors import UserError
 from cxrdist.training import tracking
 from cxrdist.training.tracking import Tracker, cut_metrics, resolve_mode
 
@@ -92,3 +94,10 @@ def test_a_resumed_dashboard_gets_the_rows_it_lacks(tmp_path, monkeypatch, known
     assert [row["step"] for row in session.rows] == sent
     if known is None:
         assert session.rows[:2] == [{"step": 1, "loss": 0.125}, {"step": 1, "images_per_s": 2.5}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "timings.jsonl").symlink_to("/dev/full")
+    with Tracker(tmp_path) as tracker, pytest.raises(UserError, match=r"timings\.jsonl: the disk is full"):
+        tracker.timings({"step": 1})
