@@ -36,12 +36,13 @@ setup() {
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
 launch() { # MODULE DIV [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 div=$2 plan config processes threads
+  local module=$1 div=$2 plan config processes settings
   shift 2
   case "$div" in a | b) ;; *) echo "error: division is a or b, not '$div'; e.g. ./launch.sh train b" >&2; exit 2 ;; esac
   plan=$(python -m cxrdist.doctor --plan)
-  IFS=$'\t' read -r config processes threads <<< "$plan"
-  OMP_NUM_THREADS=$threads python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
+  IFS=$'\t' read -r config processes settings <<< "$plan"
+  [ -z "$settings" ] || export $settings
+  python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
     -m "$module" --div "$div" --expect-processes "$processes" "$@"
 }
 

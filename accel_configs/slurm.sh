@@ -33,6 +33,7 @@ MASTER_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PROCESSES=$((SLURM_NNODES * gpus))
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
 CONFIG=${CXRDIST_ACCEL_CONFIG:-accel_configs/nodes.yaml}
+if grep -q '^use_cpu: true' "$CONFIG"; then export ACCELERATE_USE_CPU=true; fi # accelerate forgets it between processes
 
 # The batch shell gets USR1 two minutes before the limit and TERM on preemption; both stop the launchers, whose processes
 # then have 30 s to write their checkpoint.

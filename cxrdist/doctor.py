@@ -42,31 +42,40 @@ class LaunchPlan:
 
 def plan_launch() -> LaunchPlan:
     """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0))
-    num_processes = num_gpus or 2
-    if num_gpus < 2:
-        name = "gpu1" if num_gpus else "cpu"
+    capabilities = _capabilities()
+    if len(capabilities) < 2:
+        name = "gpu1" if capabilities else "cpu"
     else:
-        capabilities = [torch.cuda.get_device_capability(number) for number in range(num_gpus)]
         name = "gpu8_bf16" if min(capabilities) >= FIRST_WITH_BF16 else "gpu2_fp16"
     folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
     config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
-    num_processes = int(os.environ.get("CXRDIST_PROCESSES", num_processes))
+    on_cpu = not capabilities or (Path(config).is_file() and "use_cpu: true" in Path(config).read_text())
+    num_processes = int(os.environ.get("CXRDIST_PROCESSES", 2 if on_cpu else len(capabilities)))
     # Two processes that each start a thread per core fight for the cores: several times slower on two of them.
+    cores = len(os.sched_getaffinity(0))
     threads = str(max(cores // num_processes, 1))
     wanted = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if num_gpus:
-        reason = f"{num_processes} process{'es' * (num_processes > 1)}, one for each GPU (nccl), {config}"
-    else:
+    if on_cpu:
+        wanted["ACCELERATE_USE_CPU"] = "true"  # accelerate itself sets it for a single process only
         reason = f"{num_processes} processes on the CPU (gloo), {threads} of {cores} cores each, {config}"
+    else:
+        reason = f"{num_processes} process{'es' * (num_processes > 1)}, one for each GPU (nccl), {config}"
     return LaunchPlan(config, num_processes, {k: v for k, v in wanted.items() if k not in os.environ}, reason)
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """The compute capability of each GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m cxrdist.doctor", description=__doc__)
     parser.add_argument(
-        "--plan", action="store_true", help="print only the accelerate config, processes and threads (for launch.sh)"
+        "--plan",
+        action="store_true",
+        help="print only config, number of processes and environment, for launch.sh",
     )
     problems: list[str] = []
     if parser.parse_args(argv).plan:
@@ -74,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         if problems and "CXRDIST_ACCEL_CONFIG" not in os.environ:
             raise UserError(f"{problems[0]}; to run on the CPU set CXRDIST_ACCEL_CONFIG=accel_configs/cpu.yaml")
         plan = plan_launch()
-        print(plan.config, plan.num_processes, (os.environ | plan.environment)["OMP_NUM_THREADS"], sep="\t")
+        settings = " ".join(f"{name}={value}" for name, value in plan.environment.items())
+        print(plan.config, plan.num_processes, settings, sep="\t")
         return
     rows = [
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})"),
@@ -151,7 +161,7 @@ def processes(problems: list[str]) -> str:
     plan = plan_launch()
     if not Path(plan.config).is_file():
         problems.append(f"{plan.config} is missing; run from a checkout of the project, or set CXRDIST_ACCEL_CONFIG")
-    if not torch.cuda.is_available():
+    if plan.num_processes > 1:
         try:
             socket.getaddrinfo(socket.gethostname(), None)
         except OSError:
@@ -163,6 +173,9 @@ def processes(problems: list[str]) -> str:
 
 def precision() -> str:
     """What `--precision auto` becomes here."""
+    capabilities = _capabilities()
+    if capabilities and min(capabilities) < FIRST_WITH_BF16 <= max(capabilities):
+        return "fp16 (not every GPU here has bf16)"
     chosen, why = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return f"{chosen} ({why})"
 

@@ -165,6 +165,20 @@ def best_device_batch(cost: Cost, recipe: Recipe, machine: Machine) -> int:
     return 0
 
 
+def fitting_batch(recipe: Recipe, precision: str, free_bytes: float, world_size: int) -> int:
+    """The largest device batch of a training that fits a GPU's free memory. Raises UserError when not even one does."""
+    gpu = dataclasses.replace(PUBLISHED_T4, name="this GPU", num_devices=world_size, memory_bytes=free_bytes)
+    cost = count_cost(recipe, cast(Precision, precision))
+    batch = best_device_batch(cost, recipe, gpu)
+    if batch == 0:
+        need = memory_bytes(cost, 1, "cuda", world_size)
+        raise UserError(
+            f"{recipe.name} needs about {need / GB:.1f} GB for one image, and the GPU with the least free memory has "
+            f"{free_bytes / GB:.1f} GB: end what else runs there, or try --grad-checkpointing --device-batch-size 1"
+        )
+    return batch
+
+
 def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine) -> float:
     """Hours of arithmetic at the machine's stated efficiency."""
     speed = machine.peak_flops * machine.efficiency * machine.num_devices

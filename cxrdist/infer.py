@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -59,7 +59,7 @@ from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.verify import verify
 from cxrdist.training import checkpoint
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import check_processes, require_one_group, use_cpu
+from cxrdist.training.ranks import Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 
 T = TypeVar("T")
 
@@ -103,6 +103,7 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_processes(args.expect_processes)
+    check_gpus_seen()
     start = time.monotonic()
     shards = args.shards or Path("shards") / f"div_{args.div}"
     if args.dry_run:
@@ -114,14 +115,16 @@ def main(argv: list[str] | None = None) -> None:
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
     # without cpu=True two processes on a machine without GPU each take themselves for the only one
     accelerator = Accelerator(cpu=use_cpu(), kwargs_handlers=[timeout], mixed_precision="no")
-    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    require_one_group(world_size)
+    require_one_group(accelerator.num_processes)
+    ranks = Ranks(accelerator, timedelta(seconds=args.timeout_s))
+    rank, world_size, device = ranks.rank, ranks.world_size, ranks.device
     with contextlib.ExitStack() as stack:
-        together(lambda: verify(shards, args.split, args.div) if rank == 0 else None, rank)  # every tar header
-        job = together(lambda: prepare(args, shards, device), rank)
-        together(lambda: stack.enter_context(folder_lock(args.out)) if rank == 0 else None, rank)
+        together(lambda: verify(shards, args.split, args.div) if rank == 0 else None, ranks)  # every tar header
+        job = together(lambda: prepare(args, shards, device), ranks)
+        together(lambda: stack.enter_context(folder_lock(args.out)) if rank == 0 else None, ranks)
         parts = job.store.read_all()
-        done = {int(number) for numbers in gathered([part.batches for part in parts.values()]) for number in numbers}
+        there = gathered([part.batches for part in parts.values()], ranks)
+        done = {int(number) for numbers in there for number in numbers}
         own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
         own_batches = [job.batches[number] for number in own]
         if rank == 0:
@@ -135,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
         name = f"infer, process 1 of {world_size}"
         with (
+            named_out_of_memory(job.describes["device_batch_size"]),
             Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
             tqdm(total=total, unit=" images", desc=name, disable=rank != 0, mininterval=every_s, maxinterval=60) as bar,
         ):
@@ -143,32 +147,53 @@ def main(argv: list[str] | None = None) -> None:
             for part in in_parts(scored, loader, own, own_batches, num_columns, args.checkpoint_minutes * 60, bar):
                 job.store.write(part, rank)
 
-        together(lambda: finish(args, job, collect(job.store, rank)) if rank == 0 else collect(job.store, rank), rank)
+        together(lambda: _finish(args, job, ranks), ranks)
         if rank == 0:
             seconds = time.monotonic() - start
             print(f"inference took {seconds:.0f} s on {world_size} processes, start and reading included", flush=True)
     accelerator.end_training()
 
 
-def together(act: Callable[[], T], rank: int) -> T:
+def _finish(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
+    parts = collect(job.store, ranks)
+    if ranks.rank == 0:
+        finish(args, job, parts)
+
+
+@contextlib.contextmanager
+def named_out_of_memory(device_batch_size: int) -> Iterator[None]:
+    """Turn a GPU's lack of memory into a line that names the flag."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with {device_batch_size} images at once; use --device-batch-size "
+            f"{max(1, device_batch_size // 2)}, with which all images are scored anew ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def together(act: Callable[[], T], ranks: Ranks) -> T:
     """act() on every rank. If one cannot, all end with exit code 2, and rank 0 alone says why."""
     result, problem = None, None
     try:
         result = act()
     except UserError as error:
         problem = str(error)
-    problems = [text for text in gathered([problem]) if text is not None]
-    if problems and rank != 0:
+    problems = [text for text in gathered([problem], ranks) if text is not None]
+    if problems and ranks.rank != 0:
         raise SystemExit(2)
     if problems:
         raise UserError(problems[0])
     return result  # type: ignore[return-value]
 
 
-def gathered(items: list[T]) -> list[T]:
-    """The items of all ranks, in rank order, on every rank. UserError when another rank is gone."""
+def gathered(items: list[T], ranks: Ranks) -> list[T]:
+    """The items of all ranks, in rank order, on every rank. UserError when another rank is gone.
+
+    Over gloo, which sees a closed connection at once; NCCL would spin until its timeout and take the process down.
+    """
     try:
-        return list(gather_object(items))
+        return [item for part in ranks.gather(items) for item in part]
     except RuntimeError as error:
         raise UserError(
             f"another process ended or stopped answering ({str(error).splitlines()[0][:150]}); its own message is the "
@@ -487,11 +512,11 @@ def in_parts(
         yield close(len(batches))
 
 
-def collect(store: PartStore, rank: int) -> dict[str, Part]:
+def collect(store: PartStore, ranks: Ranks) -> dict[str, Part]:
     """All parts of all processes on rank 0, also where machines do not share the output folder. A barrier, too."""
     own = store.read_all()
-    seen = set(gathered(sorted(own) if rank == 0 else []))
-    return own | dict(gathered([(name, part) for name, part in own.items() if name not in seen]))
+    seen = set(gathered(sorted(own) if ranks.rank == 0 else [], ranks))
+    return own | dict(gathered([(name, part) for name, part in own.items() if name not in seen], ranks))
 
 
 def finish(args: argparse.Namespace, job: Job, parts: dict[str, Part]) -> None:

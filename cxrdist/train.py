@@ -51,7 +51,7 @@ from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
 from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Control, Ranks, check_processes, require_one_group, use_cpu
+from cxrdist.training.ranks import Control, Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")
@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check, build, restore, train. Every mistake that can be seen beforehand is named before anything is written."""
     args = parser().parse_args(argv)
     check_processes(args.expect_processes)
+    check_gpus_seen()
     published = recipes.recipe_for(args.model, args.div)
     recipe = recipes.with_overrides(published, args.overrides)
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
@@ -163,9 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
             return
 
-        device_batch_size = args.device_batch_size or min(
-            MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size)
-        )
+        device_batch_size = args.device_batch_size or _default_device_batch(recipe, precision, ranks)
         accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
         torch.manual_seed(recipe.seed)
         model, frozen = ranks.together(lambda: _build(recipe, args.init, run, restored))
@@ -183,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             ranks.together(lambda: _checkpoint_gradients(model))
         if args.compile:
             model.compile()
+        stack.enter_context(_named_failures(device_batch_size, ranks))  # NCCL connects in `prepare`
         parallel = ranks.prepare(model.to(ranks.device))
         num_steps = order.num_steps(len(train_rows), recipe.global_batch_size)
         optimizer = GuardedAdamW(
@@ -239,8 +239,17 @@ def main(argv: list[str] | None = None) -> None:
             max_steps=args.max_steps,
             max_skips=args.max_skips,
         )
-        with _named_failures(device_batch_size, ranks):
-            training.run_epochs()
+        training.run_epochs()
+
+
+def _default_device_batch(recipe: Recipe, precision: str, ranks: Ranks) -> int:
+    """A rank's share of the global batch, at most 32, in equal parts that fit the GPU with the least free memory."""
+    most = min(MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size))
+    if ranks.device.type != "cuda":
+        return most
+    free_bytes = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0]))
+    fits = ranks.together(lambda: estimate.fitting_batch(recipe, precision, free_bytes, ranks.world_size))
+    return min(most, fits)
 
 
 @dataclass(frozen=True)
@@ -491,7 +500,8 @@ def _process_group(timeout_s: float) -> Iterator[Ranks]:
     # place in the bucket: a resumed run would differ in the last bit. Looking for unused parameters keeps the buckets.
     keep_buckets = use_cpu() and int(os.environ.get("WORLD_SIZE", "1")) > 2
     handlers = [
-        InitProcessGroupKwargs(timeout=timeout),
+        # the gloo group of Ranks shall notice first: NCCL's watchdog ends the process without a word of ours
+        InitProcessGroupKwargs(timeout=timeout if use_cpu() else timeout + datetime.timedelta(minutes=5)),
         DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=keep_buckets
         ),

@@ -8,13 +8,14 @@ import torch
 
 from cxrdist.doctor import PROJECT, main, plan_launch
 from cxrdist.errors import UserError
+from cxrdist.training.ranks import check_gpus_seen
 
 pytestmark = pytest.mark.fast
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    for name in ("CXRDIST_ACCEL_CONFIG", "CXRDIST_PROCESSES", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    for name in ("CXRDIST_ACCEL_CONFIG", "CXRDIST_PROCESSES", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,14 +52,33 @@ def test_a_gpu_that_torch_does_not_see_is_an_error_and_no_training_on_the_cpu(mo
         main(["--plan"])
     monkeypatch.setenv("CXRDIST_ACCEL_CONFIG", "accel_configs/cpu.yaml")
     main(["--plan"])
-    assert capsys.readouterr().out.startswith("accel_configs/cpu.yaml\t2\t")
+    assert capsys.readouterr().out.startswith("accel_configs/cpu.yaml\t2\tOMP_NUM_THREADS=")
+
+
+def test_a_cpu_configuration_means_the_cpu_also_beside_gpus(monkeypatch):
+    has_gpus(monkeypatch, *[(8, 0)] * 4)
+    monkeypatch.setenv("CXRDIST_ACCEL_CONFIG", str(PROJECT / "accel_configs" / "cpu.yaml"))
+    plan = plan_launch()
+    assert (plan.num_processes, plan.environment["ACCELERATE_USE_CPU"]) == (2, "true")
+    monkeypatch.delenv("CXRDIST_ACCEL_CONFIG")
+    assert "ACCELERATE_USE_CPU" not in plan_launch().environment
+
+
+def test_training_on_the_cpu_of_a_machine_whose_gpus_are_not_seen_has_to_be_asked_for(monkeypatch):
+    has_gpus(monkeypatch)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(UserError, match=r"sees no GPU.*ACCELERATE_USE_CPU=true"):
+        check_gpus_seen()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_gpus_seen()
 
 
 def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
     """A stand-in python records how accelerate is called; the doctor is the real one."""
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$2" in cxrdist.doctor) exec "$REAL_PYTHON" "$@" ;; esac\necho "$OMP_NUM_THREADS" "$@"\n'
+        '#!/bin/sh\ncase "$2" in cxrdist.doctor) exec "$REAL_PYTHON" "$@" ;; esac\n'
+        'echo "$OMP_NUM_THREADS $ACCELERATE_USE_CPU" "$@"\n'
     )
     python.chmod(0o755)
     environment = os.environ | {
@@ -71,7 +91,7 @@ def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
     done = subprocess.run(
         [PROJECT / "launch.sh", "train", "b", "--seed", "7"], env=environment, capture_output=True, text=True
     )
-    called = "5 -m accelerate.commands.launch --quiet --config_file my folder/cpu.yaml --num_processes 3"
+    called = "5 true -m accelerate.commands.launch --quiet --config_file my folder/cpu.yaml --num_processes 3"
     assert done.stdout == f"{called} -m cxrdist.train --div b --expect-processes 3 --seed 7\n", done.stderr
     done = subprocess.run([PROJECT / "launch.sh", "train", "c"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr.startswith("error: division is a or b, not 'c'")) == (2, True)

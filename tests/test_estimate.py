@@ -12,6 +12,7 @@ from cxrdist.estimate import (
     PUBLISHED_T4,
     best_device_batch,
     count_cost,
+    fitting_batch,
     infer_report,
     memory_bytes,
     report,
@@ -30,6 +31,15 @@ def test_counted_flops_of_both_models_are_the_known_ones() -> None:
     assert chex.num_trained == 8_723_470
     assert eva.step_flops == pytest.approx(3 * eva.forward_flops, rel=0.05)
     assert chex.step_flops < 1.1 * chex.forward_flops  # the frozen backbone has no backward pass
+
+
+def test_the_default_device_batch_fits_the_gpu() -> None:
+    """32 images of EVA-X do not fit a T4 (20 GB with what training keeps of them), 16 do."""
+    assert fitting_batch(eva_x("b"), "fp16", 15.6 * GB, 2) == 16
+    assert fitting_batch(eva_x("b"), "bf16", 79 * GB, 2) == 32
+    assert fitting_batch(chexfound("b"), "fp16", 15.6 * GB, 2) == 32
+    with pytest.raises(UserError, match=r"for one image, and the GPU with the least free memory has 2\.0 GB"):
+        fitting_batch(eva_x("b"), "fp16", 2 * GB, 2)
 
 
 def test_published_t4_epochs_are_within_the_stated_factor_of_two() -> None:

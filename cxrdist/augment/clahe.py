@@ -39,8 +39,10 @@ def equalise(levels: Tensor, counts: Tensor) -> Tensor:
     red, green, blue = _look_up(tables.linear, levels).unbind(1)
     luminance = ((red * RGB_SHARES[0] + green * RGB_SHARES[1] + blue * RGB_SHARES[2] + 2048.0) / 4096.0).floor_()
     plane = equalise_plane(_look_up(tables.lightness, luminance), counts)
-    chroma = rgb_to_lab(levels / 255.0)[:, 1:].round_()
-    rgb = lab_to_rgb(torch.cat(((plane / 2.55).unsqueeze(1), chroma), 1))
+    # on a GPU kornia's matrix is a convolution, which by default computes with 10-bit mantissas
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        chroma = rgb_to_lab(levels / 255.0)[:, 1:].round_()
+        rgb = lab_to_rgb(torch.cat(((plane / 2.55).unsqueeze(1), chroma), 1))
     return (rgb * 255.0).round_().clamp_(0.0, 255.0)
 
 

@@ -95,6 +95,9 @@ class Loader:
             raise ValueError(f"prefetch {prefetch}: at least 1 batch must be in work")
         self.index = index
         self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_threads = threads_of_this_rank() if num_threads is None else num_threads
         self.wait_s = 0.0
         self.skipped: list[SkippedImage] = []
@@ -104,9 +107,11 @@ class Loader:
         self._reader = ShardReader(index)
         size = int(index.meta["size_px"])
         self._image_shape = (size, size, index.num_channels)  # decided here, once for all batches
-        self._buffers = _Buffers(pinned=self.device.type == "cuda")
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._threads = ThreadPoolExecutor(self.num_threads, "decode") if self.num_threads else None
+        self._buffers = _Buffers(pinned=on_gpu)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        # A thread starts on GPU 0, and to leave the stream would open a context there (0.5 GB) in every process.
+        start = (torch.cuda.set_device, (self.device,)) if on_gpu else (None, ())
+        self._threads = ThreadPoolExecutor(self.num_threads, "decode", *start) if self.num_threads else None
         self._jobs: set[_Job] = set()
         self._closed = False
 

@@ -127,7 +127,7 @@ class GuardedAdamW:
             excess = (norm / self._clip).clamp(min=1.0)
             divisor = excess if divisor is None else divisor * excess
         if self._moving:
-            factor = self._factors[self.num_applied.long().clamp(max=len(self._factors) - 1)]
+            factor = self.lr_factor()
             for lr, base in zip(self._lrs, self.base_lrs, strict=True):
                 lr.copy_(factor * base)
         # The two attributes are the fused kernel's own: it divides by one and does nothing where the other is 1.
@@ -155,7 +155,8 @@ class GuardedAdamW:
 
     def lr_factor(self) -> Tensor:
         """The schedule's factor for the next step (0-dim, on the device)."""
-        return self._factors[self.num_applied.long().clamp(max=len(self._factors) - 1)]
+        # `take`, because indexing by a tensor of one number reads it back to the host
+        return self._factors.take(self.num_applied.long().clamp(max=len(self._factors) - 1))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments by parameter name, the counters, and the loss scale: flat, for safetensors."""

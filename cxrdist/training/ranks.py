@@ -7,6 +7,7 @@ differs between ranks: each method here is called by all of them.
 import contextlib
 import datetime
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,16 @@ T = TypeVar("T")
 def use_cpu() -> bool:
     """Whether accelerate has to be told cpu=True: else two processes without a GPU each take themselves for alone."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def check_gpus_seen() -> None:
+    """UserError where a machine has GPUs that torch does not see, unless accelerate was told to use the CPU."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if not told and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None:
+        raise UserError(
+            f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: run cxrdist.doctor for the reasons; to "
+            "run on the CPU set ACCELERATE_USE_CPU=true"
+        )
 
 
 def check_processes(expected: int | None) -> None:

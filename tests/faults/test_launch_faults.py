@@ -49,7 +49,7 @@ class Job:
         self.process = subprocess.Popen(
             [*before, *words],
             cwd=REPOSITORY,
-            env=clean | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment,
+            env=clean | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"} | environment,
             stdout=self._file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
