@@ -45,7 +45,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+")
+        file = (folder / LOCK_FILE).open("a+b", buffering=0)
     except OSError as error:
         raise UserError(reason(folder, 0, error)) from error
     with file:
@@ -53,16 +53,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().decode(errors="replace").strip() or "unknown"
             raise UserError(
                 f"{folder} is in use by another run ({holder}); wait for it, or give this one its own folder with --out"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the holder's name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         try:
             yield
         finally:

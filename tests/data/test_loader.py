@@ -1,6 +1,8 @@
 import dataclasses
 import gc
 import io
+import subprocess
+import sys
 import threading
 import time
 
@@ -154,3 +156,23 @@ def test_on_a_gpu_batches_are_the_same_and_not_overwritten_while_kept(index):
             assert torch.equal(used_at_once.cpu(), expected_images)
             assert torch.equal(used_later.cpu(), expected_images)
         assert len(on_gpu._buffers._free) <= 4
+
+
+SECOND_GPU = """
+import sys, torch
+from pathlib import Path
+from cxrdist.data.loader import Loader
+from cxrdist.shards.index import open_index
+torch.cuda.set_device(1)
+with Loader(open_index(Path(sys.argv[1]), "train", "b"), "cuda") as loader:
+    assert [batch.images.device.index for batch in loader.batches([torch.arange(4).numpy()])] == [1]
+print(torch._C._cuda_hasPrimaryContext(0))
+"""
+
+
+@pytest.mark.gpu
+def test_the_loader_of_the_second_gpu_opens_no_context_on_the_first(uneven_shards):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    done = subprocess.run([sys.executable, "-c", SECOND_GPU, str(uneven_shards)], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -162,12 +162,11 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batches(uneven
 
 
 def test_killed_after_each_file_of_a_checkpoint_one_is_always_whole(uneven_shards, tmp_path):
-    for count in range(1, 10):
-        run = tmp_path / "run"
-        ended = train(
-            uneven_shards, run, "--resume", processes=1, fault={"kill": {"rank": 0, "at": "file", "count": count}}
-        )
-        if count > 5:
+    run = tmp_path / "run"
+    for at, count in [*(("file", count) for count in range(1, 10)), *(("document", count) for count in range(1, 5))]:
+        kill = {"rank": 0, "at": at, "count": count}
+        ended = train(uneven_shards, run, "--resume", processes=1, fault={"kill": kill})
+        if at == "document" or count > 5:
             newest, _ = checkpoint.newest_step(run)
             assert newest is not None
         assert ended.code == -signal.SIGKILL, ended.output

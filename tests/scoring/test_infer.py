@@ -124,3 +124,9 @@ def test_averaging_again_in_another_way_computes_no_pass(world, tmp_path, monkey
     world.run(tmp_path)
     assert (tmp_path / "submission.csv").read_bytes() == plain
     assert "going on: 6 of 6 batches are scored already" in capsys.readouterr().out
+
+
+def test_a_full_gpu_is_named_with_the_flag_that_helps():
+    message = "out of memory with 64 images at once; use --device-batch-size 32"
+    with pytest.raises(UserError, match=message), infer.named_out_of_memory(64):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -1,7 +1,7 @@
 """Runs `cxrdist.train` in tests: two small recipes, and faults at chosen places (see FAULT below).
 
 `python worker.py ARGS` in one process, or under torch.distributed.run. FAULT is a JSON object in the environment:
-  kill: {"rank", "at", "count"}: SIGKILL when `at` ("step", "save", "validate", "file") happens for the count-th time
+  kill: {"rank", "at", "count"}: SIGKILL when `at` (a key of `inject`) happens for the count-th time
   nan: {"rank", "keys", "from"}: pixels of these keys become NaN on that rank from the from-th global step on
   loss_scale: start of the loss scale, used with bf16 in place of fp16's
   slow_s: seconds to sleep after each step
@@ -80,11 +80,10 @@ def inject(fault: dict[str, Any]) -> None:
 
         owner, name = {
             "step": (train.Control, "after_step"),
-            "save": (train.Training, "save_step"),
             "save_epoch": (train.Training, "save_epoch"),
             "validate": (train.Training, "validate"),
             "file": (weights, "write_safetensors"),
-            "manifest": (train.checkpoint, "write_atomically"),
+            "document": (train.checkpoint, "write_atomically"),  # state.json, meta.json, manifest.json
         }[kill["at"]]
         original = getattr(owner, name)
 
