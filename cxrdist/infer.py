@@ -103,13 +103,13 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_processes(args.expect_processes)
-    check_gpus_seen()
     start = time.monotonic()
     shards = args.shards or Path("shards") / f"div_{args.div}"
     if args.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(infer_dry_run(args.div, shards, args.precision))
         return
+    check_gpus_seen()
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, args.split, args.div)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.timeout_s))
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         done = {int(number) for numbers in there for number in numbers}
         own = [number for number in range(len(job.batches)) if number not in done][rank::world_size]
         own_batches = [job.batches[number] for number in own]
+        size = job.describes["device_batch_size"]
         if rank == 0:
             print(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
-            size = job.describes["device_batch_size"]
             print(f"  {world_size} processes on {device.type}, {job.precision}, {size} images a batch", flush=True)
             if done:
                 print(f"going on: {len(done):,} of {len(job.batches):,} batches are scored already", flush=True)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
         name = f"infer, process 1 of {world_size}"
         with (
-            named_out_of_memory(job.describes["device_batch_size"]),
+            named_out_of_memory(size),
             Loader(job.index, device, on_bad="skip", max_bad=args.max_unreadable) as loader,
             tqdm(total=total, unit=" images", desc=name, disable=rank != 0, mininterval=every_s, maxinterval=60) as bar,
         ):

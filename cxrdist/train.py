@@ -138,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     """Check, build, restore, train. Every mistake that can be seen beforehand is named before anything is written."""
     args = parser().parse_args(argv)
     check_processes(args.expect_processes)
-    check_gpus_seen()
     published = recipes.recipe_for(args.model, args.div)
     recipe = recipes.with_overrides(published, args.overrides)
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
@@ -149,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(estimate.dry_run(recipe, shards, run, **sizes))
         return
+    check_gpus_seen()
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, "train", args.div)
 
