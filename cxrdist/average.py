@@ -17,7 +17,7 @@ from cxrdist.cli import Parser, add_flags
 from cxrdist.errors import UserError, run_entry
 from cxrdist.files import write_atomically
 from cxrdist.recipes import Recipe
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 
 # what may differ between checkpoints that are averaged: how they were trained, not what they are
 SAME = ("model", "div", "image_size", "model_kwargs")

@@ -19,9 +19,9 @@ import torch
 from packaging.requirements import Requirement
 
 from cxrdist.cli import Parser
+from cxrdist.distributed.precision import resolve_precision
 from cxrdist.errors import UserError, run_entry
 from cxrdist.models.weights import init_files
-from cxrdist.training.precision import resolve_precision
 from cxrdist.training.tracking import resolve_mode
 
 SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")

@@ -16,7 +16,10 @@ import numpy as np
 from cxrdist.cli import Parser, add_flags
 from cxrdist.errors import UserError, run_entry
 from cxrdist.labels import LABELS, read_label_csv, read_template
-from cxrdist.scoring.ensemble import (
+from cxrdist.scoring.evaluation import match_labels
+from cxrdist.scoring.metrics import macro_auroc
+from cxrdist.scoring.submission import write_submission
+from cxrdist.scoring.tables import (
     ScoreTable,
     average_studies,
     average_tables,
@@ -26,9 +29,6 @@ from cxrdist.scoring.ensemble import (
     search_weights,
     write_table,
 )
-from cxrdist.scoring.evaluation import match_labels
-from cxrdist.scoring.metrics import macro_auroc
-from cxrdist.scoring.submission import write_submission
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,14 +26,14 @@ from cxrdist.errors import UserError, run_entry
 from cxrdist.files import write_atomically
 from cxrdist.labels import DIVISIONS, LABELS, read_label_csv
 from cxrdist.models import CheXFound
+from cxrdist.models.saliency import attention_maps, grad_cam
 from cxrdist.recipes import Recipe
-from cxrdist.scoring import report
-from cxrdist.scoring.ensemble import ScoreTable, align, average_tables, join_parts, member_weights, read_table
+from cxrdist.report import figures as report
+from cxrdist.report.figures import Overlay, Section, write_report
+from cxrdist.runs.checkpoint import epoch_folders, load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
-from cxrdist.scoring.report import Overlay, Section, write_report
-from cxrdist.scoring.saliency import attention_maps, grad_cam
+from cxrdist.scoring.tables import ScoreTable, align, average_tables, join_parts, member_weights, read_table
 from cxrdist.shards.index import ShardIndex, open_index
-from cxrdist.training.checkpoint import epoch_folders, load_member, read_recipe
 
 AVERAGES = {"prob": "probabilities", "logit": "logits", "rank": "ranks"}
 NUM_EXAMPLES = 6  # images with attention maps

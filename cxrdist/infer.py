@@ -31,20 +31,17 @@ from tqdm import tqdm
 
 from cxrdist.augment.views import distinct_views, make_views
 from cxrdist.cli import Parser, add_flags, at_least
+from cxrdist.data.fetch import fetch_shards
+from cxrdist.data.folds import read_split, rows_of_fold
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
-from cxrdist.data.remote import fetch_shards
-from cxrdist.data.split import read_split, rows_of_fold
+from cxrdist.distributed.precision import autocast, resolve_precision
+from cxrdist.distributed.ranks import Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 from cxrdist.errors import UserError, run_entry
-from cxrdist.estimate import infer_dry_run
+from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
-from cxrdist.labels import LABELS, SPLITS, read_template
-from cxrdist.models import CheXFound, build_model, frozen_names
-from cxrdist.models import weights as weight_files
-from cxrdist.recipes import MODELS, RECIPES, Recipe, recipe_for
-from cxrdist.scoring.ensemble import ScoreTable, average, average_studies, average_tables, sigmoid, write_table
-from cxrdist.scoring.parts import Part, PartStore, merge
-from cxrdist.scoring.passes import (
+from cxrdist.inference.parts import Part, PartStore, merge
+from cxrdist.inference.passes import (
     Checkpoint,
     Member,
     MemberSpec,
@@ -54,12 +51,15 @@ from cxrdist.scoring.passes import (
     parse_member,
     plan_passes,
 )
+from cxrdist.labels import LABELS, SPLITS, read_template
+from cxrdist.models import CheXFound, build_model, frozen_names
+from cxrdist.models import weights as weight_files
+from cxrdist.recipes import MODELS, RECIPES, Recipe, recipe_for
+from cxrdist.runs import checkpoint
 from cxrdist.scoring.submission import check_template, write_submission
+from cxrdist.scoring.tables import ScoreTable, average, average_studies, average_tables, sigmoid, write_table
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.verify import verify
-from cxrdist.training import checkpoint
-from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """Train one recipe on one division: `accelerate launch -m cxrdist.train --div b [--model chexfound]`.
 
-Shards in, a run folder out (see `cxrdist.training.checkpoint`). What is learned depends on the recipe alone: global
+Shards in, a run folder out (see `cxrdist.runs.checkpoint`). What is learned depends on the recipe alone: global
 batches, augmentation and validation are the same on any number of processes, and a run that is killed and resumed
 continues bit for bit on the CPU. accelerate provides the process group, the device and DDP; order, loading, precision
 and the optimizer step are the project's own.
@@ -30,28 +30,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import cxrdist
-from cxrdist import estimate, models, recipes
+from cxrdist import models, recipes
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.cli import Parser, add_flags, at_least
-from cxrdist.data import order, split
+from cxrdist.data import folds as split
+from cxrdist.data import order
+from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.remote import fetch_shards
+from cxrdist.distributed.precision import autocast, resolve_precision
+from cxrdist.distributed.ranks import Control, Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 from cxrdist.errors import UserError, run_entry
+from cxrdist.estimate import report as estimate
 from cxrdist.files import folder_lock, write_atomically
 from cxrdist.labels import LABELS
 from cxrdist.models import weights as weight_files
 from cxrdist.recipes import Recipe
+from cxrdist.runs import checkpoint
+from cxrdist.runs.checkpoint import FrozenBackbone
 from cxrdist.scoring import metrics
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.verify import verify
-from cxrdist.training import checkpoint
-from cxrdist.training.checkpoint import FrozenBackbone
 from cxrdist.training.ema import Ema
 from cxrdist.training.losses import Loss, effective_pos_weight, focal_bce
 from cxrdist.training.meter import LoopState, Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
-from cxrdist.training.precision import autocast, resolve_precision
-from cxrdist.training.ranks import Control, Ranks, check_gpus_seen, check_processes, require_one_group, use_cpu
 from cxrdist.training.tracking import Tracker, cut_metrics
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from cxrdist.labels import LABELS
 from cxrdist.models import build_model, frozen_names, trained_state_dict
 from cxrdist.models.weights import file_sha256, write_safetensors
 from cxrdist.recipes import Recipe, recipe_for, to_json
-from cxrdist.training.checkpoint import write_checkpoint
+from cxrdist.runs.checkpoint import write_checkpoint
 
 NUM_IMAGES = 23
 BAD_IMAGE = "00000099_001_001.jpg"  # in the template; preprocessing leaves it out

@@ -6,7 +6,7 @@ import torch
 from cxrdist import average, models
 from cxrdist import train as train_entry
 from cxrdist.errors import UserError
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 from tests import training_runs
 from tests.training import worker
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cxrdist.distributed.ranks import check_gpus_seen
 from cxrdist.doctor import PROJECT, main, plan_launch
 from cxrdist.errors import UserError
-from cxrdist.training.ranks import check_gpus_seen
 
 pytestmark = pytest.mark.fast
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from cxrdist import train as train_entry
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 from tests import training_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

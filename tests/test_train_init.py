@@ -9,7 +9,7 @@ import torch
 from cxrdist import recipes, train
 from cxrdist.errors import UserError
 from cxrdist.models import frozen_names, weights
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 from tests import training_runs
 
 GOLDEN = Path(__file__).parent / "golden"

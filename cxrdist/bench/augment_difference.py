@@ -21,7 +21,7 @@ from cxrdist.augment.draws import Draws, draw
 from cxrdist.augment.reference import stepwise
 from cxrdist.augment.views import resize
 from cxrdist.bench.timing import Row
-from cxrdist.phantoms import render, sample_studies
+from cxrdist.demo.phantoms import render, sample_studies
 
 STAGE = "default against reference"
 NUM_IMAGES = 4

@@ -29,10 +29,10 @@ from cxrdist.bench.timing import Row
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
 from cxrdist.infer import Ensemble, checkpoint_of, score
+from cxrdist.inference.passes import Member, Pass, columns_of, num_naive_passes, plan_passes
 from cxrdist.models import CheXFound, build_model
 from cxrdist.recipes import PUBLISHED_VIEWS, recipe_for
-from cxrdist.scoring.ensemble import Probs, average, sigmoid
-from cxrdist.scoring.passes import Member, Pass, columns_of, num_naive_passes, plan_passes
+from cxrdist.scoring.tables import Probs, average, sigmoid
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 

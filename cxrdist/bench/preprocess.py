@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cxrdist import phantoms
 from cxrdist.bench.timing import Row, rows_of
+from cxrdist.demo import phantoms
 from cxrdist.errors import UserError
 from cxrdist.shards.convert import SIZE_PX, Converted, Mode, convert, keep_memory
 

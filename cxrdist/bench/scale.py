@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from cxrdist.bench.timing import Row
+from cxrdist.data.folds import assign_folds
 from cxrdist.data.order import epoch_order, train_batches
-from cxrdist.data.split import assign_folds
 from cxrdist.labels import LABELS
 from cxrdist.shards.index import COLUMNS
 

@@ -17,13 +17,13 @@ from cxrdist.augment.training import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, train_batches
+from cxrdist.distributed.precision import autocast
+from cxrdist.runs.checkpoint import recipe_model
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
-from cxrdist.training.checkpoint import recipe_model
 from cxrdist.training.ema import Ema
 from cxrdist.training.losses import effective_pos_weight, focal_bce
 from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
-from cxrdist.training.precision import autocast
 
 NUM_IMAGES = 48
 

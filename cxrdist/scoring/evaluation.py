@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cxrdist.errors import UserError
 from cxrdist.labels import LABELS
 from cxrdist.scoring import metrics
-from cxrdist.scoring.ensemble import ScoreTable, average_studies, sigmoid
+from cxrdist.scoring.tables import ScoreTable, average_studies, sigmoid
 
 MIN_SUBGROUP = 20  # images; smaller groups say nothing
 AGE_BINS = ((0, 40, "under 40"), (40, 60, "40-59"), (60, 80, "60-79"), (80, 200, "80 and over"))

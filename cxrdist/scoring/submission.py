@@ -11,7 +11,7 @@ import pandas as pd
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
 from cxrdist.labels import LABELS
-from cxrdist.scoring.ensemble import ScoreTable
+from cxrdist.scoring.tables import ScoreTable
 
 
 def check_template(

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.data.loader import Batch, Loader
+from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.recipes import Recipe
 from cxrdist.training.optim import GuardedAdamW
-from cxrdist.training.ranks import Ranks
 from cxrdist.training.tracking import Tracker
 
 Rows = NDArray[np.int64]

@@ -15,8 +15,8 @@ from cxrdist.errors import UserError
 from cxrdist.files import folder_lock
 from cxrdist.labels import LABELS
 from cxrdist.recipes import from_json, to_json
-from cxrdist.scoring.ensemble import ScoreTable, read_table, write_table
-from cxrdist.training.checkpoint import read_document, read_tensors, write_checkpoint
+from cxrdist.runs.checkpoint import read_document, read_tensors, write_checkpoint
+from cxrdist.scoring.tables import ScoreTable, read_table, write_table
 
 pytestmark = pytest.mark.fault
 SWAPPED = (LABELS[1], LABELS[0], *LABELS[2:])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cxrdist.data.split import check_no_shared_patients, read_split, write_split
+from cxrdist.data.folds import check_no_shared_patients, read_split, write_split
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fault

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 from tests import training_runs
 
 pytestmark = pytest.mark.fault

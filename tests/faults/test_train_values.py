@@ -16,9 +16,9 @@ from cxrdist import recipes
 from cxrdist import train as train_entry
 from cxrdist.errors import UserError
 from cxrdist.files import folder_lock
+from cxrdist.runs import checkpoint
 from cxrdist.shards.index import open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
-from cxrdist.training import checkpoint
 from tests import training_runs
 
 pytestmark = pytest.mark.fault

@@ -59,9 +59,14 @@ def test_backbone_tokens_equal_the_official_ones(size, golden, pattern, max_abs,
         assert max_abs(prefixes[-1][1][:, 1:], outputs[f"{key}_reg"]) <= TOKENS_ATOL
         states = []
         model.backbone.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))
-        last = model.backbone.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)[0]
+        model.features(images)
         assert max_abs(states[0], outputs[f"{key}_tokens_in"]) <= TOKENS_ATOL
-        assert max_abs(last, outputs[f"{key}_patch_nonorm_last"]) <= TOKENS_ATOL
+        # Before the norm tokens reach 14.5: in float32 another CPU's rounding alone moves them by 3.4e-5, so ours is
+        # computed in float64 and what is left is the rounding of the official run (1.7e-5).
+        exact = model.double().backbone.forward_intermediates(
+            images.double(), indices=1, output_fmt="NLC", intermediates_only=True
+        )
+        assert max_abs(exact[0], outputs[f"{key}_patch_nonorm_last"]) <= TOKENS_ATOL
 
 
 @fast

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from cxrdist.labels import LABELS
-from cxrdist.scoring.ensemble import ScoreTable
 from cxrdist.scoring.evaluation import evaluate
 from cxrdist.scoring.metrics import macro_auroc
+from cxrdist.scoring.tables import ScoreTable
 
 pytestmark = pytest.mark.fast
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cxrdist.data.split import assign_folds, check_no_shared_patients, read_split, rows_of_fold, write_split
+from cxrdist.data.folds import assign_folds, check_no_shared_patients, read_split, rows_of_fold, write_split
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast

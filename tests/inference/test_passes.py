@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from cxrdist.errors import UserError
-from cxrdist.scoring import passes
-from cxrdist.scoring.parts import Part, PartStore, merge
-from cxrdist.scoring.passes import Checkpoint, Member
+from cxrdist.inference.parts import Part, PartStore, merge
+from cxrdist.inference.passes import Checkpoint, Member
+from cxrdist.inference import passes
 
 pytestmark = pytest.mark.fast
 TTA = (("plain", 2 / 6), ("hflip", 1 / 6), ("center1.1", 1 / 6), ("bright0.95", 1 / 6), ("bright1.05", 1 / 6))

@@ -9,8 +9,8 @@ import pytest
 from cxrdist import evaluate
 from cxrdist.errors import UserError
 from cxrdist.labels import LABELS, read_label_csv
-from cxrdist.scoring.ensemble import read_table
 from cxrdist.scoring.metrics import macro_auroc
+from cxrdist.scoring.tables import read_table
 
 
 def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_those_of_the_metrics(

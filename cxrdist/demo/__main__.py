@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 
 from cxrdist.cli import Parser, add_flags
-from cxrdist.data.split import assign_folds
+from cxrdist.data.folds import assign_folds
+from cxrdist.demo.phantoms import write_division
 from cxrdist.doctor import LaunchPlan, plan_launch
 from cxrdist.errors import UserError, run_entry
 from cxrdist.labels import LABELS, read_label_csv
-from cxrdist.phantoms import write_division
 from cxrdist.recipes import Recipe, recipe_for, to_json
 
 NUM_PATIENTS = 250

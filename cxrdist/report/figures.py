@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from cxrdist.files import write_atomically
 from cxrdist.labels import LABELS
 from cxrdist.scoring import metrics
-from cxrdist.scoring.ensemble import ScoreTable
 from cxrdist.scoring.evaluation import Evaluation
+from cxrdist.scoring.tables import ScoreTable
 
 matplotlib.use("Agg")
 

@@ -9,7 +9,7 @@ import pytest
 from cxrdist import ensemble
 from cxrdist.errors import UserError
 from cxrdist.labels import LABELS
-from cxrdist.scoring.ensemble import ScoreTable, average, read_table, write_table
+from cxrdist.scoring.tables import ScoreTable, average, read_table, write_table
 
 pytestmark = pytest.mark.fast
 

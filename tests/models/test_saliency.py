@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cxrdist.models import CheXFound, build_model
-from cxrdist.scoring.saliency import attention_maps, grad_cam
+from cxrdist.models.saliency import attention_maps, grad_cam
 
 pytestmark = pytest.mark.fast
 

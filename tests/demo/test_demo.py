@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cxrdist import demo
-from cxrdist.demo import Step, hold_out, run_command, run_steps
+from cxrdist.demo import __main__ as demo
+from cxrdist.demo.__main__ import Step, hold_out, run_command, run_steps
+from cxrdist.demo.phantoms import CSV_COLUMNS
 from cxrdist.errors import UserError
 from cxrdist.labels import LABELS, read_label_csv, read_template
-from cxrdist.phantoms import CSV_COLUMNS
 
 pytestmark = pytest.mark.fast
 

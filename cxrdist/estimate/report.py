@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cxrdist.augment.views import distinct_views
+from cxrdist.distributed.precision import resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.models import build_model, trainable_names
 from cxrdist.recipes import Recipe, chexfound, eva_x
 from cxrdist.shards.index import open_index
-from cxrdist.training.precision import resolve_precision
 
 GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from cxrdist.distributed.precision import autocast, resolve_precision
 from cxrdist.errors import UserError
-from cxrdist.training.precision import autocast, resolve_precision
 
 pytestmark = pytest.mark.fast
 

@@ -9,10 +9,10 @@ import pytest
 
 from cxrdist.errors import UserError
 from cxrdist.labels import LABELS, read_template
-from cxrdist.scoring import ensemble
-from cxrdist.scoring.ensemble import ScoreTable
+from cxrdist.scoring import tables as ensemble
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.submission import check_template, write_submission
+from cxrdist.scoring.tables import ScoreTable
 
 pytestmark = pytest.mark.fast
 GOLDEN = Path(__file__).parent.parent / "golden" / "recipe" / "ensemble.npz"

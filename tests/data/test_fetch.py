@@ -5,7 +5,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cxrdist.data.remote import copy_shards, fetch_shards
+from cxrdist.data.fetch import copy_shards, fetch_shards
 from cxrdist.errors import UserError
 from cxrdist.shards.index import open_index
 

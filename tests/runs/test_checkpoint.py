@@ -6,7 +6,7 @@ import torch
 
 from cxrdist.errors import CheckpointError, UserError
 from cxrdist.files import folder_lock
-from cxrdist.training import checkpoint
+from cxrdist.runs import checkpoint
 
 pytestmark = pytest.mark.fast
 

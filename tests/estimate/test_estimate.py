@@ -7,7 +7,7 @@ import pytest
 
 from cxrdist import train
 from cxrdist.errors import UserError
-from cxrdist.estimate import (
+from cxrdist.estimate.report import (
     GB,
     PUBLISHED_T4,
     best_device_batch,

@@ -10,17 +10,17 @@ import torch
 
 from cxrdist import infer
 from cxrdist.augment.views import VIEWS, make_views
+from cxrdist.data.folds import write_split
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
-from cxrdist.data.split import write_split
 from cxrdist.errors import UserError
+from cxrdist.inference.passes import parse_member, plan_passes
 from cxrdist.labels import LABELS
 from cxrdist.models import build_model
 from cxrdist.recipes import recipe_for
-from cxrdist.scoring.ensemble import read_table
-from cxrdist.scoring.passes import parse_member, plan_passes
+from cxrdist.runs.checkpoint import load_member, read_tensors, write_checkpoint
+from cxrdist.scoring.tables import read_table
 from cxrdist.shards.index import open_index
-from cxrdist.training.checkpoint import load_member, read_tensors, write_checkpoint
 
 
 def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, tmp_path, capsys):

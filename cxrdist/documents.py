@@ -1,0 +1,66 @@
+"""Documents: what one command writes for another, as dataclasses with typed JSON.
+
+Whatever is wrong with a file (cut, not UTF-8, a key that is missing or unknown, a value of another type) is one
+UserError that names the file and the place in it.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cxrdist.errors import UserError
+
+MAX_BYTES = 2**29  # of a document: a split's JSON lists every image left out, 100 bytes each
+
+
+class Document:
+    """Base of a frozen dataclass that is stored as JSON. Numbers are finite; floats survive the round trip exactly."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> str:
+        """The document as JSON text that ends with a line break."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, content: bytes | str, source: object) -> Self:
+        """The document in JSON `content`; UserError names `source`, the key and what is wrong there."""
+        try:
+            return _adapter(cls).validate_json(content)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            raise UserError(f"{source}: {problem(error)}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The document in the file `path`; UserError also when it cannot be read or is larger than 512 MB."""
+        return cls.from_json(read_bounded(path), path)
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a document's file; UserError when it is missing, no regular file, or larger than 512 MB."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: {size:,} bytes are too many for a JSON document of cxrdist")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def problem(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    text = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {text}{more}" if where else f"{text}{more}"
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
