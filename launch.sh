@@ -10,9 +10,9 @@ usage: ./launch.sh COMMAND [ARGUMENTS]
   setup                            make the environment (every command does it when it is missing)
   test [--all] [PYTEST ARGS]       the tests; --all adds faults and slow ones
   check | format                   format, lint, types and fast tests | rewrite the formatting
-  preprocess b [ARGS]              images -> shards/div_b
-  train b [ARGS]                   train on all GPUs of this machine (accel_configs/), e.g. --model chexfound
-  infer b [ARGS]                   test-time augmentation and averaging -> submission.csv
+  preprocess TASK [ARGS]           images -> shards; TASK is a, b or a .toml file
+  train TASK [ARGS]                train on all GPUs of this machine (accel_configs/), e.g. --model chexfound
+  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv
   doctor                           versions, GPUs, precision, disk, and what would be used
 TEXT
 }
@@ -35,15 +35,18 @@ setup() {
 
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
-launch() { # MODULE DIV [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 div=$2 plan config processes settings
+launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
+  local module=$1 task=$2 plan config processes settings
   shift 2
-  case "$div" in a | b) ;; *) echo "error: division is a or b, not '$div'; e.g. ./launch.sh train b" >&2; exit 2 ;; esac
+  case "$task" in
+    a | b | *.toml | *.json) ;;
+    *) echo "error: task is a, b or a .toml file, not '$task'; e.g. ./launch.sh train b" >&2; exit 2 ;;
+  esac
   plan=$(python -m cxrdist.doctor --plan)
   IFS=$'\t' read -r config processes settings <<< "$plan"
   [ -z "$settings" ] || export $settings
   python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
-    -m "$module" --div "$div" --expect-processes "$processes" "$@"
+    -m "$module" --task "$task" --expect-processes "$processes" "$@"
 }
 
 command=${1:-}
@@ -52,8 +55,8 @@ case "$command" in
   setup) setup ;;
   demo) setup && python -m cxrdist.demo "$@" ;;
   doctor) setup && python -m cxrdist.doctor "$@" ;;
-  preprocess) setup && div=${1:?"say which division: ./launch.sh preprocess b"} && shift && python -m cxrdist.preprocess --div "$div" "$@" ;;
-  train | infer) setup && div=${1:?"say which division: ./launch.sh $command b"} && shift && launch "cxrdist.$command" "$div" "$@" ;;
+  preprocess) setup && task=${1:?"say which task: ./launch.sh preprocess b"} && shift && python -m cxrdist.preprocess --task "$task" "$@" ;;
+  train | infer) setup && task=${1:?"say which task: ./launch.sh $command b"} && shift && launch "cxrdist.$command" "$task" "$@" ;;
   format) setup && python -m ruff format . && python -m ruff check --fix . ;;
   check)
     setup

@@ -6,21 +6,23 @@ published solution averaged probabilities, which needs a pass per checkpoint; av
 
 import dataclasses
 import os
+import secrets
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cxrdist import models, recipes
-from cxrdist.cli import Parser, add_flags
-from cxrdist.errors import UserError, run_entry
+from cxrdist import recipes
+from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
-from cxrdist.recipes import Recipe
-from cxrdist.runs import checkpoint
+from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
+from cxrdist.runs.documents import FORMAT_VERSION, EpochMeta, Frozen, RunDocument
+from cxrdist.runs.member import LoadedMember, load_member
 
-# what may differ between checkpoints that are averaged: how they were trained, not what they are
-SAME = ("model", "div", "image_size", "model_kwargs")
+# what may not differ between checkpoints that are averaged: what they are, not how they were trained
+SAME = ("model", "image_size", "model_kwargs")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +53,7 @@ def parse_source(text: str) -> tuple[Path, list[int]]:
 def average(sources: list[tuple[Path, list[int]]], out: Path, weights: Literal["ema", "model"]) -> str:
     """Write the mean of the checkpoints' weights to `out` and return a line that says what was averaged.
 
-    Raises UserError when a checkpoint is missing, damaged, or of another model, size, division or frozen backbone.
+    Raises UserError when a checkpoint is missing, damaged, or of another model, size, task or frozen backbone.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another --out")
@@ -59,46 +61,52 @@ def average(sources: list[tuple[Path, list[int]]], out: Path, weights: Literal["
     if len(names) < 2:
         raise UserError("one checkpoint has no average; name at least two with --from RUN@5,6")
     total: dict[str, Tensor] = {}
-    first: tuple[Recipe, dict[str, Any]] | None = None
+    metas: list[EpochMeta] = []
+    first: LoadedMember | None = None
     for run, epoch in names:
-        recipe, model = checkpoint.load_member(run, epoch, weights)
-        meta = checkpoint.read_document(run / "checkpoints" / f"epoch_{epoch:02d}", "meta")
-        if first is None:
-            first = recipe, _with_absolute_backbone(meta, run, out)
-        _check_same(first, (recipe, meta), names[0][0], run)
-        for name, tensor in models.trained_state_dict(model).items():
+        member = load_member(run, epoch, weights)
+        first = first or member
+        _check_same(first, member, names[0][0], run)
+        metas.append(member.meta)
+        for name, tensor in member.architecture.trained_state_dict(member.model).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
     assert first is not None
-    recipe, meta = first
-    epoch = names[-1][1]
-    mean = {name: (tensor / len(names)).float() for name, tensor in total.items()}
     described = [f"{run.resolve()}@{epoch}" for run, epoch in names]
-    meta |= {"epoch": epoch, "averaged": described, "weights": weights, "validation": None}
-    checkpoint.write_checkpoint(
-        out / "checkpoints" / f"epoch_{epoch:02d}", {"ema": mean, "model": mean}, {"meta": meta}
+    meta = dataclasses.replace(
+        first.meta,
+        format_version=FORMAT_VERSION,  # the checkpoints may be of an older one
+        epoch=epoch,
+        data=first.meta.data if all(meta.data == first.meta.data for meta in metas) else None,
+        validation=None,
+        frozen=_frozen_from(first.meta, names[0][0], out),
+        averaged=tuple(described),
+        weights=weights,
     )
-    kept = dataclasses.replace(recipe, epochs=max(recipe.epochs, epoch), member_epochs=(epoch,))
-    write_atomically(out / "recipe.json", recipes.to_json(kept))
+    mean = {name: (tensor / len(names)).float() for name, tensor in total.items()}
+    write_checkpoint(epoch_folder(out, epoch), {"ema": mean, "model": mean}, {"meta": meta})
+    inference = dataclasses.replace(first.recipe.inference, member_epochs=(epoch,))
+    recipe = dataclasses.replace(first.recipe, epochs=max(first.recipe.epochs, epoch), inference=inference)
+    write_atomically(out / "task.json", first.task.to_json())
+    if meta.data is not None:
+        write_atomically(out / "run.json", RunDocument(id=secrets.token_hex(8), data=meta.data).to_json())
+    write_atomically(out / "recipe.json", recipes.to_json(recipe))  # last: without it the folder is no run
     return f"{out}@{epoch}: the mean of {len(names)} checkpoints' {weights} weights ({', '.join(described)})"
 
 
-def _with_absolute_backbone(meta: dict[str, Any], run: Path, out: Path) -> dict[str, Any]:
-    """`meta` with its frozen backbone named from `out`."""
-    if meta["frozen"] is None:
-        return meta
-    file = os.path.relpath((run / meta["frozen"]["file"]).resolve(), out.resolve())
-    return meta | {"frozen": meta["frozen"] | {"file": file}}
+def _frozen_from(meta: EpochMeta, run: Path, out: Path) -> Frozen | None:
+    """The frozen backbone of a checkpoint of `run`, named from `out`."""
+    if meta.frozen is None:
+        return None
+    return dataclasses.replace(meta.frozen, file=os.path.relpath((run / meta.frozen.file).resolve(), out.resolve()))
 
 
-def _check_same(
-    first: tuple[Recipe, dict[str, Any]], other: tuple[Recipe, dict[str, Any]], first_run: Path, run: Path
-) -> None:
-    changed = [text for text in recipes.differences(first[0], other[0]) if text.split(":")[0] in SAME]
+def _check_same(first: LoadedMember, other: LoadedMember, first_run: Path, run: Path) -> None:
+    changed = [text for text in recipes.differences(first.recipe, other.recipe) if text.split(":")[0] in SAME]
+    changed += first.task.differences(other.task)
+    if (first.meta.frozen and first.meta.frozen.sha256) != (other.meta.frozen and other.meta.frozen.sha256):
+        changed.append("they were trained on different frozen backbones")
     if changed:
         raise UserError(f"{first_run} and {run} cannot be averaged: {'; '.join(changed)}")
-    hashes = {meta["frozen"] and meta["frozen"]["sha256"] for meta in (first[1], other[1])}
-    if len(hashes) > 1:
-        raise UserError(f"{first_run} and {run} cannot be averaged: they were trained on different frozen backbones")
 
 
 if __name__ == "__main__":

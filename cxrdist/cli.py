@@ -1,13 +1,20 @@
-"""The command-line flags that several entries share (one spelling, one help text), and a parser that suggests flags."""
+"""What the entries share: flags (one spelling, one help text), a parser that suggests flags, and how an entry ends."""
 
 import argparse
+import contextlib
 import difflib
+import json
 import math
+import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cxrdist.labels import DIVISIONS
+from cxrdist.distributed import environment
+from cxrdist.errors import UserError
+from cxrdist.task import Task, load_task
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +32,8 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(word.split("=")[0], known, n=1) if word.startswith("-") else []
                 if close:
                     message += f" (did you mean {close[0]}?)"
-        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+        line = f"error: {message}; see `{self.prog} --help`\n"
+        self.exit(2, "" if environment.rank() else line)  # every rank makes the same mistake: said once
 
 
 def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
@@ -46,14 +54,17 @@ def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[s
 
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--div": {"choices": DIVISIONS, "required": True, "help": "division of the competition"},
+    "--task": {
+        "metavar": "NAME|FILE",
+        "help": "a built-in task (a, b: the competition's divisions) or a .toml or .json file; --div means the same",
+    },
     "--data": {"type": Path, "metavar": "DIR", "help": "folder in the competition's layout (train1.csv, train1/, ...)"},
     "--images": {"type": Path, "metavar": "DIR", "help": "folder of images"},
     "--csv": {"type": Path, "metavar": "FILE", "help": "label CSV (train) or sample submission (test)"},
     "--shards": {
         "type": Path,
         "metavar": "DIR",
-        "help": "shard set made by cxrdist.preprocess (default: shards/div_<div>)",
+        "help": "shard set made by cxrdist.preprocess (default: shards/<task>, of a and b shards/div_<task>)",
     },
     "--shards-url": {
         "metavar": "URL",
@@ -64,7 +75,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "FILE|random",
         "help": "weights to start from; without it the official file is looked for in weights/",
     },
-    "--resume": {"action": "store_true", "help": "go on from the newest checkpoint that is whole"},
+    "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
     "--set": {
         "action": "append",
         "default": [],
@@ -92,6 +103,26 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "H",
         "help": "checkpoint and stop before this many hours are over",
     },
+    "--backbone": {"type": Path, "metavar": "FILE", "help": "where to look first for a run's frozen backbone"},
+    "--checkpoint-minutes": {
+        "type": at_least(0, float),
+        "default": 15.0,
+        "metavar": "M",
+        "help": "save this often, also in the middle of an epoch; 0: each step (default %(default)s)",
+    },
+    "--timeout-s": {
+        "type": at_least(1, float),
+        "default": 600.0,
+        "metavar": "S",
+        "help": "seconds without a response before a process counts as lost (default %(default)s)",
+    },
+    "--max-unreadable": {
+        "type": at_least(0),
+        "default": 100,
+        "metavar": "N",
+        "help": "stop when a process meets more unreadable images than this (default %(default)s)",
+    },
+    "--dry-run": {"action": "store_true", "help": "say what it would need (memory, hours, disk) and stop"},
     "--json": {"type": Path, "metavar": "FILE", "help": "also write the result as JSON"},
 }
 
@@ -100,4 +131,52 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **changes: dict[str,
     """Add shared flags by name; `changes` maps a flag (as its attribute name) to keyword arguments that differ."""
     for name in names:
         options = SHARED_FLAGS[name] | changes.get(name[2:].replace("-", "_"), {})
-        parser.add_argument(name, **options)
+        if name == "--task":
+            options = {"type": task_argument} | options
+        parser.add_argument(*((name, "--div") if name == "--task" else (name,)), **options)
+
+
+def task_argument(text: str) -> Task:
+    """`load_task` as an argparse type."""
+    try:
+        return load_task(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"--task {text}: ")) from None
+
+
+def shards_of(args: argparse.Namespace) -> Path:
+    """The shard set that --shards names, or --task's own folder; UserError where neither was given."""
+    if args.shards is not None:
+        return Path(args.shards)
+    if args.task is None:
+        raise UserError("give --shards DIR (a shard set says its task), or --task NAME for shards/<task>")
+    task: Task = args.task
+    return Path("shards") / task.folder
+
+
+def run_entry(main: Callable[[], None]) -> int:
+    """Run an entry's `main` and return the process's exit code.
+
+    0 on success; 2 for a `UserError` (printed to stderr as one line, with the rank where there are several);
+    130 when interrupted. Any other exception is ours and passes through with its traceback.
+    """
+    rank = environment.rank()
+    where = f" [rank {rank}]" if rank else ""
+    try:
+        main()
+    except UserError as error:
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        _tell_launcher(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume from what is already written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _tell_launcher(text: str) -> None:
+    """Leave `text` where torch's launcher looks for a failed rank's reason: it then ends its own traceback with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)

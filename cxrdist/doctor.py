@@ -12,62 +12,22 @@ import shutil
 import socket
 import sys
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
-from cxrdist.cli import Parser
+from cxrdist.cli import Parser, run_entry
+from cxrdist.distributed.environment import usable_cores
+from cxrdist.distributed.plan import FIRST_WITH_BF16, PROJECT, capabilities, plan_launch
 from cxrdist.distributed.precision import resolve_precision
-from cxrdist.errors import UserError, run_entry
-from cxrdist.models.weights import init_files
+from cxrdist.errors import UserError
+from cxrdist.models import architecture_of
+from cxrdist.models.weights.fit import init_files
 from cxrdist.training.tracking import resolve_mode
 
 SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")
-PROJECT = Path(__file__).resolve().parent.parent
-FIRST_WITH_BF16 = (8, 0)  # compute capability of Ampere
 MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both runs
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """How `accelerate launch` is called on this machine."""
-
-    config: str  # path of the YAML
-    num_processes: int
-    environment: dict[str, str] = field(hash=False)  # variables to set unless the user has
-    reason: str
-
-
-def plan_launch() -> LaunchPlan:
-    """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
-    capabilities = _capabilities()
-    if len(capabilities) < 2:
-        name = "gpu1" if capabilities else "cpu"
-    else:
-        name = "gpu8_bf16" if min(capabilities) >= FIRST_WITH_BF16 else "gpu2_fp16"
-    folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
-    config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
-    on_cpu = not capabilities or (Path(config).is_file() and "use_cpu: true" in Path(config).read_text())
-    num_processes = int(os.environ.get("CXRDIST_PROCESSES", 2 if on_cpu else len(capabilities)))
-    # Two processes that each start a thread per core fight for the cores: several times slower on two of them.
-    cores = len(os.sched_getaffinity(0))
-    threads = str(max(cores // num_processes, 1))
-    wanted = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if on_cpu:
-        wanted["ACCELERATE_USE_CPU"] = "true"  # accelerate itself sets it for a single process only
-        reason = f"{num_processes} processes on the CPU (gloo), {threads} of {cores} cores each, {config}"
-    else:
-        reason = f"{num_processes} process{'es' * (num_processes > 1)}, one for each GPU (nccl), {config}"
-    return LaunchPlan(config, num_processes, {k: v for k, v in wanted.items() if k not in os.environ}, reason)
-
-
-def _capabilities() -> list[tuple[int, int]]:
-    """The compute capability of each GPU that torch sees."""
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})"),
         ("versions", versions(problems)),
-        ("cpu", f"{len(os.sched_getaffinity(0))} cores usable, {memory()}"),
+        ("cpu", f"{usable_cores()} cores usable, {memory()}"),
         ("gpu", gpus(problems)),
         ("processes", processes(problems)),
         ("precision", precision()),
@@ -173,8 +133,8 @@ def processes(problems: list[str]) -> str:
 
 def precision() -> str:
     """What `--precision auto` becomes here."""
-    capabilities = _capabilities()
-    if capabilities and min(capabilities) < FIRST_WITH_BF16 <= max(capabilities):
+    found = capabilities()
+    if found and min(found) < FIRST_WITH_BF16 <= max(found):
         return "fp16 (not every GPU here has bf16)"
     chosen, why = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return f"{chosen} ({why})"
@@ -202,7 +162,7 @@ def weights() -> list[tuple[str, str]]:
     rows = []
     for model in ("eva_x", "chexfound"):
         try:
-            files = init_files(model, None)
+            files = init_files(architecture_of(model), None)
             size_mb = sum(path.stat().st_size for path in files) / 1e6
             rows.append((model, f"starts from {' and '.join(map(str, files))} ({size_mb:.0f} MB)"))
         except UserError as error:

@@ -30,7 +30,7 @@ class Document:
     def from_json(cls, content: bytes | str, source: object) -> Self:
         """The document in JSON `content`; UserError names `source`, the key and what is wrong there."""
         try:
-            return _adapter(cls).validate_json(content)  # type: ignore[no-any-return]
+            return _adapter(cls).validate_json(content)  # type: ignore[no-any-return, arg-type]
         except ValidationError as error:
             raise UserError(f"{source}: {problem(error)}") from None
 

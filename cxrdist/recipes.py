@@ -1,7 +1,8 @@
 """Everything that changes the result of a run, as frozen dataclasses: the published recipes and their variants.
 
-A recipe is plain Python: one function per model, divisions and variants by `dataclasses.replace`. What changes only the
-speed (GPUs, device batch size, precision, threads) is on the command line or in accel_configs/.
+A recipe is plain Python: one function per published result, variants by `dataclasses.replace`. It holds no task: a run
+is recipe x shard set; the functions take a task's name for its published seeds alone. What changes only the speed
+(GPUs, device batch size, precision, threads) is on the command line or in accel_configs/.
 Source of every number: the published solution of Grand X-Ray Slam (2nd place division A, 3rd division B) and its logs.
 """
 
@@ -11,21 +12,23 @@ import math
 import re
 import types
 import typing
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.labels import DIVISIONS
+from cxrdist.task import TASKS
 
-ModelName = Literal["eva_x", "eva_x_small", "eva_x_tiny", "chexfound"]
-Division = Literal["a", "b"]
-MODELS: tuple[str, ...] = typing.get_args(ModelName)
+FORMAT_VERSION = 2
+DEFAULT_SEED = 22  # of the published recipes for every task without a published seed: division B's EVA-X
+MAX_IMAGE_SIZE = 4096  # px
 PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
 PUBLISHED_VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Document):
     """Parameters whose name matches `pattern` (re.search on the module's own names); the first matching row wins."""
 
     pattern: str
@@ -34,12 +37,25 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One training run and the members that inference takes from it. Raises UserError on an invalid combination."""
+class Inference(Document):
+    """What inference takes from a run unless it is told otherwise; it changes nothing that is learned."""
+
+    views: tuple[str, ...] = ("plain",)  # test-time views
+    member_epochs: tuple[int, ...] = (5, 6)  # epochs (from 1) whose EMA weights are averaged
+
+    def __post_init__(self) -> None:
+        if not self.views or not set(self.views) <= set(PUBLISHED_VIEWS):
+            raise UserError(f"views={','.join(self.views)} is not valid: name some of {', '.join(PUBLISHED_VIEWS)}")
+        if len(set(self.member_epochs)) < len(self.member_epochs):
+            raise UserError(f"member_epochs={self.member_epochs} is not valid: an epoch is there twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Document):
+    """One training run, and what inference takes from it. Raises UserError on an invalid combination."""
 
     name: str
-    model: ModelName
-    div: Division
+    model: str  # an Architecture's name
     image_size: int  # px, after augmentation
     epochs: int
     seed: int
@@ -51,6 +67,7 @@ class Recipe:
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     clip_grad_norm: float | None = None
+    loss: str = "focal_bce"  # a name in training.losses.LOSSES
     focal_weight: float = 0.7
     focal_alpha: float = 0.25  # a plain factor, not class-dependent
     focal_gamma: float = 2.0
@@ -61,15 +78,13 @@ class Recipe:
     holes: Literal["as_run", "as_asked"] = "as_run"  # coarse dropout: what the library cut, or the one hole asked for
     drop_rate: float = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
     model_kwargs: tuple[tuple[str, int | float], ...] = ()  # size overrides for a small variant, sorted by name
-    member_epochs: tuple[int, ...] = (5, 6)  # epochs (from 1) whose EMA weights inference averages
-    views: tuple[str, ...] = ("plain",)  # test-time views of inference
+    inference: Inference = field(default=Inference(), compare=False)
 
     def __post_init__(self) -> None:
         checks = {
             "name": re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name) is not None,
-            "model": self.model in MODELS,
-            "div": self.div in DIVISIONS,
-            "image_size": self.image_size > 0 and self.image_size % 16 == 0,
+            "model": re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.model) is not None,
+            "image_size": 0 < self.image_size <= MAX_IMAGE_SIZE,
             "epochs": self.epochs >= 1,
             "global_batch_size": self.global_batch_size >= 1,
             "ema_decay": 0.0 <= self.ema_decay < 1.0,
@@ -84,22 +99,22 @@ class Recipe:
             "bce_weight": 0.0 <= self.bce_weight < math.inf,
             "pos_weight_beta": 0.0 <= self.pos_weight_beta < 1.0,
             "pos_weight_cap": 0.0 < self.pos_weight_cap < math.inf,
-            "member_epochs": all(1 <= epoch <= self.epochs for epoch in self.member_epochs)
-            and len(set(self.member_epochs)) == len(self.member_epochs),
-            "views": len(self.views) > 0 and set(self.views) <= set(PUBLISHED_VIEWS),
             "lr_schedule": self.lr_schedule in ("constant", "cosine"),
             "augment": self.augment in ("published", "crop_flip", "none"),
             "holes": self.holes in ("as_run", "as_asked"),
             "drop_rate": 0.0 <= self.drop_rate < 1.0,
         }
-        for field, good in checks.items():
+        for name, good in checks.items():
             if not good:
-                hint = " (a multiple of 16 px)" if field == "image_size" else ""
-                hint = f" (epochs run from 1 to {self.epochs})" if field == "member_epochs" else hint
-                raise UserError(f"recipe {self.name}: {field}={getattr(self, field)!r} is not valid{hint}")
+                raise UserError(f"recipe {self.name}: {name}={getattr(self, name)!r} is not valid")
+        if not all(1 <= epoch <= self.epochs for epoch in self.inference.member_epochs):
+            raise UserError(
+                f"recipe {self.name}: member_epochs={self.inference.member_epochs!r} is not valid (epochs run from 1 "
+                f"to {self.epochs})"
+            )
 
 
-def eva_x(div: Division) -> Recipe:
+def eva_x(task: str) -> Recipe:
     """EVA-X-B at 448 px, everything fine-tuned with layer-wise learning rates.
 
     Command: `accelerate launch -m cxrdist.train --div b`
@@ -112,10 +127,9 @@ def eva_x(div: Division) -> Recipe:
     return Recipe(
         name="eva_x",
         model="eva_x",
-        div=div,
         image_size=448,
         epochs=6,
-        seed={"a": 48, "b": 22}[div],
+        seed={"a": 48, "b": 22}.get(task, DEFAULT_SEED),
         global_batch_size=PUBLISHED_BATCH,
         groups=(
             Group(pattern=r"^(cls_token|pos_embed)$", lr=None),
@@ -125,11 +139,11 @@ def eva_x(div: Division) -> Recipe:
             Group(pattern=r"^head\.", lr=8e-5, weight_decay=0.0),
         ),
         ema_decay=0.9997,
-        views=PUBLISHED_VIEWS,
+        inference=Inference(views=PUBLISHED_VIEWS),
     )
 
 
-def chexfound(div: Division) -> Recipe:
+def chexfound(task: str) -> Recipe:
     """CheXFound ViT-L/16 at 512 px, frozen, with a trained GLoRI head.
 
     Command: `accelerate launch -m cxrdist.train --div b --model chexfound`
@@ -139,10 +153,9 @@ def chexfound(div: Division) -> Recipe:
     return Recipe(
         name="chexfound",
         model="chexfound",
-        div=div,
         image_size=512,
         epochs=6,
-        seed={"a": 42, "b": 32}[div],
+        seed={"a": 42, "b": 32}.get(task, DEFAULT_SEED),
         global_batch_size=PUBLISHED_BATCH,
         groups=(
             Group(pattern=r"^backbone\.", lr=None),
@@ -152,19 +165,19 @@ def chexfound(div: Division) -> Recipe:
     )
 
 
-def eva_x_224(div: Division) -> Recipe:
+def eva_x_224(task: str) -> Recipe:
     """The third member that the published team tried and dropped: EVA-X-B at 224 px."""
-    return dataclasses.replace(eva_x(div), name="eva_x_224", image_size=224)
+    return dataclasses.replace(eva_x(task), name="eva_x_224", image_size=224)
 
 
-def demo_eva_x(div: Division) -> Recipe:
+def demo_eva_x(task: str) -> Recipe:
     """EVA-X-Ti cut to six blocks, from random weights, on the demo's phantoms: about a minute on two CPU cores.
 
     Command: `./launch.sh demo`. Held-out macro AUROC 0.92 on phantoms.
     From random weights the published learning rates learn nothing; steps matter more than pixels or depth.
     """
     return dataclasses.replace(
-        eva_x(div),
+        eva_x(task),
         name="demo_eva_x",
         model="eva_x_tiny",
         image_size=112,
@@ -178,18 +191,18 @@ def demo_eva_x(div: Division) -> Recipe:
         ema_ramp=True,
         augment="crop_flip",
         model_kwargs=(("depth", 6),),
-        member_epochs=(29, 30),
+        inference=Inference(views=PUBLISHED_VIEWS, member_epochs=(29, 30)),
     )
 
 
-def demo_chexfound(div: Division) -> Recipe:
+def demo_chexfound(task: str) -> Recipe:
     """A four-block random frozen backbone with a trained GLoRI head, on the demo's phantoms: a minute on two CPU cores.
 
     Command: `./launch.sh demo`. Held-out macro AUROC 0.86 on phantoms.
     LayerScale is 1: at its usual 1e-5 the random blocks pass the patch embedding on unchanged.
     """
     return dataclasses.replace(
-        chexfound(div),
+        chexfound(task),
         name="demo_chexfound",
         image_size=160,
         epochs=36,
@@ -205,29 +218,36 @@ def demo_chexfound(div: Division) -> Recipe:
         ema_ramp=True,
         augment="crop_flip",
         model_kwargs=(("decoder_dim", 192), ("depth", 4), ("embed_dim", 192), ("init_values", 1.0), ("num_heads", 3)),
-        member_epochs=(35, 36),
+        inference=Inference(member_epochs=(35, 36)),
     )
 
 
-RECIPES = {
+def eva_x_small(task: str) -> Recipe:
+    """EVA-X-S with the published recipe of EVA-X-B."""
+    return dataclasses.replace(eva_x(task), name="eva_x_small", model="eva_x_small")
+
+
+def eva_x_tiny(task: str) -> Recipe:
+    """EVA-X-Ti with the published recipe of EVA-X-B."""
+    return dataclasses.replace(eva_x(task), name="eva_x_tiny", model="eva_x_tiny")
+
+
+RECIPES: dict[str, Callable[[str], Recipe]] = {
     "eva_x": eva_x,
     "chexfound": chexfound,
     "eva_x_224": eva_x_224,
+    "eva_x_small": eva_x_small,
+    "eva_x_tiny": eva_x_tiny,
     "demo_eva_x": demo_eva_x,
     "demo_chexfound": demo_chexfound,
 }
 
 
-def recipe_for(model: str, div: str) -> Recipe:
-    """The recipe that `--model` (a model, or a named recipe) and `--div` stand for; UserError for an unknown name."""
-    if div not in DIVISIONS:
-        raise UserError(f"division {div!r} is not one of {', '.join(DIVISIONS)}")
-    division = cast(Division, div)
-    if model in RECIPES:
-        return RECIPES[model](division)
-    if model in ("eva_x_small", "eva_x_tiny"):
-        return dataclasses.replace(eva_x(division), name=model, model=cast(ModelName, model))
-    raise UserError(f"--model {model!r} is unknown; one of {', '.join([*RECIPES, 'eva_x_small', 'eva_x_tiny'])}")
+def recipe_for(model: str, task: str) -> Recipe:
+    """The recipe that `--model` stands for, with the seed published for that task; UserError for an unknown name."""
+    if model not in RECIPES:
+        raise UserError(f"--model {model!r} is unknown; one of {', '.join(RECIPES)}")
+    return RECIPES[model](task)
 
 
 def with_global_batch_size(recipe: Recipe, global_batch_size: int) -> Recipe:
@@ -250,24 +270,38 @@ def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Literal["none", "sqrt", 
 
 def to_json(recipe: Recipe) -> str:
     """The recipe as JSON text; floats survive the round trip exactly."""
-    return json.dumps(dataclasses.asdict(recipe), indent=1)
+    return json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(recipe), indent=1)
 
 
-def from_json(text: str, source: str = "recipe") -> Recipe:
-    """The recipe in JSON `text`; UserError names `source` and the field when something is missing or unknown."""
+def from_json(content: bytes | str, source: object = "recipe") -> Recipe:
+    """The recipe in JSON `content`, of format version 1, too; UserError names `source` and the field that is wrong."""
+    return _read(content, source)[0]
+
+
+def task_of_version_1(content: bytes | str, source: object) -> str | None:
+    """The name of the task that a recipe of version 1 held; None for a later one."""
+    return _read(content, source)[1]
+
+
+def _read(content: bytes | str, source: object) -> tuple[Recipe, str | None]:
+    remedy = "it is damaged or of another version of cxrdist"
     try:
-        data = json.loads(text)
-        groups = tuple(Group(**group) for group in data.pop("groups"))
-        for field in ("betas", "member_epochs", "views"):
-            data[field] = tuple(data[field])
-        data["model_kwargs"] = tuple((name, value) for name, value in data["model_kwargs"])
-        return Recipe(groups=groups, **data)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{source} is not a recipe of this version of cxrdist ({error}); train again or use its version"
-        ) from None
+        data = json.loads(content)
+        version = data.pop("format_version", 1)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{source} is not a recipe: {remedy}") from None
+    task = None
+    if version == 1:
+        task = data.pop("div", None)
+        if task not in TASKS:
+            raise UserError(f"{source} is not a recipe: {remedy}")
+        data["inference"] = {name: data.pop(name) for name in ("views", "member_epochs") if name in data}
+    elif version != FORMAT_VERSION:
+        raise UserError(f"{source}: format version {version!r}, this cxrdist reads {FORMAT_VERSION}")
+    try:
+        return Recipe.from_json(json.dumps(data), source), task
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
@@ -276,19 +310,23 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
     `global_batch_size` also scales `ema_decay` (see `with_global_batch_size`) unless that is set too.
     Raises UserError for an unknown field, a value of another type, or a field that is not one value.
     """
-    types_by_name = typing.get_type_hints(Recipe)
+    own, of_inference = typing.get_type_hints(Recipe), typing.get_type_hints(Inference)
+    kinds = {name: kind for name, kind in (own | of_inference).items() if name in SETTABLE}
     values: dict[str, Any] = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. --set ema_decay=0.9995")
-        if name not in types_by_name or name == "groups":
-            known = ", ".join(sorted(set(types_by_name) - {"groups"}))
-            raise UserError(f"--set {name}: no such recipe field; one of {known}")
-        values[name] = _parse(name, value, types_by_name[name])
+        if name not in kinds:
+            raise UserError(f"--set {name}: no such recipe field; one of {', '.join(sorted(kinds))}")
+        values[name] = _parse(name, value, kinds[name])
     if "global_batch_size" in values and "ema_decay" not in values and values["global_batch_size"] >= 1:
         recipe = with_global_batch_size(recipe, values.pop("global_batch_size"))
-    return dataclasses.replace(recipe, **values)
+    inference = {name: values.pop(name) for name in of_inference if name in values}
+    return dataclasses.replace(recipe, **values, inference=dataclasses.replace(recipe.inference, **inference))
+
+
+SETTABLE = {item.name for kind in (Recipe, Inference) for item in dataclasses.fields(kind)} - {"groups", "inference"}
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
@@ -316,6 +354,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`field: old -> new` for every field in which two recipes differ; empty when equal."""
-    pairs = ((field.name, getattr(old, field.name), getattr(new, field.name)) for field in dataclasses.fields(Recipe))
+    """`field: old -> new` for every field of what is learned in which two recipes differ; empty when equal."""
+    names = [item.name for item in dataclasses.fields(Recipe) if item.compare]
+    pairs = ((name, getattr(old, name), getattr(new, name)) for name in names)
     return [f"{name}: {before!r} -> {after!r}" for name, before, after in pairs if before != after]

@@ -63,7 +63,9 @@ class Task(Document):
         seen: set[str] = set()
         for label in self.labels:
             if not label.strip() or re.search(r"[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", label) or len(label) > 200:
-                raise UserError(f"task {self.name}: label {label[:50]!r} is blank, too long or holds a control character")
+                raise UserError(
+                    f"task {self.name}: label {label[:50]!r} is blank, too long or holds a control character"
+                )
             if label in seen:
                 raise UserError(f"task {self.name}: label {label!r} is there twice")
             seen.add(label)

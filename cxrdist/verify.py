@@ -1,41 +1,53 @@
 """Is a shard set what its index says?
 
-python -m cxrdist.verify --div b                       names, sizes and headers of the tars: seconds
-python -m cxrdist.verify --div b --hashes              every byte
+python -m cxrdist.verify --shards shards/div_b             names, sizes and headers of the tars: seconds
+python -m cxrdist.verify --shards shards/div_b --hashes    every byte
+python -m cxrdist.verify --shards shards/div_b --split train --table    print the index as CSV instead
 """
 
+import os
+import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags
-from cxrdist.errors import UserError, run_entry
-from cxrdist.labels import SPLITS
-from cxrdist.shards.verify import verify
+from cxrdist.cli import Parser, add_flags, run_entry, shards_of
+from cxrdist.errors import UserError
+from cxrdist.shards.index import ShardIndex, open_index, splits_in
+from cxrdist.shards.verify import verify, write_table
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m cxrdist.verify", description=__doc__)
-    add_flags(parser, "--div", "--shards")
-    parser.add_argument("--split", choices=SPLITS, help="only this split (default: each that is there)")
+    add_flags(parser, "--task", "--shards")
+    parser.add_argument("--split", metavar="NAME", help="only this split (default: each that is there)")
     parser.add_argument("--hashes", action="store_true", help="also read every byte and compare its SHA-256")
+    parser.add_argument("--table", action="store_true", help="print the index of --split as CSV and check nothing else")
     args = parser.parse_args(argv)
-    folder = args.shards or Path("shards") / f"div_{args.div}"
-    splits = [args.split] if args.split else [name for name in SPLITS if any(folder.glob(f"{name}*"))]
+    folder = shards_of(args)
+    if args.table:
+        _print_table(open_index(folder, args.split or "train", args.task))
+        return
+    splits = [args.split] if args.split else splits_in(folder)
     if not splits:
-        raise UserError(
-            f"{folder}: no shard set here; make it with `python -m cxrdist.preprocess --div {args.div} ...`"
-        )
+        raise UserError(f"{folder}: no shard set here; make it with `python -m cxrdist.preprocess --task NAME ...`")
     for split in splits:
         started = time.monotonic()
-        report = verify(folder, split, args.div, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
+        report = verify(folder, split, args.task, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
         checked = "every byte" if report.hashed else "names, sizes and headers; the images' bytes only with --hashes"
         print(
             f"{split}: {report.num_images:,} images in {report.num_shards:,} shards are in order "
             f"({checked}; {time.monotonic() - started:.1f} s)"
         )
+
+
+def _print_table(index: ShardIndex) -> None:
+    try:
+        write_table(index, sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grey training split of division b: 48 images in shards of 24, 8 and 16, keys with a gap, 6 patients."""
+    """A grey training split of task b: 48 images in shards of 24, 8 and 16, keys with a gap, 6 patients."""
     import numpy as np
     from PIL import Image
 
     from cxrdist.shards.writer import Source, SplitJob, write_split
+    from cxrdist.task import TASKS
 
     folder = tmp_path_factory.mktemp("uneven")
     rng = np.random.default_rng(0)
@@ -40,10 +41,10 @@ def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         noise = Image.fromarray(rng.integers(0, 255, (30, 30), dtype=np.uint8))
         noise.resize((600, 600), Image.Resampling.BILINEAR).save(path, compress_level=1)
-        targets = tuple(int(value) for value in rng.random(14) < 0.3)
+        targets = tuple(float(value) for value in rng.random(TASKS["b"].num_labels) < 0.3)
         size = path.stat().st_size
         sources.append(Source(key, path.name, str(path), size, "", f"{number % 6:08d}", "001", targets=targets))
-    write_split(SplitJob(folder / "div_b", "b", "train", sources, "exact", 24, {}))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 24, {}))
     return folder / "div_b"
 
 
@@ -79,7 +80,7 @@ def make_division(tmp_path: Path) -> Any:
     import numpy as np
     from PIL import Image
 
-    from cxrdist.labels import LABELS
+    from cxrdist.task import COMPETITION_LABELS as LABELS
 
     def make(names: list[str], size: tuple[int, int] = (64, 48), **columns: list[Any]) -> tuple[Path, Path]:
         images, table = tmp_path / "images", tmp_path / "train.csv"
@@ -91,6 +92,7 @@ def make_division(tmp_path: Path) -> Any:
             writer.writeheader()
             for row, name in enumerate(names):
                 noise = Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8))
+                (images / name).parent.mkdir(parents=True, exist_ok=True)
                 with (images / name).open("wb") as image:
                     noise.resize(size).save(image, "PNG" if name.endswith("png") else "JPEG")
                 values = {"Image_name": name, "Patient_ID": row // 2 + 1, "Study": 1, "Sex": "Female", "Age": 60}

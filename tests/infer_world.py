@@ -18,12 +18,15 @@ import torch
 from PIL import Image
 
 from cxrdist import infer, preprocess
-from cxrdist.labels import LABELS
-from cxrdist.models import build_model, frozen_names, trained_state_dict
-from cxrdist.models.weights import file_sha256, write_safetensors
-from cxrdist.recipes import Recipe, recipe_for, to_json
-from cxrdist.runs.checkpoint import write_checkpoint
+from cxrdist.models import architecture_of
+from cxrdist.recipes import PUBLISHED_VIEWS, Inference, Recipe, recipe_for, to_json
+from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
+from cxrdist.runs.documents import EpochMeta
+from cxrdist.runs.member import build_model, write_frozen
+from cxrdist.task import TASKS, Task
 
+TASK = TASKS["b"]
+LABELS = TASK.labels
 NUM_IMAGES = 23
 BAD_IMAGE = "00000099_001_001.jpg"  # in the template; preprocessing leaves it out
 EVA_X = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -104,10 +107,16 @@ def make_infer_world(folder: Path) -> InferWorld:
     preprocess.main([*base, "--csv", str(template), "--split", "test", "--rows-per-shard", "8"])
     preprocess.main([*base, "--csv", str(folder / "truth.csv"), "--split", "train"])
     eva_x = dataclasses.replace(
-        recipe_for("eva_x_tiny", "b"), image_size=64, model_kwargs=tuple(EVA_X.items()), member_epochs=(1, 2)
+        recipe_for("eva_x_tiny", "b"),
+        image_size=64,
+        model_kwargs=tuple(EVA_X.items()),
+        inference=Inference(views=PUBLISHED_VIEWS, member_epochs=(1, 2)),
     )
     chexfound = dataclasses.replace(
-        recipe_for("chexfound", "b"), image_size=80, model_kwargs=tuple(CHEXFOUND.items()), member_epochs=(1, 2)
+        recipe_for("chexfound", "b"),
+        image_size=80,
+        model_kwargs=tuple(CHEXFOUND.items()),
+        inference=Inference(member_epochs=(1, 2)),
     )
     runs = make_run(folder / "runs" / "eva_x_b", eva_x), make_run(folder / "runs" / "chexfound_b", chexfound, seed=1)
     return InferWorld(shards, template, folder / "truth.csv", *runs)
@@ -121,19 +130,17 @@ def write_images(folder: Path, names: list[str]) -> None:
         coarse.resize((160, 140), Image.Resampling.BICUBIC).save(folder / name, "JPEG", quality=90)
 
 
-def make_run(folder: Path, recipe: Recipe, seed: int = 0, labels: tuple[str, ...] = LABELS) -> Path:
+def make_run(folder: Path, recipe: Recipe, seed: int = 0, task: Task = TASK) -> Path:
     """A run folder as training writes it: two epochs of different random weights over one frozen backbone."""
     torch.manual_seed(seed)
-    model = build_model(recipe.model, recipe.image_size, **dict(recipe.model_kwargs))
-    frozen = None
+    architecture, model = architecture_of(recipe.model), build_model(recipe, task)
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(to_json(recipe))
-    if names := frozen_names(model):
-        path = folder / "backbone.safetensors"
-        write_safetensors(path, {name: model.state_dict()[name] for name in names})
-        frozen = {"file": path.name, "sha256": file_sha256(path)}
+    (folder / "task.json").write_text(task.to_json())
+    frozen = write_frozen(architecture, model, folder) if architecture.frozen_names(model) else None
     for epoch in (1, 2):
-        weights = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in trained_state_dict(model).items()}
-        meta = {"epoch": epoch, "div": recipe.div, "labels": labels, "frozen": frozen}
-        write_checkpoint(folder / "checkpoints" / f"epoch_{epoch:02d}", {"ema": weights}, {"meta": meta})
+        trained = architecture.trained_state_dict(model)
+        weights = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in trained.items()}
+        meta = EpochMeta(epoch=epoch, recipe=recipe.name, model=recipe.model, task=task, frozen=frozen)
+        write_checkpoint(epoch_folder(folder, epoch), {"ema": weights}, {"meta": meta})
     return folder

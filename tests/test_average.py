@@ -1,14 +1,24 @@
+"""Averaged weights: the mean, as a run folder that loads like any other."""
+
+import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from cxrdist import average, models
+from cxrdist import average
 from cxrdist import train as train_entry
 from cxrdist.errors import UserError
-from cxrdist.runs import checkpoint
+from cxrdist.recipes import Inference
+from cxrdist.runs.checkpoint import read_tensors, write_checkpoint
+from cxrdist.runs.documents import EpochMeta, RunDocument, read_versioned
+from cxrdist.runs.member import load_member, read_task
+from cxrdist.task import TASKS
 from tests import training_runs
 from tests.training import worker
+
+VERSION_1 = Path(__file__).parent / "golden" / "version1"
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +34,18 @@ def run(uneven_shards, tmp_path_factory):
 def test_the_average_is_the_mean_and_loads_like_a_member(run, tmp_path, capsys):
     average.main(["--from", f"{run}@2,3", "--out", str(tmp_path / "mean")])
     assert "the mean of 2 checkpoints" in capsys.readouterr().out
-    recipe, model = checkpoint.load_member(tmp_path / "mean", 3)
-    assert recipe.member_epochs == (3,)
-    parts = [models.trained_state_dict(checkpoint.load_member(run, epoch)[1]) for epoch in (2, 3)]
-    for name, tensor in models.trained_state_dict(model).items():
+    mean = load_member(tmp_path / "mean", 3)
+    assert mean.recipe.inference == Inference(views=mean.recipe.inference.views, member_epochs=(3,))
+    assert mean.meta.averaged == tuple(f"{run.resolve()}@{epoch}" for epoch in (2, 3))
+    assert read_task(tmp_path / "mean") == TASKS["b"]
+    assert RunDocument.read(tmp_path / "mean" / "run.json").data == mean.meta.data
+    trained = mean.architecture.trained_state_dict
+    parts = [trained(load_member(run, epoch).model) for epoch in (2, 3)]
+    for name, tensor in trained(mean.model).items():
         torch.testing.assert_close(tensor, (parts[0][name] + parts[1][name]) / 2, rtol=1e-6, atol=1e-7)
-    original = checkpoint.load_member(run, 3)[1].state_dict()
-    assert all(torch.equal(model.state_dict()[name], original[name]) for name in models.frozen_names(model))
+    original = load_member(run, 3).model.state_dict()
+    frozen = mean.architecture.frozen_names(mean.model)
+    assert all(torch.equal(mean.model.state_dict()[name], original[name]) for name in frozen)
 
 
 def test_what_cannot_be_averaged_is_named(run, tmp_path):
@@ -46,7 +61,32 @@ def test_what_cannot_be_averaged_is_named(run, tmp_path):
         average.main(["--from", f"{run}@2,3", "--out", str(run)])
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    text = (other / "recipe.json").read_text()
-    (other / "recipe.json").write_text(text.replace('"div": "b"', '"div": "a"'))
-    with pytest.raises(UserError, match="div: 'b' -> 'a'"):
+    (other / "task.json").write_text(TASKS["a"].to_json())
+    meta = other / "checkpoints" / "epoch_03" / "meta.json"
+    changed = dataclasses.replace(EpochMeta.read(meta), task=TASKS["a"])
+    write_checkpoint(meta.parent, {"ema": read_tensors(meta.parent, "ema")}, {"meta": changed})
+    with pytest.raises(UserError, match="cannot be averaged: task b and a"):
         average.main(["--from", f"{run}@2", "--from", f"{other}@3", "--out", str(tmp_path / "mean")])
+
+
+def test_a_version_1_run_averages_to_the_same_bits_and_a_version_1_average_loads(tmp_path):
+    run = VERSION_1 / "run_full_chexfound"
+    average.main(["--from", f"{run}@1,2", "--out", str(tmp_path / "mean")])
+    for name in ("ema.safetensors", "model.safetensors"):
+        path = Path("checkpoints", "epoch_02", name)
+        assert (tmp_path / "mean" / path).read_bytes() == (VERSION_1 / "average" / path).read_bytes()
+    new, old = load_member(tmp_path / "mean", 2), load_member(VERSION_1 / "average", 2)
+    assert new.task == old.task == TASKS["b"]
+    own = old.model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in new.model.state_dict().items())
+
+
+def test_runs_of_different_folds_average_without_a_claim_on_any(tmp_path):
+    one, other = VERSION_1 / "run_full_eva_x", tmp_path / "other"
+    shutil.copytree(one, other)
+    folder = other / "checkpoints" / "epoch_02"
+    old = read_versioned(EpochMeta, folder / "meta.json")
+    meta = dataclasses.replace(old, format_version=2, data=dataclasses.replace(old.data, validate_fold=1))
+    write_checkpoint(folder, {"ema": read_tensors(folder, "ema")}, {"meta": meta})
+    average.main(["--from", f"{one}@2", "--from", f"{other}@2", "--out", str(tmp_path / "mean")])
+    assert load_member(tmp_path / "mean", 2).meta.data is None

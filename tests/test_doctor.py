@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxrdist.distributed.ranks import check_gpus_seen
-from cxrdist.doctor import PROJECT, main, plan_launch
+from cxrdist.distributed.group import check_gpus_seen
+from cxrdist.distributed.plan import PROJECT, plan_launch
+from cxrdist.doctor import main
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -92,6 +93,6 @@ def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
         [PROJECT / "launch.sh", "train", "b", "--seed", "7"], env=environment, capture_output=True, text=True
     )
     called = "5 true -m accelerate.commands.launch --quiet --config_file my folder/cpu.yaml --num_processes 3"
-    assert done.stdout == f"{called} -m cxrdist.train --div b --expect-processes 3 --seed 7\n", done.stderr
+    assert done.stdout == f"{called} -m cxrdist.train --task b --expect-processes 3 --seed 7\n", done.stderr
     done = subprocess.run([PROJECT / "launch.sh", "train", "c"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.startswith("error: division is a or b, not 'c'")) == (2, True)
+    assert (done.returncode, done.stderr.startswith("error: task is a, b or a .toml file, not 'c'")) == (2, True)

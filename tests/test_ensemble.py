@@ -1,4 +1,4 @@
-"""`python -m cxrdist.ensemble` on tables alone."""
+"""`python -m cxrdist.ensemble`: from tables to a submission, without images or models."""
 
 import dataclasses
 
@@ -8,10 +8,13 @@ import pytest
 
 from cxrdist import ensemble
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS
-from cxrdist.scoring.tables import ScoreTable, average, read_table, write_table
+from cxrdist.scoring.tables import ScoreTable, TableMeta, average, read_table, write_table
+from cxrdist.shards.index import open_index
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
+TASK = TASKS["b"]
+LABELS = TASK.labels
 
 
 @pytest.fixture
@@ -22,12 +25,12 @@ def tables(tmp_path):
     files = {}
     for member, skill in (("good", 0.4), ("poor", 0.0)):
         names = np.array([f"{i:08d}_001_001.jpg" for i in range(40)], dtype=object)
-        table = ScoreTable(names, rng.random((40, 14), dtype=np.float32), {"member": member})
+        table = ScoreTable(names, rng.random((40, 14), dtype=np.float32), TableMeta(member=member, task=TASK))
         write_table(tmp_path / f"{member}.csv", table)
         for part in (0, 1):
             names = np.array([f"{1000 + i:08d}_001_001.jpg" for i in range(part * 40, part * 40 + 40)], dtype=object)
             probs = (skill * truth[part * 40 : part * 40 + 40] + 0.5 * rng.random((40, 14))).astype(np.float32)
-            fold = ScoreTable(names, probs, {"member": member, "out_of_fold": True})
+            fold = ScoreTable(names, probs, TableMeta(member=member, task=TASK, out_of_fold=True))
             write_table(tmp_path / f"{member}_fold{part}.csv", fold)
         files[member] = table
     names = [f"{1000 + i:08d}_001_001.jpg" for i in range(80)]
@@ -56,7 +59,10 @@ def test_weighted_average_lands_in_the_templates_order(tables, tmp_path):
 
 def test_members_keep_the_weights_they_were_scored_with(tables, tmp_path):
     out = tmp_path / "final.csv"
-    write_table(tmp_path / "good.csv", dataclasses.replace(tables["good"], meta=tables["good"].meta | {"weight": 3.0}))
+    write_table(
+        tmp_path / "good.csv",
+        dataclasses.replace(tables["good"], meta=dataclasses.replace(tables["good"].meta, weight=3.0)),
+    )
     ensemble.main(arguments(tmp_path, "--out", str(out)))
     np.testing.assert_array_equal(read_table(out).probs, average([tables["good"].probs, tables["poor"].probs], [3, 1]))
 
@@ -70,7 +76,7 @@ def test_weights_are_searched_on_joined_out_of_fold_tables_only(tables, tmp_path
     weights = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines() if " weight " in line}
     assert weights["good"] > 0.8
     table = read_table(tmp_path / "poor_fold1.csv")
-    write_table(tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta={"member": "poor"}))
+    write_table(tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta=TableMeta(member="poor", task=TASK)))
     with pytest.raises(UserError, match="'poor' is not out-of-fold"):
         ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
     with pytest.raises(UserError, match="same members only"):
@@ -87,3 +93,22 @@ def test_wrong_counts_and_combinations_are_named_and_nothing_is_written(tables, 
         with pytest.raises(UserError, match=message):
             ensemble.main(arguments(tmp_path, *more, "--out", str(out)))
     assert not out.exists()
+
+
+def test_studies_are_known_by_name_or_from_the_shard_set_and_else_the_remedy_is_named(world, tmp_path):
+    index = open_index(world.shards, "test")
+    names = np.array(index.image_names.to_list(), dtype=object)
+    probs = np.random.default_rng(0).random((len(names), 14), dtype=np.float32)
+    for member, task in (("named", TASK), ("unnamed", dataclasses.replace(TASK, names=""))):
+        write_table(tmp_path / f"{member}.csv", ScoreTable(names, probs, TableMeta(member=member, task=task)))
+    flags = ("--average-studies", "--out", str(tmp_path / "final.csv"))
+    results = []
+    for more in ((), ("--shards", str(world.shards))):
+        ensemble.main(["--scores", str(tmp_path / "named.csv"), *flags, *more])
+        results.append((tmp_path / "final.csv").read_bytes())
+    assert results[0] == results[1]
+    with pytest.raises(UserError, match=r"study of image .* is not known; shard sets and label CSVs"):
+        ensemble.main(["--scores", str(tmp_path / "unnamed.csv"), *flags])
+    table = read_table(tmp_path / "final.csv")
+    assert table.meta.study_averaged
+    assert len(np.unique(table.probs[:, 0])) == len(set(zip(index.patients, index.studies, strict=True)))

@@ -2,15 +2,21 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cxrdist import evaluate
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS, read_label_csv
 from cxrdist.scoring.metrics import macro_auroc
-from cxrdist.scoring.tables import read_table
+from cxrdist.scoring.tables import ScoreTable, TableMeta, read_table, write_table
+from cxrdist.tables import read_label_csv
+from cxrdist.task import TASKS, Columns, Task
+
+VERSION_1 = Path(__file__).parent / "golden" / "version1"
 
 
 def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_those_of_the_metrics(
@@ -32,14 +38,16 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
     numbers = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert [score["name"] for score in numbers["scores"]] == ["ensemble", "eva_x", "chexfound"]
     table = read_table(tables[0])
-    truth = read_label_csv(world.truth).set_index("image_name").loc[list(table.image_names), list(LABELS)]
-    assert numbers["scores"][1]["macro_auroc"] == pytest.approx(macro_auroc(truth.to_numpy(), table.probs)[0])
+    labels = read_label_csv(world.truth, TASKS["b"])
+    row_of = {name: row for row, name in enumerate(labels.about["image_name"])}
+    truth = labels.targets[[row_of[name] for name in table.image_names]]
+    assert numbers["scores"][1]["macro_auroc"] == pytest.approx(macro_auroc(truth, table.probs)[0])
     assert f"macro AUROC {numbers['scores'][0]['macro_auroc']:.4f}" in capsys.readouterr().out
     page = (tmp_path / "report" / "report.html").read_text()
     assert "not for clinical use" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert page.count("data:image/png") >= 8
-    for title in ("AUROC per label", "Grad-CAM of eva_x_b", "Attention of chexfound_b", "Files and times"):
+    for title in ("AUROC per label", "Grad-CAM of eva_x_b@2", "GLoRI attention of chexfound_b@2", "Files and times"):
         assert title in page
     assert np.isfinite(numbers["scores"][0]["macro_interval"]).all()
 
@@ -54,3 +62,60 @@ def test_labels_of_other_images_and_wrong_weights_are_named(world, tmp_path):
     with pytest.raises(UserError, match="2 numbers for 1 members"):
         evaluate.main(["--scores", table, "--csv", str(world.truth), "--weights", "1", "2"])
     assert not (tmp_path / "report").exists()
+
+
+def test_version_1_tables_and_runs_are_reported(tmp_path, monkeypatch):
+    shutil.copytree(VERSION_1, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    runs = ("--run", "run_full_eva_x", "--run", "run_full_chexfound", "--shards", "shards")
+    scores = ("--scores", "oof/eva_x.csv", "oof/chexfound.csv", "--csv", "labels.csv")
+    evaluate.main([*scores, *runs, "--out", str(tmp_path / "report"), "--resamples", "20"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "task b, split train; 4 images" in page
+    assert "GLoRI attention of run_full_chexfound@2" in page
+
+
+@pytest.mark.parametrize("num_labels", [1, 3, 40])
+def test_a_report_holds_any_number_of_labels_however_they_are_called(tmp_path, num_labels):
+    task = Task(
+        name="own",
+        labels=("<b>$x$ & $y</b>", *(f"finding, {i}" for i in range(1, num_labels))),
+        columns=Columns(image="file", patient="who"),
+    )
+    rng = np.random.default_rng(0)
+    names = np.array([f"folder/{i}.png" for i in range(40)], dtype=object)
+    table = ScoreTable(names, rng.random((40, num_labels), dtype=np.float32), TableMeta(member="m", task=task))
+    write_table(tmp_path / "m.csv", table)
+    frame = pd.DataFrame({"file": names, "who": [f"P-{i // 2}" for i in range(40)]})
+    for label in task.labels:
+        frame[label] = (rng.random(40) < 0.5).astype(int)
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    evaluate.main(
+        [
+            *("--scores", str(tmp_path / "m.csv"), "--csv", str(tmp_path / "labels.csv")),
+            *("--out", str(tmp_path / "report"), "--resamples", "20"),
+        ]
+    )
+    numbers = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert numbers["labels"] == list(task.labels)
+    assert numbers["num_patients"] == 20
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"of {num_labels} labels" in page
+    assert "&lt;b&gt;$x$ &amp; $y&lt;/b&gt;" in page
+    assert "<b>$x$" not in page
+
+
+def test_blank_and_uncertain_cells_are_read_as_the_flags_say(world, tmp_path):
+    world.run(tmp_path / "out")
+    table = str(tmp_path / "out" / "scores" / "eva_x.csv")
+    text = world.truth.read_text().splitlines()
+    text[1] = re.sub(r",[01],[01]$", ",,-1", text[1])
+    (tmp_path / "labels.csv").write_text("\n".join(text) + "\n")
+    base = ["--scores", table, "--csv", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "r"), "--resamples", "5"]
+    with pytest.raises(UserError, match="is blank"):
+        evaluate.main(base)
+    counts = []
+    for reading in ("zero", "one"):
+        evaluate.main([*base, "--blank", "zero", "--uncertain", reading])
+        counts.append(json.loads((tmp_path / "r" / "metrics.json").read_text())["positives"])
+    assert [one - zero for zero, one in zip(*counts, strict=True)] == [0] * 13 + [1]

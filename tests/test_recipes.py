@@ -1,10 +1,21 @@
 import dataclasses
+import json
 
 import pytest
 
 from cxrdist import recipes
 from cxrdist.errors import UserError
-from cxrdist.recipes import Group, differences, from_json, recipe_for, to_json, with_overrides, with_scaled_lrs
+from cxrdist.recipes import (
+    DEFAULT_SEED,
+    Group,
+    Inference,
+    differences,
+    from_json,
+    recipe_for,
+    to_json,
+    with_overrides,
+    with_scaled_lrs,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -14,11 +25,11 @@ def test_the_published_numbers():
         recipe = recipes.eva_x(div)
         assert (recipe.image_size, recipe.epochs, recipe.seed, recipe.global_batch_size) == (448, 6, seed, 64)
         assert (recipe.ema_decay, recipe.lr_schedule, recipe.clip_grad_norm) == (0.9997, "constant", None)
-        assert (recipe.member_epochs, len(recipe.views)) == ((5, 6), 6)
+        assert (recipe.inference.member_epochs, len(recipe.inference.views)) == ((5, 6), 6)
     for div, seed in (("a", 42), ("b", 32)):
         recipe = recipes.chexfound(div)
         assert (recipe.image_size, recipe.epochs, recipe.seed, recipe.global_batch_size) == (512, 6, seed, 64)
-        assert (recipe.ema_decay, recipe.drop_rate, recipe.views) == (0.99967, 0.1, ("plain",))
+        assert (recipe.ema_decay, recipe.drop_rate, recipe.inference.views) == (0.99967, 0.1, ("plain",))
         assert recipe.groups[-1] == Group(pattern=r"^glori\.", lr=2e-4, weight_decay=1e-5)
     assert (recipe.focal_weight, recipe.focal_alpha, recipe.focal_gamma, recipe.bce_weight) == (0.7, 0.25, 2.0, 0.3)
 
@@ -26,7 +37,8 @@ def test_the_published_numbers():
 def test_divisions_differ_in_the_seed_alone():
     for build in (recipes.eva_x, recipes.chexfound):
         changed = {text.split(":")[0] for text in differences(build("a"), build("b"))}
-        assert changed == {"div", "seed"}
+        assert changed == {"seed"}
+        assert build("my_task").seed == DEFAULT_SEED
 
 
 def test_the_dropped_third_member_is_one_replace():
@@ -39,7 +51,8 @@ def test_the_dropped_third_member_is_one_replace():
 @pytest.mark.parametrize("name", sorted(recipes.RECIPES))
 def test_json_and_back_is_the_same_recipe(name):
     recipe = recipe_for(name, "b")
-    assert from_json(to_json(recipe)) == recipe
+    back = from_json(to_json(recipe))
+    assert (back, back.inference) == (recipe, recipe.inference)
 
 
 def test_overrides_take_the_type_of_their_field():
@@ -47,7 +60,12 @@ def test_overrides_take_the_type_of_their_field():
         recipes.eva_x("b"),
         ["epochs=8", "clip_grad_norm=1", "member_epochs=7,8", "ema_ramp=true", "model_kwargs=depth:2"],
     )
-    assert (recipe.epochs, recipe.clip_grad_norm, recipe.member_epochs, recipe.ema_ramp) == (8, 1.0, (7, 8), True)
+    assert (recipe.epochs, recipe.clip_grad_norm, recipe.inference.member_epochs, recipe.ema_ramp) == (
+        8,
+        1.0,
+        (7, 8),
+        True,
+    )
     assert recipe.model_kwargs == (("depth", 2),)
     assert with_overrides(recipe, ["clip_grad_norm=none"]).clip_grad_norm is None
 
@@ -58,7 +76,8 @@ def test_overrides_take_the_type_of_their_field():
         ("ema_deacy=0.9", "no such recipe field"),
         ("epochs=six", "needs int"),
         ("epochs", "FIELD=VALUE"),
-        ("image_size=450", "multiple of 16"),
+        ("image_size=160000", "image_size=160000 is not valid"),
+        ("views=plain,sideways", "views=plain,sideways is not valid"),
         ("epochs=3", "epochs run from 1 to 3"),
         ("lr_schedule=linear", "constant"),
         ("groups=1", "no such recipe field"),
@@ -95,13 +114,31 @@ def test_learning_rates_scale_with_the_batch_only_on_request():
         assert [group.lr for group in scaled.groups[1:]] == [group.lr * factor for group in recipe.groups[1:]]
 
 
-def test_an_unknown_model_division_or_file_is_named():
+def test_an_unknown_model_or_file_is_named():
     with pytest.raises(UserError, match="eva_y"):
         recipe_for("eva_y", "b")
-    with pytest.raises(UserError, match="division 'c'"):
-        recipe_for("eva_x", "c")
     with pytest.raises(UserError, match=r"old\.json is not a recipe"):
         from_json('{"groups": []}', "old.json")
+
+
+def test_what_only_inference_uses_is_no_difference_of_what_is_learned():
+    recipe = recipes.eva_x("b")
+    other = dataclasses.replace(recipe, inference=Inference(member_epochs=(4,)))
+    assert differences(recipe, other) == []
+    assert recipe == other
+
+
+def test_each_field_of_another_type_is_named():
+    text = to_json(recipes.eva_x("b"))
+    for name in json.loads(text):
+        for wrong in (None, [], {}, "text", 1e400):
+            data = json.loads(text)
+            if (name == "clip_grad_norm" and wrong is None) or (name in ("groups", "model_kwargs") and wrong == []):
+                continue
+            if (isinstance(data[name], str) and isinstance(wrong, str)) or (name == "inference" and wrong == {}):
+                continue
+            with pytest.raises(UserError, match=rf"r\.json.*({name}|version)"):
+                from_json(json.dumps(data | {name: wrong}), "r.json")
 
 
 def test_a_recipe_cannot_be_changed_in_place():

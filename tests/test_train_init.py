@@ -8,8 +8,8 @@ import torch
 
 from cxrdist import recipes, train
 from cxrdist.errors import UserError
-from cxrdist.models import frozen_names, weights
-from cxrdist.runs import checkpoint
+from cxrdist.models.weights.layouts import read_weights
+from cxrdist.runs import checkpoint, member
 from tests import training_runs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,18 +50,21 @@ def test_chexfound_starts_from_two_files_and_names_its_backbone(uneven_shards, t
     assert not (run / "backbone.safetensors").exists()
     meta = json.loads((run / "checkpoints" / "epoch_01" / "meta.json").read_text())
     assert meta["frozen"]["file"] == str(files / "teacher_checkpoint.pth")
-    _, model = checkpoint.load_member(run, 1)
+    found = member.load_member(run, 1)
+    model = found.model
     official = torch.load(files / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert torch.equal(
         model.state_dict()["backbone.blocks.5.norm1.weight"], official["backbone.blocks.2.5.norm1.weight"]
     )
-    assert frozen_names(model)
+    assert found.architecture.frozen_names(model)
     (files / "teacher_checkpoint.pth").rename(files / "moved.pth")
-    with pytest.raises(UserError, match=r"teacher_checkpoint.pth: the frozen backbone is not there"):
-        checkpoint.load_member(run, 1)
+    with pytest.raises(UserError, match=r"teacher_checkpoint.pth: the frozen backbone that .* is not there"):
+        member.load_member(run, 1)
+    again = member.load_member(run, 1, backbone=files / "moved.pth").model
+    assert torch.equal(again.state_dict()["backbone.pos_embed"], model.state_dict()["backbone.pos_embed"])
 
 
-def test_the_published_epoch_three_goes_on_as_epoch_four(uneven_shards, tmp_path):
+def test_the_published_epoch_three_is_continued_as_epoch_four(uneven_shards, tmp_path):
     run = tmp_path / "run"
     init = GOLDEN / "chexfound" / "model3_finetuned.pth"
     four = ["--set", "epochs=4", "--set", "member_epochs=4", "--init", str(init), "--continue-init"]
@@ -69,7 +72,7 @@ def test_the_published_epoch_three_goes_on_as_epoch_four(uneven_shards, tmp_path
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows if row["kind"] == "train"] == [(4, 10), (4, 11), (4, 12)]
     assert [path.name for path in (run / "checkpoints").glob("epoch_*")] == ["epoch_04"]
-    found = weights.read_weights(init)
+    found = read_weights(init)
     average = checkpoint.read_tensors(run / "checkpoints" / "epoch_04", "ema")["glori.layers.0.linear1.weight"]
     published = found.ema["glori.layers.0.linear1.weight"]
     assert not torch.equal(published, found.tensors["glori.layers.0.linear1.weight"])
@@ -79,7 +82,7 @@ def test_the_published_epoch_three_goes_on_as_epoch_four(uneven_shards, tmp_path
     assert float(after) == float(before) + 3
 
 
-def test_going_on_needs_a_file_with_the_state_of_its_training(uneven_shards, tmp_path):
+def test_continuing_needs_a_file_with_the_state_of_its_training(uneven_shards, tmp_path):
     init = ["--init", str(GOLDEN / "evax" / "base_mim.pt"), "--continue-init"]
     with pytest.raises(UserError, match="holds no EMA and no optimizer state and no epoch"):
         start(uneven_shards, tmp_path / "run", "--model", "eva_x", *EVA_X, *init)
@@ -98,18 +101,17 @@ def test_the_run_folder_says_what_ran(uneven_shards, tmp_path):
     flags = ["--model", "eva_x", *EVA_X, "--init", "random", "--max-steps", "2", "--validate-fold", "0", "--folds", "3"]
     start(uneven_shards, run, *flags)
     recipe = dataclasses.replace(recipes.eva_x("b"), image_size=224)
-    assert {text.split(":")[0] for text in recipes.differences(recipe, checkpoint.read_recipe(run))} == {
+    assert {text.split(":")[0] for text in recipes.differences(recipe, member.read_recipe(run))} == {
         "epochs",
-        "member_epochs",
         "global_batch_size",
         "ema_decay",
         "model_kwargs",
     }
-    (session,) = json.loads((run / "environment.json").read_text())
+    (session,) = json.loads((run / "environment.json").read_text())["sessions"]
     assert (session["world_size"], session["precision"]) == (1, "fp32")
     assert torch.__version__.startswith(session["packages"]["torch"])
     assert (run / "split.csv").read_text().startswith("patient,fold\n")
-    with pytest.raises(UserError, match="--resume goes on"):
+    with pytest.raises(UserError, match="--resume continues it"):
         start(uneven_shards, run, *flags)
     start(uneven_shards, run, *flags, "--resume")
-    assert len(json.loads((run / "environment.json").read_text())) == 2
+    assert len(json.loads((run / "environment.json").read_text())["sessions"]) == 2

@@ -17,10 +17,10 @@ from cxrdist import train as train_entry
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.data.order import epoch_order
 from cxrdist.data.reader import ShardReader
-from cxrdist.labels import LABELS
-from cxrdist.models import build_model
+from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.shards.index import open_index
+from cxrdist.task import COMPETITION_LABELS as LABELS
 from tests import training_runs
 from tests.training import worker
 
@@ -37,7 +37,7 @@ class Trace:
 
 def plain_loop(recipe: Recipe, shards: Path) -> Trace:
     """Twenty steps of five global batches an epoch (10, 10, 10, 10 and 8 images), one forward pass each."""
-    index = open_index(shards, "train", "b")
+    index = open_index(shards, "train")
     reader = ShardReader(index)
     positives = index.targets.astype(np.float64).sum(axis=0)
 
@@ -47,7 +47,7 @@ def plain_loop(recipe: Recipe, shards: Path) -> Trace:
     ratio = effective(len(index) - positives) / (effective(positives) + 1e-8)
     pos_weight = torch.tensor(np.minimum(ratio, 10.0), dtype=torch.float32)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, 32, drop_rate=0.0, **dict(recipe.model_kwargs)).train()
+    model = architecture_of(recipe.model).build(32, len(LABELS), 0.0, **dict(recipe.model_kwargs)).train()
     by_row: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         row = next(i for i, group in enumerate(recipe.groups) if re.search(group.pattern, name))

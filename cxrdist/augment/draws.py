@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.splitmix import GAMMA, mix
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -81,18 +83,9 @@ def uniforms(seed: int, epoch: int, keys: Ints, num: int) -> Floats:
     """
     state = np.zeros(len(keys), np.uint64)
     for part in (np.int64(seed), np.int64(epoch), np.asarray(keys, np.int64)):
-        state = _mix((state ^ np.asarray(part).astype(np.uint64)) + _GOLDEN)
-    counters = np.arange(1, num + 1, dtype=np.uint64) * _GOLDEN
-    return (_mix(state[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        state = mix((state ^ np.asarray(part).astype(np.uint64)) + GAMMA)
+    counters = np.arange(1, num + 1, dtype=np.uint64) * GAMMA
+    return (mix(state[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draw(

@@ -12,8 +12,8 @@ from typing import cast
 
 import cxrdist.bench
 from cxrdist.bench.timing import Row, as_json, table
-from cxrdist.cli import Parser, add_flags
-from cxrdist.errors import UserError, run_entry
+from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.errors import UserError
 
 NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
 

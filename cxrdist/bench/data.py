@@ -35,6 +35,7 @@ from cxrdist.data.order import MicroBatch, epoch_order, train_batches
 from cxrdist.data.reader import ShardReader
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
+from cxrdist.task import TASKS
 
 IMAGE_SIZE = 448  # px, EVA-X's
 PLANNED_ROWS = 10_000_000
@@ -66,7 +67,7 @@ def _one_core(
 ) -> tuple[list[Row], dict[str, str]]:
     """Augmentation off. The published loader has to resize and normalise here, ours leaves that to the device.
 
-    A turn lasts more than one epoch: one alone (0.25 s) suffers from the caches as the variant before it left them.
+    A turn lasts more than one epoch: a single one (0.25 s) suffers from the caches as the variant before it left them.
     """
     variants: dict[str, Variant] = {"bare decode": _bare_decode(index, batch_size)}
     skipped: dict[str, str] = {}
@@ -299,7 +300,7 @@ class PublishedDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor
 
 
 def _published(files: list[Path], batch_size: int, *, augment: bool, num_workers: int = 0) -> Variant:
-    targets = np.zeros((len(files), 14), np.float32)
+    targets = np.zeros((len(files), TASKS["b"].num_labels), np.float32)
     return _data_loader(PublishedDataset(files, targets, augment), batch_size, num_workers)
 
 
@@ -347,7 +348,7 @@ def _resident_mb(folder: Path, batch_size: int) -> tuple[float, float]:
 
     gc.collect()
     before, highest = resident(), 0.0
-    index = open_index(folder / "div_b", "train", "b")
+    index = open_index(folder / "div_b", "train")
     with Loader(index) as loader:
         for _ in range(4):
             for _ in loader.batches(_plan(len(index), batch_size)):
@@ -379,9 +380,10 @@ def _write_shards(folder: Path, num_images: int) -> ShardIndex:
         noisy = np.asarray(smooth, np.float32) + rng.normal(0, 0.7, (600, 600))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
         size = path.stat().st_size
-        sources.append(Source(key, path.name, str(path), size, "", f"{key:08d}", "001", targets=(0,) * 14))
-    write_split(SplitJob(folder / "div_b", "b", "train", sources, "exact", 128, {}))
-    return open_index(folder / "div_b", "train", "b")
+        targets = (0.0,) * TASKS["b"].num_labels
+        sources.append(Source(key, path.name, str(path), size, "", f"{key:08d}", "001", targets=targets))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 128, {}))
+    return open_index(folder / "div_b", "train")
 
 
 def _write_published_files(index: ShardIndex, folder: Path) -> list[Path]:

@@ -28,18 +28,21 @@ from cxrdist.augment.views import make_views
 from cxrdist.bench.timing import Row
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
-from cxrdist.infer import Ensemble, checkpoint_of, score
+from cxrdist.inference.members import Ensemble, checkpoint_of
 from cxrdist.inference.passes import Member, Pass, columns_of, num_naive_passes, plan_passes
-from cxrdist.models import CheXFound, build_model
+from cxrdist.inference.score import score
+from cxrdist.models import architecture_of
 from cxrdist.recipes import PUBLISHED_VIEWS, recipe_for
 from cxrdist.scoring.tables import Probs, average, sigmoid
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
+from cxrdist.task import TASKS
 
 PUBLISHED_MINUTES = {"eva_x": 20.4, "chexfound": 81.0}  # one pass over 47,927 images on two T4s
 EVA_X = {"embed_dim": 192, "depth": 6, "num_heads": 3}
 CHEXFOUND = {"embed_dim": 384, "depth": 7, "num_heads": 6, "init_values": 1.0, "decoder_dim": 64}
 EVA_X_PX, CHEXFOUND_PX = 224, 256
+TASK = TASKS["b"]
 
 
 @dataclasses.dataclass
@@ -163,8 +166,8 @@ def _planned(
     for member in ensemble.members:
         checkpoints = []
         for item in member.checkpoints:
-            views = [sigmoid(table[place[item.sha256, item.image_size, view]]) for view, _ in item.views]
-            checkpoints.append(average(views, [share for _, share in item.views]))
+            views = [sigmoid(table[place[item.sha256, item.image_size, view]]) for view in item.views]
+            checkpoints.append(average(views, list(item.views.values())))
         members.append(average(checkpoints))
     return average(members), counts
 
@@ -176,7 +179,7 @@ def _counted(models: Any, counts: Counts, num_images: int) -> Iterator[None]:
     def count(_: nn.Module, inputs: Any) -> None:
         counts.passes += len(inputs[0]) / num_images
 
-    backbones = [model.backbone if isinstance(model, CheXFound) else model for model in models]
+    backbones = [getattr(model, "backbone", model) for model in models]
     embeddings = {id(backbone): backbone.patch_embed for backbone in backbones}
     handles = [embedding.register_forward_pre_hook(count) for embedding in embeddings.values()]
     try:
@@ -188,16 +191,18 @@ def _counted(models: Any, counts: Counts, num_images: int) -> Iterator[None]:
 
 def _members(device: torch.device) -> Ensemble:
     """The published four checkpoints in small: two epochs of EVA-X, two heads on one frozen backbone."""
-    ensemble = Ensemble([], {}, {})
+    ensemble = Ensemble()
     settings: tuple[tuple[str, str, int, dict[str, Any], tuple[str, ...]], ...] = (
         ("eva_x", "eva_x_tiny", EVA_X_PX, EVA_X, PUBLISHED_VIEWS),
         ("chexfound", "chexfound", CHEXFOUND_PX, CHEXFOUND, ("plain",)),
     )
     for name, kind, image_size, sizes, views in settings:
-        recipe = dataclasses.replace(recipe_for(kind, "b"), image_size=image_size, views=views)
-        first = build_model(recipe.model, image_size, **sizes).eval()
+        recipe = dataclasses.replace(recipe_for(kind, TASK.name), image_size=image_size)
+        architecture = architecture_of(recipe.model)
+        first = architecture.build(image_size, TASK.num_labels, **sizes).eval()
         second = copy.deepcopy(first)
-        for parameter in (second.glori if isinstance(second, CheXFound) else second).parameters():
+        trained = set(architecture.trainable_names(second))
+        for parameter in (values for own, values in second.named_parameters() if own in trained):
             parameter.data += 0.02 * torch.randn_like(parameter)
         checkpoints = []
         for epoch, model in ((5, first), (6, second)):
@@ -217,5 +222,5 @@ def _write_shards(folder: Path, num_images: int) -> ShardIndex:
         coarse = Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8))
         coarse.resize((600, 600), Image.Resampling.BICUBIC).save(path, quality=95)
         sources.append(Source(number, path.name, str(path), path.stat().st_size, "", f"{number:08d}", "001"))
-    write_split(SplitJob(folder / "div_b", "b", "test", sources, "exact", 1000, {}))
-    return open_index(folder / "div_b", "test", "b")
+    write_split(SplitJob(folder / "div_b", TASK, "test", sources, "exact", 1000, {}))
+    return open_index(folder / "div_b", "test", TASK)

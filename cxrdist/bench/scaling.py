@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cxrdist.bench.step import write_shards
 from cxrdist.bench.timing import Row, median_ratio
-from cxrdist.doctor import PROJECT
+from cxrdist.distributed.plan import PROJECT
 from cxrdist.errors import UserError
 
 KINDS = {"one process": (1, 1), "two separate": (2, 1), "two processes": (1, 2)}  # trainings, processes of each

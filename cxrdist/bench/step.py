@@ -10,22 +10,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from cxrdist import models, recipes
+from cxrdist import recipes
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, train_batches
 from cxrdist.distributed.precision import autocast
-from cxrdist.runs.checkpoint import recipe_model
+from cxrdist.models import architecture_of
+from cxrdist.recipes import Recipe
+from cxrdist.runs.member import build_model
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
+from cxrdist.task import TASKS
 from cxrdist.training.ema import Ema
-from cxrdist.training.losses import effective_pos_weight, focal_bce
+from cxrdist.training.losses import make_criterion
 from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
 
 NUM_IMAGES = 48
+TASK = TASKS["b"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,22 +58,38 @@ def write_shards(folder: Path) -> ShardIndex:
         path = folder / f"{number:08d}_001_001.png"
         noise = Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8))
         noise.resize((600, 600), Image.Resampling.BILINEAR).save(path, compress_level=1)
-        targets = tuple(int(value) for value in rng.random(14) < 0.3)
+        targets = tuple(float(value) for value in rng.random(TASK.num_labels) < 0.3)
         sources.append(
             Source(number, path.name, str(path), path.stat().st_size, "", path.name[:8], "001", targets=targets)
         )
-    write_split(SplitJob(folder / "shards", "b", "train", sources, "exact", NUM_IMAGES, {}))
-    return open_index(folder / "shards", "train", "b")
+    write_split(SplitJob(folder / "shards", TASK, "train", sources, "exact", NUM_IMAGES, {}))
+    return open_index(folder / "shards", "train", TASK)
 
 
 def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device) -> list[Row]:
-    """Median seconds of each part of a step, as images/s and share of the whole."""
-    recipe = recipes.recipe_for(args.model, "b")
-    model = recipe_model(recipe)
+    """Median seconds of each part of a step, as images/s and share of the step."""
+    recipe = recipes.recipe_for(args.model, TASK.name)
+    parts = _timed_parts(args, recipe, index, device)
+    medians = {part: statistics.median(seconds[1:]) for part, seconds in parts.items()}  # the first step allocates
+    step = sum(medians.values())
+    outside = 1.0 - (medians["forward"] + medians["backward"]) / step
+    rows = [
+        Row("step", part, args.batch_size / seconds, None, step and seconds / step, f"{seconds / step:.1%} of the step")
+        for part, seconds in medians.items()
+    ]
+    note = f"{recipe.name} {recipe.image_size} px, {args.precision}, batch {args.batch_size}; {outside:.1%} is overhead"
+    return [*rows, Row("step", "all", args.batch_size / step, note=note)]
+
+
+def _timed_parts(
+    args: argparse.Namespace, recipe: Recipe, index: ShardIndex, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each part of a step, step by step: the loop of `cxrdist.train`, with the device waited for."""
+    model = build_model(recipe, TASK)
     groups = param_groups(model, recipe.groups)
     model.to(device).train()
     assert index.targets is not None
-    pos_weight = effective_pos_weight(torch.from_numpy(index.targets.sum(axis=0)), len(index)).to(device)
+    criterion = make_criterion(recipe, index.targets, device)
     optimizer = GuardedAdamW(
         groups,
         betas=recipe.betas,
@@ -77,7 +97,7 @@ def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device)
         clip_grad_norm=recipe.clip_grad_norm,
         loss_scale=2.0**16 if args.precision == "fp16" else None,
     )
-    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(models.frozen_names(model)))
+    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, _frozen(recipe, model))
     augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
     parts: dict[str, list[float]] = {}
     clock = time.perf_counter()
@@ -90,63 +110,47 @@ def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device)
         parts.setdefault(part, []).append(now - clock)
         clock = now
 
-    def plan(epoch: int) -> list[MicroBatch]:
-        options = {"global_batch_size": args.batch_size, "device_batch_size": args.batch_size}
-        return list(train_batches(np.arange(len(index)), seed=0, epoch=epoch, rank=0, world_size=1, **options))
-
-    wanted = [micro for epoch in range(1 + args.steps * args.batch_size // NUM_IMAGES) for micro in plan(epoch)]
     with Loader(index, device, num_threads=args.threads) as loader:
         clock = time.perf_counter()
-        for batch in loader.batches(wanted[: args.steps + 1]):
+        for batch in loader.batches(_plan(args, len(index))):
             lap("data wait")
             images = augment(batch.images, batch.keys, batch.epoch)
             lap("augmentation")
             with autocast(args.precision, device):
                 logits = model(images)
             assert batch.targets is not None
-            loss = focal_bce(
-                logits,
-                batch.targets,
-                pos_weight,
-                focal_weight=recipe.focal_weight,
-                focal_alpha=recipe.focal_alpha,
-                focal_gamma=recipe.focal_gamma,
-                bce_weight=recipe.bce_weight,
-            )
+            loss = criterion(logits, batch.targets)
             lap("forward")
-            optimizer.backward(loss.total, batch.weight)
+            optimizer.backward(loss["total"], batch.weight)
             lap("backward")
             skipped = optimizer.step()
             lap("optimizer")
             ema.update(skipped)
             lap("EMA")
-    medians = {part: statistics.median(seconds[1:]) for part, seconds in parts.items()}  # the first step allocates
-    whole = sum(medians.values())
-    outside = 1.0 - (medians["forward"] + medians["backward"]) / whole
-    rows = [
-        Row(
-            "step",
-            part,
-            args.batch_size / seconds,
-            None,
-            whole and seconds / whole,
-            f"{seconds / whole:.1%} of the step",
-        )
-        for part, seconds in medians.items()
-    ]
-    note = f"{recipe.name} {recipe.image_size} px, {args.precision}, batch {args.batch_size}; {outside:.1%} is overhead"
-    return [*rows, Row("step", "all", args.batch_size / whole, note=note)]
+    return parts
+
+
+def _plan(args: argparse.Namespace, num_images: int) -> list[MicroBatch]:
+    wanted: list[MicroBatch] = []
+    for epoch in range(1 + args.steps * args.batch_size // NUM_IMAGES):
+        options = {"global_batch_size": args.batch_size, "device_batch_size": args.batch_size}
+        wanted += train_batches(np.arange(num_images), seed=0, epoch=epoch, rank=0, world_size=1, **options)
+    return wanted[: args.steps + 1]
+
+
+def _frozen(recipe: Recipe, model: nn.Module) -> frozenset[str]:
+    return frozenset(architecture_of(recipe.model).frozen_names(model))
 
 
 def ema_rows(device: torch.device) -> list[Row]:
-    """Updates of CheXFound's EMA a second: over the whole state tensor by tensor, as published, and as done here."""
-    recipe = recipes.chexfound("b")
+    """Updates of CheXFound's EMA a second: over the complete state tensor by tensor, as published, and as done here."""
+    recipe = recipes.chexfound(TASK.name)
     with torch.device(device):
-        model = recipe_model(recipe)
+        model = build_model(recipe, TASK)
     param_groups(model, recipe.groups)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     copy = {name: tensor.clone() for name, tensor in state.items()}
-    ema = Ema(model, recipe.ema_decay, frozen=frozenset(models.frozen_names(model)))
+    ema = Ema(model, recipe.ema_decay, frozen=_frozen(recipe, model))
     decay, skip = recipe.ema_decay, torch.zeros((), device=device)
 
     def synchronized(update: Callable[[], None]) -> Callable[[], int]:
@@ -164,8 +168,8 @@ def ema_rows(device: torch.device) -> list[Row]:
             average.copy_(average * decay + tensor * (1.0 - decay))
 
     variants = {
-        "whole state, as published": synchronized(published),
+        "the complete state, as published": synchronized(published),
         "trained values": synchronized(lambda: ema.update(skip)),
     }
     notes = dict.fromkeys(variants, "CheXFound; updates/s instead of images/s")
-    return rows_of("ema", interleaved(variants, rounds=3), baseline="whole state, as published", notes=notes)
+    return rows_of("ema", interleaved(variants, rounds=3), baseline="the complete state, as published", notes=notes)

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> list[Row]:
             "cxrdist, 3 channels": _ours(images.repeat(1, 3, 1, 1), views, size),
         }
         if views == VIEWS[:1]:
-            variants["float resize alone"] = lambda: len(interpolate(images.float(), (size, size), mode="bilinear"))
-            variants["cxrdist resize alone"] = lambda: len(resize(images, size))
+            variants["float resize only"] = lambda: len(interpolate(images.float(), (size, size), mode="bilinear"))
+            variants["cxrdist resize only"] = lambda: len(resize(images, size))
         if with_library:
             variants[PUBLISHED] = _published(images.cpu(), views, size)
         waited = {name: until_done(variant, device) for name, variant in variants.items()}

@@ -5,40 +5,32 @@ epoch touches every shard in random order, so all of it is needed at once anyway
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from cxrdist import files
 from cxrdist.errors import UserError
-from cxrdist.shards.index import read_meta
+from cxrdist.shards.index import FileMeta, read_meta
+from cxrdist.task import Task
 
 PROTOCOLS = {"s3": "s3fs", "https": "aiohttp", "hf": "huggingface_hub"}  # and the package that fsspec needs for it
 CHUNK = 2**23  # bytes of a read
 DOWNLOADS = 4  # files at the same time
 
 
-@dataclass(frozen=True)
-class _File:
-    name: str
-    size: int
-    sha256: str
-
-
-def fetch_shards(url: str, folder: Path, split: str, div: str) -> None:
+def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None) -> None:
     """Copy one split from `url` (s3://bucket/path, https://host/path, hf://datasets/name/path) into `folder`.
 
-    What lies there already is kept, so calling it again costs a look at the JSON, and an interrupted copy goes on. The
-    processes of a machine may call it together: one copies, the others wait. Raises UserError, naming URL and file, for
-    another kind of address, a file that is missing or not what its hash says, another shard set in `folder`, or too
+    What lies there already is kept, so calling it again costs a look at the JSON, and an interrupted copy is resumed.
+    The processes of a machine may call it together: one copies, the others wait. Raises UserError, naming URL and file,
+    for another kind of address, a file that is missing or not what its hash says, another shard set or task, or too
     little disk space.
     """
     protocol, separator, rest = url.partition("://")
@@ -50,66 +42,57 @@ def fetch_shards(url: str, folder: Path, split: str, div: str) -> None:
         source, root = fsspec.core.url_to_fs(url.rstrip("/"))
     except ImportError as error:
         raise UserError(f"{url}: needs a package that is not installed; pip install {PROTOCOLS[protocol]}") from error
-    copy_shards(source, str(root), folder, split, div)
+    copy_shards(source, str(root), folder, split, task)
 
 
-def copy_shards(source: Any, root: str, folder: Path, split: str, div: str) -> None:
+def copy_shards(source: Any, root: str, folder: Path, split: str, task: Task | None = None) -> None:
     """`fetch_shards` from the fsspec file system `source`, from its folder `root`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{split}.fetch.lock").open("w") as lock:  # stays: deleting it would part those who wait for it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # The lock file stays: deleting it would part those who wait for it.
+    with files.lock(folder / f".{split}.fetch.lock", wait=True, message=""):
         work = folder / f".{split}.fetch"
         work.mkdir(exist_ok=True)
         name = f"{split}.json"
         with _named(f"{root}/{name}"):
             content = source.cat_file(f"{root}/{name}")
         (work / name).write_bytes(content)
-        meta = read_meta(work, split, div)
+        meta = read_meta(work, split, task)  # it names no file outside the folder
         if (folder / name).is_file() and (folder / name).read_bytes() != content:
             raise UserError(f"{folder / name} is of another shard set than {root}/{name}; give another --shards folder")
-        files = [_file(entry) for entry in (meta["index"], *meta["shards"])]
-        allowed = re.compile(rf"{re.escape(split)}(\.index\.csv|-\d{{6}}\.tar)")
-        for file in files:
-            if not allowed.fullmatch(file.name):
-                raise UserError(f"{root}/{name}: {file.name!r} is not a name of a file of a shard set")
-        missing = [file for file in files if not _is_there(folder, file)]
-        needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
+        missing = [file for file in (meta.index, *meta.shards) if not _is_there(folder, file)]
+        needed, free = sum(file.bytes for file in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(f"{folder}: {needed:,} bytes are to be fetched and {free:,} are free")
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             for _ in pool.map(lambda file: _copy(source, root, file, work, folder), missing):
                 pass
-        (work / name).replace(folder / name)  # last: a split without its JSON does not count
+        files.replace(work / name, folder / name)  # last: a split without its JSON does not count
         shutil.rmtree(work)
 
 
-def _copy(source: Any, root: str, file: _File, work: Path, folder: Path) -> None:
+def _copy(source: Any, root: str, file: FileMeta, work: Path, folder: Path) -> None:
     path, temporary = f"{root}/{file.name}", work / file.name
     digest, size = hashlib.sha256(), 0
     with _named(path), source.open(path, "rb") as remote, temporary.open("wb") as local:
-        while size <= file.size and (chunk := remote.read(CHUNK)):
+        while size <= file.bytes and (chunk := remote.read(CHUNK)):
             local.write(chunk)
             digest.update(chunk)
             size += len(chunk)
         local.flush()
         os.fsync(local.fileno())
-    if size != file.size or digest.hexdigest() != file.sha256:
+    if size != file.bytes or digest.hexdigest() != file.sha256:
         temporary.unlink()
         raise UserError(
-            f"{path}: not the {file.size:,} bytes that its JSON names (size or SHA-256 differs); run again, "
-            "and if it stays so, upload the shard set anew"
+            f"{path}: not the {file.bytes:,} bytes that its JSON names (size or SHA-256 differs); run again, "
+            "and if it stays so, upload the shard set again"
         )
-    temporary.replace(folder / file.name)
+    files.replace(temporary, folder / file.name)
 
 
-def _file(entry: dict[str, Any]) -> _File:
-    return _File(str(entry["name"]), int(entry["bytes"]), str(entry["sha256"]))
-
-
-def _is_there(folder: Path, file: _File) -> bool:
+def _is_there(folder: Path, file: FileMeta) -> bool:
     """A file gets its name only when its hash was right, so its size is enough."""
     path = folder / file.name
-    return path.is_file() and path.stat().st_size == file.size
+    return path.is_file() and path.stat().st_size == file.bytes
 
 
 @contextlib.contextmanager
@@ -117,4 +100,4 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be fetched ({type(error).__name__}: {error}); run again to go on") from error
+        raise UserError(f"{path}: cannot be fetched ({type(error).__name__}: {error}); run again to resume") from error

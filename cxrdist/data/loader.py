@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
 import threading
 import time
 import weakref
@@ -27,19 +26,18 @@ from numpy.typing import NDArray
 
 from cxrdist.data.order import MicroBatch
 from cxrdist.data.reader import ShardReader
+from cxrdist.distributed.environment import MAX_DECODE_THREADS, usable_cores
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex
-
-# A core decodes about 1,000 images/s and today's fastest GPU trains on 800: more threads only take cores from others.
-MAX_THREADS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Images of one micro-batch, on the loader's device.
 
-    images: (B, C, 600, 600) uint8, C = 1 when every image of the split is grey, else 3 (RGB, channels last in memory).
-    targets: (B, 14) float32 in {0, 1}, or None for a test split. rows, keys: (B,) int64.
+    images: (B, C, S, S) uint8, S the `size_px` of the split, C = 1 when all its images are grey, else 3 (RGB, channels
+    last in memory). targets: (B, K) float32 in [0, 1], NaN where masked, or None for a split without labels.
+    rows, keys: (B,) int64.
     weight, last, step, epoch: see MicroBatch; for a plan of bare row arrays weight 1, last True, step the batch number.
     With `on_bad="skip"` the undecodable rows are missing here; `weight` is reduced as if their loss were 0.
 
@@ -85,8 +83,8 @@ class Loader:
     ) -> None:
         """
         Args:
-            num_threads: decode threads; None takes the cores of this rank (`threads_of_this_rank`), 0 decodes in the
-                caller's thread. The batches do not depend on it.
+            num_threads: decode threads; None takes the cores this process may use, at most 8, 0 decodes in the caller's
+                thread. The batches do not depend on it.
             prefetch: batches decoded ahead, at least 1.
             on_bad: what to do with an image that cannot be decoded: raise a UserError that names shard and key, or skip
                 it, count it in `skipped`, and raise after `max_bad` of them.
@@ -98,15 +96,14 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         if on_gpu and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.num_threads = threads_of_this_rank() if num_threads is None else num_threads
+        self.num_threads = min(MAX_DECODE_THREADS, usable_cores()) if num_threads is None else num_threads
         self.wait_s = 0.0
         self.skipped: list[SkippedImage] = []
         self._prefetch = prefetch
         self._on_bad = on_bad
         self._max_bad = max_bad
         self._reader = ShardReader(index)
-        size = int(index.meta["size_px"])
-        self._image_shape = (size, size, index.num_channels)  # decided here, once for all batches
+        self._image_shape = (index.size_px, index.size_px, index.num_channels)  # decided here, once for all batches
         self._buffers = _Buffers(pinned=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         # A thread starts on GPU 0, and to leave the stream would open a context there (0.5 GB) in every process.
@@ -203,7 +200,7 @@ class Loader:
         index = self.index
         if any(item.row == row for item in self.skipped):
             return  # in an earlier epoch
-        self.skipped.append(SkippedImage(row, int(index.keys[row]), str(index.image_names[row]), str(error)))
+        self.skipped.append(SkippedImage(row, int(index.keys[row]), index.image_names[row], str(error)))
         if len(self.skipped) > self._max_bad:
             raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
 
@@ -214,17 +211,8 @@ class Loader:
             self._jobs.discard(job)
 
 
-def threads_of_this_rank() -> int:
-    """Decode threads for one rank: the cores this process may use, shared with the node's other ranks, 1 to 8.
-
-    Cores are those of the CPU affinity, ranks those of LOCAL_WORLD_SIZE, which torchrun and accelerate set.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 class _Undecodable(UserError):
-    """An image whose bytes are no 600x600 JPEG."""
+    """An image whose bytes are not a JPEG of the split's size."""
 
 
 class _Buffers:
@@ -240,7 +228,7 @@ class _Buffers:
             buffer, copied = self._free.popleft()
             if len(buffer) >= num_bytes:
                 if copied is not None:
-                    copied.synchronize()  # the host waits here only when it is a whole batch ahead of the copy
+                    copied.synchronize()  # the host waits here only when it is a full batch ahead of the copy
                 return buffer
         if self.pinned:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
@@ -265,7 +253,7 @@ class _Job:
         stream: torch.cuda.Stream | None,
     ) -> None:
         self.micro = micro
-        self.errors: dict[int, Exception] = {}  # by position in the batch, -1 for the batch as a whole
+        self.errors: dict[int, Exception] = {}  # by position in the batch, -1 for the batch itself
         self.ready = threading.Event()
         self.cancelled = False
         self.batch: Batch | None = None
@@ -308,8 +296,8 @@ class _Job:
             if image.shape != target.shape:
                 raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
         except ValueError as error:
-            intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256[row]
-            again = "copy the shard anew, or delete it and run cxrdist.preprocess again"
+            intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256(row)
+            again = "copy the shard again, or delete it and run cxrdist.preprocess again"
             state = "as it was preprocessed" if intact else f"damaged since: {again}"
             raise _Undecodable(
                 f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"

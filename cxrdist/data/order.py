@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
+from cxrdist.splitmix import GAMMA, mix
 
 Rows = NDArray[np.int64]
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ def epoch_order(rows: Rows, seed: int, epoch: int) -> Rows:
     between versions: a run resumes on another numpy. The hash is a bijection of the row, hence no ties.
     Source of the hash: SplitMix64 (Steele et al. 2014).
     """
-    start = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+    start = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
     rows = np.asarray(rows, np.int64)
-    return rows[np.argsort(_mix(start + rows.astype(np.uint64) * _GAMMA))]
+    return rows[np.argsort(mix(start + rows.astype(np.uint64) * GAMMA))]
 
 
 def num_steps(num_rows: int, global_batch_size: int) -> int:
@@ -72,7 +71,7 @@ def train_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of `rank` from `start_step` to the end of `epoch`.
 
-    The global batches depend on (rows, seed, epoch, global_batch_size) alone. A rank's slice of a batch differs from
+    The global batches depend only on (rows, seed, epoch, global_batch_size). A rank's slice of a batch differs from
     another rank's by at most one image; a rank with nothing gets a placeholder of weight 0.
     Raises UserError when there is no image, or when `start_step` lies behind the epoch (a checkpoint of another split).
     """
@@ -123,7 +122,6 @@ def _check_sizes(rows: Rows, device_batch_size: int, rank: int, world_size: int)
         raise ValueError(f"rank {rank} is not in a world of {world_size}")
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generator (dropout) for one optimizer step of one rank, in [0, 2^63)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,7 +1,7 @@
 """JPEG bytes of a shard set by row: one `pread` at the offset the index knows, no tar parsing, from any thread.
 
-Reading and decoding reach 0.98 of decoding alone, against 0.99 from a memory map; but a map counts the page cache as
-memory of the process, and turns a cut file or a failing disk into a SIGBUS instead of an error with a name.
+Reading and decoding reach 0.98 of the speed of decoding, against 0.99 from a memory map; but a map counts the page
+cache as memory of the process, and turns a cut file or a failing disk into a SIGBUS instead of an error with a name.
 """
 
 import os
@@ -47,7 +47,7 @@ class ShardReader:
         if len(data) != length:
             raise UserError(
                 f"{self.where(row)}: only {len(data)} of {length} bytes are there, the shard was cut; "
-                "run cxrdist.preprocess again or copy it anew"
+                "run cxrdist.preprocess again or copy it again"
             )
         return data
 
@@ -55,7 +55,7 @@ class ShardReader:
         """Shard file, key and name of a row, for messages."""
         index = self.index
         shard = index.shards[int(index.shard_ids[row])]
-        return f"{index.folder / shard}, key {int(index.keys[row]):08d} ({index.image_names[row]})"
+        return f"{index.folder / shard}, key {index.key_text(row)} ({index.image_names[row]})"
 
     def close(self) -> None:
         """Close the files. Must not run while another thread reads."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from cxrdist.labels import LABELS
+from cxrdist.task import COMPETITION_LABELS as LABELS
 
 Plane = NDArray[np.float32]  # (H, W)
 Points = list[tuple[float, float]]  # phantom coordinates: x to the right, y down, the image is [-1, 1] x [-1, 1]

@@ -1,23 +1,35 @@
-"""Scores of finished batches on the disk, so that a killed inference goes on instead of beginning anew.
+"""Scores of finished batches on the disk, so that a killed inference resumes instead of starting from scratch.
 
-A part is a file written whole or not at all. It holds raw logits of every pass, so averaging in another way, or a run
+A part is a file that is complete or not there. It holds raw logits of every pass, so averaging in another way, or a run
 on another number of processes, uses it again. The folder's name is the hash of everything that the logits depend on.
 """
 
 import hashlib
 import io
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.distributed.ranks import Ranks
+from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis(Document):
+    """All that the logits of a run depend on; equal on all ranks."""
+
+    shards: str  # fingerprint
+    rows: str  # SHA-256 (hex) of the rows that are scored
+    columns: tuple[tuple[str, int, str], ...]  # see `passes.columns_of`
+    device_batch_size: int
+    precision: str
+    device: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,31 +46,30 @@ class Part:
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
-        reasons = np.frombuffer(json.dumps(self.unreadable).encode("utf-8"), dtype=np.uint8)
-        np.savez(buffer, batches=self.batches, rows=self.rows, logits=self.logits, unreadable=reasons)
+        bad, reasons = np.array(list(self.unreadable), np.int64), np.array(list(self.unreadable.values()), str)
+        np.savez(buffer, batches=self.batches, rows=self.rows, logits=self.logits, bad=bad, reasons=reasons)
         return buffer.getvalue()
 
     @staticmethod
     def from_bytes(content: bytes) -> "Part":
         """Raises ValueError, KeyError or BadZipFile for anything that `to_bytes` did not write."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            reasons = {int(row): str(reason) for row, reason in json.loads(bytes(arrays["unreadable"])).items()}
-            return Part(arrays["batches"], arrays["rows"], arrays["logits"], reasons)
+            unreadable = dict(zip(arrays["bad"].tolist(), arrays["reasons"].tolist(), strict=True))
+            return Part(arrays["batches"], arrays["rows"], arrays["logits"], unreadable)
 
 
 class PartStore:
-    """The parts under `folder/<fingerprint>`; `describes` (JSON) is all that determines the logits."""
+    """The parts under `folder/<hash of basis>`."""
 
-    def __init__(self, folder: Path, describes: dict[str, Any]) -> None:
-        text = json.dumps(describes, sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    def __init__(self, folder: Path, basis: Basis) -> None:
+        self.folder = folder / hashlib.sha256(basis.to_json().encode()).hexdigest()[:16]
 
     def write(self, part: Part, rank: int) -> None:
         """UserError when the disk is full; the parts written before stay usable."""
         write_atomically(self.folder / f"{int(part.batches[0]):08d}-{rank}.npz", part.to_bytes())
 
     def read_all(self) -> dict[str, Part]:
-        """File name -> part, for every whole file; a damaged one is left out, so that its batches are scored again."""
+        """File name -> part, for every intact file; a damaged one is left out, so that its batches are scored again."""
         parts = {}
         for path in sorted(self.folder.glob("*.npz")):
             try:
@@ -66,6 +77,20 @@ class PartStore:
             except (ValueError, KeyError, zipfile.BadZipFile):
                 print(f"{path} is damaged: its images are scored again")
         return parts
+
+
+def batches_done(parts: dict[str, Part], ranks: Ranks) -> set[int]:
+    """Numbers of the batches that are in a part of any rank, also where machines do not share the output folder."""
+    own = {int(number) for part in parts.values() for number in part.batches}
+    return set().union(*ranks.gather(own))
+
+
+def collect(store: PartStore, ranks: Ranks) -> list[Part]:
+    """All parts of all processes on rank 0, also where machines do not share the output folder. A barrier, too."""
+    own = store.read_all()
+    on_main = set(ranks.gather(sorted(own))[0])
+    gathered = ranks.gather({name: part for name, part in own.items() if name not in on_main})
+    return list({name: part for parts in (own, *gathered) for name, part in parts.items()}.values())
 
 
 def merge(

@@ -7,6 +7,9 @@ class token, the mask token is dropped. Source: RPIDIAL/CheXFound; 304,630,016 p
 Shapes: B batch, N patches, D backbone width, F = 4 D, C classes, H heads.
 """
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxrdist.errors import UserError
+from cxrdist.models.architecture import Architecture, OfficialFiles, Recognised, Size, Tensors, fit_position, left_out
 from cxrdist.models.glori import GLoRI
+from cxrdist.models.saliency import attention_maps
 
 NUM_BLOCKS_READ = 4  # the features are the patch tokens of the last four blocks
 RELEASED_QUERIES = 40  # classes of the released head, kept by the published run
+TEACHER_FILE, GLORI_FILE, RESULTS_FILE = "teacher_checkpoint.pth", "glori.pth", "results_eval_linear.json"
 POS_EMBED_OFFSET = 0.1  # DINOv2's guard against rounding, part of the sampling positions
 _NOT_OURS: Any = ("in_chans", "global_pool")  # timm adds them for every model
 
@@ -33,7 +40,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 1.0,
             "mean": IMAGENET_DEFAULT_MEAN,
             "std": IMAGENET_DEFAULT_STD,
-            "num_classes": 14,
+            "num_classes": RELEASED_QUERIES,
             "first_conv": "backbone.patch_embed.proj",
             "classifier": "glori",
         }
@@ -50,7 +57,7 @@ class CheXFound(nn.Module):
     def __init__(
         self,
         img_size: int | tuple[int, int] = 512,
-        num_classes: int = 14,
+        num_classes: int = RELEASED_QUERIES,
         drop_rate: float = 0.1,
         embed_dim: int = 1024,
         depth: int = 24,
@@ -87,7 +94,7 @@ class CheXFound(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "CheXFound":
-        """As `nn.Module.train`, for the head alone: the backbone stays in eval mode."""
+        """As `nn.Module.train`, for the head only: the backbone stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -116,8 +123,11 @@ class CheXFound(nn.Module):
 
 @register_model
 def chexfound_vitl16_glori(pretrained: bool = False, **kwargs: Any) -> CheXFound:
-    """The published structure, random init: ViT-L/16 at `img_size` (512), 40 queries, the first `num_classes` used."""
-    kwargs = {"num_queries": max(RELEASED_QUERIES, kwargs.get("num_classes", 0))} | kwargs
+    """The published structure, random init: ViT-L/16 at `img_size` (512), 40 queries, the first `num_classes` used.
+
+    There are more queries only where there are more classes.
+    """
+    kwargs = {"num_queries": max(RELEASED_QUERIES, kwargs.get("num_classes", RELEASED_QUERIES))} | kwargs
     model: CheXFound = build_model_with_cfg(
         CheXFound, "chexfound_vitl16_glori", pretrained, kwargs_filter=_NOT_OURS, **kwargs
     )
@@ -142,3 +152,143 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
     new_1DHW = F.interpolate(old_1DHW, scale_factor=factors, mode="bicubic", antialias=False)
     assert new_1DHW.shape[-2:] == grid
     return new_1DHW.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
+
+
+def recognise(path: Path, state: Tensors) -> Recognised | None:
+    """CheXFound's tensors in our names, from the layouts chexfound_teacher, glori, published_chexfound and cxrdist."""
+    heads = [name for name in state if re.match(r"(glori\.)?classifiers_dict\.", name)]
+    registers = state.keys() & {"backbone.register_tokens", "backbone.reg_token"}
+    if not heads and not registers and not any(name.startswith("glori.") for name in state):
+        return None
+    tensors, notes = _our_names(state)
+    layout = "cxrdist"
+    if "backbone.register_tokens" in state:
+        layout = "published_chexfound" if heads else "chexfound_teacher"
+    if heads:
+        layout = "glori" if layout == "cxrdist" else layout
+        head, name = _choose_classifier(path, state)
+        tensors |= head
+        notes.append(f"classifier {name}")
+    return Recognised(layout, tensors, notes)
+
+
+def _our_names(state: Tensors) -> tuple[Tensors, list[str]]:
+    """The backbone and our own head; classifiers of other names are left to `_choose_classifier`."""
+    official = "backbone.register_tokens" in state
+    tensors: Tensors = {}
+    dropped = []
+    for name, tensor in state.items():
+        if re.match(r"(glori\.)?classifiers_dict\.", name):
+            continue
+        if official and (name == "backbone.mask_token" or re.match(r"(dino|ibot)_head\.", name)):
+            dropped.append(name)
+            continue
+        if official and name.startswith("backbone."):
+            # blocks.<chunk>.<index over all chunks>: the chunk only says how the official code sharded it
+            name = re.sub(r"^backbone\.blocks\.\d+\.(\d+)\.", r"backbone.blocks.\1.", name)
+            name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+            name = name.replace("backbone.register_tokens", "backbone.reg_token")
+        tensors[name] = tensor
+    if official and {"backbone.cls_token", "backbone.pos_embed"} <= tensors.keys():
+        # timm's module has no position row for the class token: added to the token itself, once
+        position = tensors["backbone.pos_embed"]
+        tensors["backbone.cls_token"] = tensors["backbone.cls_token"] + position[:, :1]
+        tensors["backbone.pos_embed"] = position[:, 1:]
+    return tensors, left_out(dropped)
+
+
+def _choose_classifier(path: Path, state: Tensors) -> tuple[Tensors, str]:
+    """The best classifier's tensors as `glori.*`, and its name."""
+    classifiers: dict[str, Tensors] = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"(?:glori\.)?classifiers_dict\.(.+?)\.decoder\.(.+)", name):
+            classifiers.setdefault(match[1], {})[f"glori.{match[2]}"] = tensor
+    if len(classifiers) == 1:
+        name, head = next(iter(classifiers.items()))
+        return head, name
+    results = path.with_name(RESULTS_FILE)
+    best = _best_classifier(path, results)
+    if best not in classifiers:
+        names = ", ".join(list(classifiers)[:8])
+        raise UserError(
+            f"{path}: has no classifier {best}, which {results} names best, only {names}; get both files from the same "
+            "place"
+        )
+    return classifiers[best], best
+
+
+def _best_classifier(path: Path, results: Path) -> str:
+    """The name in the last record of the official log; a record is a prefix line, a JSON line and an empty one."""
+    if not results.is_file():
+        raise UserError(f"{path}: holds several classifiers; put {RESULTS_FILE} beside it, which names the best one")
+    names = []
+    for line in results.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("{"):
+            try:
+                names.append(str(json.loads(line)["best_classifier"]["name"]))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{results}: has a record without best_classifier; get it again") from None
+    if not names:
+        raise UserError(f"{results}: names no best_classifier; get it again")
+    return names[-1]
+
+
+def _fit(model: CheXFound, tensors: Tensors, source: str) -> list[str]:
+    """Adapt a released head to the model's classes, and the position embedding to its input size.
+
+    Fewer classes, as published: all queries and outputs stay, the first are used, the bias starts at zero. More classes
+    than the head has queries: the head is left out.
+    """
+    notes = []
+    bias = tensors.get("glori.duplicate_pooling_bias")
+    if bias is not None and model.num_classes < len(bias) == model.glori.query_embed.num_embeddings:
+        tensors["glori.duplicate_pooling_bias"] = torch.zeros(model.num_classes)
+        notes.append(
+            f"head of {len(bias)} classes: all queries kept, the first {model.num_classes} used, fresh zero bias"
+        )
+    elif bias is not None and RELEASED_QUERIES == len(bias) < model.num_classes:
+        for name in [name for name in tensors if name.startswith("glori.")]:
+            del tensors[name]
+        notes.append(f"head of {len(bias)} classes left out: too few for {model.num_classes}")
+    grid = model.backbone.patch_embed.grid_size
+    return notes + fit_position(tensors, "backbone.pos_embed", grid, resize_pos_embed, source)
+
+
+def _create(image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) -> CheXFound:
+    if sizes:  # only the published sizes carry queries beyond the classes
+        sizes.setdefault("num_queries", num_classes)
+    model: CheXFound = chexfound_vitl16_glori(
+        img_size=image_size, num_classes=num_classes, drop_rate=drop_rate, **sizes
+    )
+    return model
+
+
+def _idle(model: CheXFound) -> int:
+    """Queries and outputs beyond the classes."""
+    queries = model.glori.query_embed.weight
+    return 2 * (len(queries) - model.num_classes) * queries.shape[1]
+
+
+ARCHITECTURE = Architecture(
+    name="chexfound",
+    create=_create,
+    sizes=("embed_dim", "depth", "num_heads", "init_values", "decoder_dim", "num_queries"),
+    multiple_of=16,
+    frozen="backbone.",
+    head="glori.",
+    official=OfficialFiles(
+        (TEACHER_FILE, GLORI_FILE),
+        "the Google Drive folder linked from https://github.com/RPIDIAL/CheXFound (which has no licence file: ask its "
+        "authors before you pass weights on)",
+        beside={GLORI_FILE: RESULTS_FILE},
+    ),
+    recognise=recognise,
+    fit=_fit,
+    position="backbone.pos_embed",
+    saliency=attention_maps,
+    saliency_title="GLoRI attention",
+    saliency_about="Where the finding's own query looks (mean over heads).",
+    features=CheXFound.features,
+    head_logits=CheXFound.head_logits,
+    idle=_idle,
+)

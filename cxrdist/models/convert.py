@@ -7,9 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
-from cxrdist.cli import Parser, add_flags
-from cxrdist.errors import UserError, run_entry
-from cxrdist.models.weights import file_sha256, read_weights, write_safetensors
+from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.errors import UserError
+from cxrdist.models.weights.layouts import architecture_of_file, read_weights
+from cxrdist.models.weights.safetensors import file_sha256, write_safetensors
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     tensors = found.ema if kept == "ema" and found.ema is not None else found.tensors
     metadata = {
         "layout": found.layout,
-        "model": found.model,
+        "model": architecture_of_file(found),
         "weights": kept,
         "epoch": str(found.epoch or ""),
         "sources": json.dumps({path.name: file_sha256(path) for path in found.paths}),

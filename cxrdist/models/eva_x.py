@@ -5,6 +5,9 @@ No subclass: timm's module gives the official outputs bit for bit, so its parame
 Source: hustvl/EVA-X `eva_x.py`; competition solution (only a new linear head, with torch's default init).
 """
 
+import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.eva import Eva
 from torch import Tensor, nn
+
+from cxrdist.models.architecture import Architecture, OfficialFiles, Recognised, Size, Tensors, fit_position, left_out
+from cxrdist.models.saliency import grad_cam
 
 SIZES: dict[str, dict[str, Any]] = {
     "eva_x_tiny_patch16": {"embed_dim": 192, "num_heads": 3},
@@ -26,7 +32,6 @@ _CFG = {
     "crop_pct": 1.0,
     "mean": IMAGENET_DEFAULT_MEAN,
     "std": IMAGENET_DEFAULT_STD,
-    "num_classes": 14,
     "first_conv": "patch_embed.proj",
     "classifier": "head",
 }
@@ -84,3 +89,79 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
     )
     assert isinstance(resized, torch.Tensor)
     return resized
+
+
+def recognise(path: Path, state: Tensors) -> Recognised | None:
+    """EVA-X's tensors under timm's names, from the layouts eva_x_mim, eva_x_finetuned, published_eva_x and cxrdist."""
+    prefixed = all(name.startswith("backbone.") for name in state)
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()} if prefixed else state
+    separate_bias = any(re.match(r"blocks\.\d+\.attn\.(q_bias|q_proj\.)", name) for name in state)  # of no plain ViT
+    if "cls_token" not in state or not separate_bias:
+        return None
+    tensors, notes = _our_names(state)
+    layout = "published_eva_x" if prefixed else "cxrdist"
+    if "mask_token" in state:
+        layout = "eva_x_mim"
+    elif any(re.search(r"\.mlp\.(w1|w12)\.", name) for name in state):
+        layout = "eva_x_finetuned"
+        for name in ("head.weight", "head.bias"):
+            if tensors.pop(name, None) is not None:
+                notes.append(f"left out {name} (labels of another data set)")
+    return Recognised(layout, tensors, notes)
+
+
+def _our_names(state: Tensors) -> tuple[Tensors, list[str]]:
+    pretraining = "mask_token" in state
+    separate = "blocks.0.attn.q_proj.weight" in state
+    tensors: Tensors = {}
+    dropped = []
+    for name, tensor in state.items():
+        if re.search(r"(^|\.)rope\.freqs_(cos|sin)$", name) or name in ("mask_token", "lm_head.weight", "lm_head.bias"):
+            dropped.append(name)
+            continue
+        if pretraining:
+            name = re.sub(r"^norm\.", "fc_norm.", name)
+        name = name.replace(".mlp.ffn_ln.", ".mlp.norm.").replace(".mlp.w12.", ".mlp.fc1.")
+        name = (
+            name.replace(".mlp.w1.", ".mlp.fc1_g.").replace(".mlp.w2.", ".mlp.fc1_x.").replace(".mlp.w3.", ".mlp.fc2.")
+        )
+        if separate:
+            name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)
+        tensors[name] = tensor
+    return tensors, left_out(dropped)
+
+
+def _fit(model: Eva, tensors: Tensors, source: str) -> list[str]:
+    grid = model.patch_embed.grid_size
+    return fit_position(tensors, "pos_embed", grid, resize_pos_embed, source, num_prefix=1)
+
+
+def _create(variant: str, image_size: Size, num_classes: int, drop_rate: float, **sizes: int | float) -> Eva:
+    return _eva_x(variant, False, img_size=image_size, num_classes=num_classes, **sizes)  # EVA-X has no dropout
+
+
+ARCHITECTURES = tuple(
+    Architecture(
+        name=name,
+        create=functools.partial(_create, variant),
+        sizes=("embed_dim", "depth", "num_heads"),
+        multiple_of=16,
+        official=OfficialFiles(
+            (f"{variant}_merged520k_mim.pt",),
+            "https://huggingface.co/MapleF/eva_x (linked from https://github.com/hustvl/EVA-X, which has no licence "
+            "file: ask its authors before you pass weights on)",
+        ),
+        recognise=recognise,
+        fit=_fit,
+        position="pos_embed",
+        not_in_optimizer=("cls_token", "pos_embed"),
+        saliency=grad_cam,
+        saliency_title="Grad-CAM",
+        saliency_about="Patches that raise the finding's score, on the tokens of the last block.",
+    )
+    for name, variant in (
+        ("eva_x", "eva_x_base_patch16"),
+        ("eva_x_small", "eva_x_small_patch16"),
+        ("eva_x_tiny", "eva_x_tiny_patch16"),
+    )
+)

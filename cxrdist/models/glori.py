@@ -1,8 +1,8 @@
 """GLoRI (Global and Local Representations Integration): patch tokens of a frozen backbone to logits and attention maps.
 
 One learned query per class looks over all patch tokens in one decoder layer without self-attention, so the queries do
-not see each other. The published run keeps the 40 queries and outputs of the released head and uses the first 14:
-the others are stored and go to the optimizer, but are not computed here, and their gradient is exactly zero.
+not see each other. The published run keeps the 40 queries and outputs of the released head and uses as many as it has
+labels: the others are stored and go to the optimizer, but are not computed, and their gradient is exactly zero.
 Parameter names are upstream's (the typo `embed_standart` too). Source: RPIDIAL/CheXFound, `glori.py`.
 
 Shapes: B batch, N patches, F width of the features (four blocks concatenated), D decoder width, C classes, H heads.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxrdist.errors import UserError
+
 NUM_HEADS = 8
 
 
@@ -19,7 +21,7 @@ class CrossAttention(nn.Module):
     """What `nn.MultiheadAttention` computes from the same parameters, at the cost it should have.
 
     That module turns the tokens to (N, B, D) first, and its projection of them then repeats the weights for every
-    token: three quarters of a whole forward pass, backbone included, in bf16 on a CPU.
+    token: three quarters of the time of a forward pass, backbone included, in bf16 on a CPU.
     """
 
     def __init__(self, width: int, drop_rate: float) -> None:
@@ -98,7 +100,7 @@ class GLoRI(nn.Module):
     ) -> None:
         super().__init__()
         if num_queries < num_classes:
-            raise ValueError(f"{num_queries} queries cannot answer for {num_classes} classes")
+            raise UserError(f"num_queries={num_queries} is not valid for {num_classes} labels: at least one query each")
         self.num_classes = num_classes
         self.duplicate_pooling = nn.Parameter(torch.empty(num_queries, dim, 1))
         self.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_classes))
@@ -109,7 +111,7 @@ class GLoRI(nn.Module):
 
     def _queries_and_tokens(self, features_BNF: Tensor) -> tuple[Tensor, Tensor]:
         queries_CD = self.query_embed.weight[: self.num_classes]
-        return queries_CD.expand(len(features_BNF), -1, -1), F.relu(self.embed_standart(features_BNF))
+        return queries_CD.expand(features_BNF.shape[0], -1, -1), F.relu(self.embed_standart(features_BNF))
 
     def forward(self, features_BNF: Tensor) -> Tensor:
         """(B, C) logits of (B, N, F) features."""

@@ -3,25 +3,22 @@
 A map shows what moved the score, not where the disease is; it is no localisation of a finding.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Maps = NDArray[np.float32]
-
-
-class HasAttention(Protocol):
-    """What CheXFound offers: attention (B, heads, classes, patches) of images (B, 3, S, S)."""
-
-    def attention(self, images: Tensor) -> Tensor: ...
+from cxrdist.models.architecture import Maps
 
 
 @torch.no_grad()
-def attention_maps(model: HasAttention, images: Tensor, labels: NDArray[np.int64]) -> Maps:
-    """(B, h, w) attention of the query of label `labels[b]` over image b, mean over heads; each map sums to 1."""
+def attention_maps(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+    """(B, h, w) attention of the query of label `labels[b]` over image b, mean over heads; each map sums to 1.
+
+    `model.attention` returns (B, heads, classes, patches) of images (B, 3, S, S).
+    """
     maps = model.attention(images).float().mean(dim=1)
     chosen = maps[torch.arange(len(images)), torch.as_tensor(labels)]
     return _grids(chosen)

@@ -1,15 +1,9 @@
-"""An evaluation as one HTML page that needs nothing else: styles and pictures (PNG) are inside, no address is fetched.
+"""The sections of a report: figures and tables of an evaluation. The functions take plain numbers and arrays."""
 
-The functions take plain numbers and arrays; reading runs, shards and models is the caller's work.
-"""
-
-import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -17,96 +11,25 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cxrdist.files import write_atomically
-from cxrdist.labels import LABELS
+from cxrdist.report.page import Section, duration_text, figure_html, html_table, interval_text, number_text
 from cxrdist.scoring import metrics
+from cxrdist.scoring.calibration import reliability
 from cxrdist.scoring.evaluation import Evaluation
 from cxrdist.scoring.tables import ScoreTable
 
 matplotlib.use("Agg")
 
+MAX_SHOWN = 48  # labels in a picture: 12 rows of panels
 COLOURS = ("#1f3a5f", "#d1762a", "#3b8c6e", "#8a5a9e", "#a33b4a", "#7a7a7a")
-WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on this page."
-STYLE = """
-:root { color-scheme: light; --ink: #1d2733; --soft: #5b6776; --line: #dfe4ea; --accent: #1f3a5f; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f3f5f8; color: var(--ink); line-height: 1.5;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-header { background: var(--accent); color: #fff; padding: 28px 0 22px; }
-header h1 { margin: 0 0 4px; font-size: 27px; font-weight: 650; letter-spacing: -.01em; }
-header p { margin: 0; color: #cfdae8; }
-.wrap { max-width: 1120px; margin: 0 auto; padding: 0 28px; }
-nav { background: #fff; border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 1; }
-nav .wrap { display: flex; flex-wrap: wrap; gap: 4px 22px; padding-top: 10px; padding-bottom: 10px; }
-nav a { color: var(--accent); text-decoration: none; font-size: 14px; }
-nav a:hover { text-decoration: underline; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 22px 0; padding: 22px 26px; }
-section h2 { margin: 0 0 4px; font-size: 20px; font-weight: 650; }
-section > p.about { margin: 0 0 16px; color: var(--soft); max-width: 86ch; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 16px 0 4px; }
-.card { border: 1px solid var(--line); border-left: 5px solid var(--accent); border-radius: 8px; padding: 12px 16px; }
-.card b { display: block; font-size: 28px; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: 13.5px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; }
-th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-tr.total td { font-weight: 650; border-top: 2px solid var(--ink); border-bottom: 0; }
-table.text td, table.text th { text-align: left; }
-td small, th small { color: var(--soft); font-weight: 400; white-space: nowrap; }
-.scroll { overflow-x: auto; }
-img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
-code { background: #eef1f5; border-radius: 4px; padding: 1px 5px; font-size: 13px; word-break: break-all; }
-.warning { background: #fff4e5; border: 1px solid #f0c48a; border-radius: 8px; padding: 10px 16px; margin: 20px 0 0; }
-footer { color: var(--soft); font-size: 13.5px; padding: 6px 0 40px; }
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled block of the page. `body` is HTML, the other texts are not."""
-
-    title: str
-    about: str
-    body: str
-
-
-@dataclass(frozen=True, eq=False)
-class Overlay:
-    """A map of what a model looked at, over the image. image: (H, W) grey uint8; heat: (h, w), any scale, >= 0."""
-
-    image: NDArray[np.uint8]
-    heat: NDArray[np.float32]
-    title: str
-    caption: str
-
-
-def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Write the page atomically."""
-    links = "".join(f'<a href="#s{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections))
-    blocks = "".join(
-        f'<section id="s{i}"><h2>{html.escape(section.title)}</h2><p class="about">{html.escape(section.about)}</p>'
-        f"{section.body}</section>"
-        for i, section in enumerate(sections)
-    )
-    write_atomically(
-        path,
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{STYLE}</style></head><body><header><div class="wrap"><h1>{html.escape(title)}</h1>'
-        f'<p>{html.escape(subtitle)}</p></div></header><nav><div class="wrap">{links}</div></nav><div class="wrap">'
-        f'<div class="warning">{html.escape(WARNING)}</div>{blocks}<footer>{html.escape(WARNING)}</footer></div>'
-        "</body></html>\n",
-    )
 
 
 def summary_section(result: Evaluation, notes: Sequence[str]) -> Section:
     cards = []
-    for score, colour in zip(result.scores, COLOURS * 3, strict=False):
+    for score, colour in zip(result.scores, cycle(COLOURS)):
         cards.append(
-            f'<div class="card" style="border-left-color:{colour}"><b>{_number(score.macro_auroc)}</b>'
-            f"<span>macro AUROC, {html.escape(score.name)}<br>95 % {_range(score.macro_interval)}, "
-            f"{score.num_labels} of {len(LABELS)} labels</span></div>"
+            f'<div class="card" style="border-left-color:{colour}"><b>{number_text(score.macro_auroc)}</b>'
+            f"<span>macro AUROC, {html.escape(score.name)}<br>95 % {interval_text(score.macro_interval)}, "
+            f"{score.num_labels} of {len(result.labels)} labels</span></div>"
         )
     cards.append(
         f'<div class="card" style="border-left-color:#aab4c0"><b>{result.num_images:,}</b><span>images of '
@@ -128,68 +51,60 @@ def label_section(result: Evaluation) -> Section:
         "AUROC per label",
         "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
         "positives or negatives has no AUROC and is left out of the macro. AP: average precision of the first table; a "
-        "random score has the positives' share.",
+        "random score has the positives' share." + _note(result),
         figure_html(_forest(result), "AUROC per label with intervals") + _label_table(result),
     )
 
 
 def roc_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
-    """ROC curves of every label, all tables in one panel each; precision-recall of the first table."""
-    figure = Figure(figsize=(11, 9.4), layout="constrained")
-    axes = figure.subplots(4, 4).ravel()
-    for label, axis in enumerate(axes[: len(LABELS)]):
-        axis.plot([0, 1], [0, 1], color="#c5ccd5", lw=0.8)
-        for table, score, colour in zip(tables, result.scores, COLOURS * 3, strict=False):
-            if not math.isnan(score.auroc[label]):
-                fpr, tpr = metrics.roc_curve(targets[:, label], table.probs[:, label])
-                axis.plot(fpr, tpr, color=colour, lw=1.4, label=f"{score.name} {score.auroc[label]:.2f}")
-        _panel(axis, f"{LABELS[label]} ({result.positives[label]})")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, loc="lower right", handlelength=1.2, framealpha=0.8, edgecolor="none")
-        else:
-            axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
-    axes[14].axis("off")
-    axes[15].axis("off")
-    figure.supxlabel("false positive rate", fontsize=9)
-    figure.supylabel("true positive rate", fontsize=9)
-    return Section(
-        "ROC curves",
-        "True against false positive rate; the number of positives is in brackets, AUROCs in the legends.",
-        figure_html(figure, "ROC curves"),
-    )
+    """ROC curves, all tables in one panel for each label."""
+    about = "True against false positive rate; the number of positives is in brackets, AUROCs in the legends."
+    names = ("ROC curves", about, "false positive rate", "true positive rate")
+    return _curves_per_label(names, tables, targets, result, roc=True)
 
 
 def precision_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
-    figure = Figure(figsize=(11, 9.4), layout="constrained")
-    axes = figure.subplots(4, 4).ravel()
-    for label, axis in enumerate(axes[: len(LABELS)]):
-        share = result.positives[label] / max(result.num_images, 1)
-        axis.axhline(share, color="#c5ccd5", lw=0.8)
-        for table, score, colour in zip(tables, result.scores, COLOURS * 3, strict=False):
-            value = score.average_precision[label]
+    about = "The grey line is the share of positives: what a random score reaches. Average precision in the legends."
+    return _curves_per_label(("Precision and recall", about, "recall", "precision"), tables, targets, result, roc=False)
+
+
+def _curves_per_label(
+    names: tuple[str, str, str, str],
+    tables: Sequence[ScoreTable],
+    targets: NDArray[Any],
+    result: Evaluation,
+    *,
+    roc: bool,
+) -> Section:
+    labels = shown_labels(result)
+    figure, axes = _panels(len(labels))
+    for label, axis in zip(labels, axes, strict=True):
+        positives = result.positives[label]
+        share = positives / max(result.num_images, 1)
+        axis.plot([0, 1], [0, 1], color="#c5ccd5", lw=0.8) if roc else axis.axhline(share, color="#c5ccd5", lw=0.8)
+        for table, score, colour in zip(tables, result.scores, cycle(COLOURS)):
+            value = (score.auroc if roc else score.average_precision)[label]
             if not math.isnan(value):
-                recall, precision = metrics.precision_recall_curve(targets[:, label], table.probs[:, label])
-                axis.plot(recall, precision, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
-        _panel(axis, f"{LABELS[label]} ({share:.1%})")
+                curve = metrics.roc_curve if roc else metrics.precision_recall_curve
+                x, y = curve(targets[:, label], table.probs[:, label])
+                axis.plot(x, y, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
+        _panel(axis, f"{_plain(result.labels[label])} ({positives if roc else f'{share:.1%}'})")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, loc="best", handlelength=1.2, framealpha=0.8, edgecolor="none")
-    axes[14].axis("off")
-    axes[15].axis("off")
-    figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
-    return Section(
-        "Precision and recall",
-        "The grey line is the share of positives: what a random score reaches. Average precision in the legends.",
-        figure_html(figure, "precision-recall curves"),
-    )
+            place = "lower right" if roc else "best"
+            axis.legend(fontsize=7, loc=place, handlelength=1.2, framealpha=0.8, edgecolor="none")
+        elif roc:
+            axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
+    figure.supxlabel(names[2], fontsize=9)
+    figure.supylabel(names[3], fontsize=9)
+    return Section(names[0], names[1] + _note(result), figure_html(figure, names[0]))
 
 
 def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     axes = figure.subplots(1, 2)
     axes[0].plot([0, 1], [0, 1], color="#c5ccd5", lw=0.8)
-    for table, colour in zip(tables, COLOURS * 3, strict=False):
-        curve = metrics.reliability(targets, table.probs)
+    for table, colour in zip(tables, cycle(COLOURS)):
+        curve = reliability(targets, table.probs)
         axes[0].plot(curve.mean_prob, curve.positive_share, "o-", ms=4, lw=1.3, color=colour, label=table.name)
         axes[1].hist(
             table.probs.ravel(), bins=np.linspace(0, 1, 41).tolist(), histtype="step", color=colour, label=table.name
@@ -213,7 +128,7 @@ def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], res
         "Calibration",
         "Over all labels together, in ten bins. A temperature above 1 means overconfident, below 1 too cautious. The "
         "training loss (focal, with class weights) is not made for calibrated probabilities; AUROC does not need them.",
-        figure_html(figure, "reliability diagram") + _table(head, rows),
+        figure_html(figure, "reliability diagram") + html_table(head, rows),
     )
 
 
@@ -225,35 +140,35 @@ def comparison_section(result: Evaluation) -> Section:
             (
                 f"{html.escape(item.one)} minus {html.escape(item.other)}",
                 f"{item.difference:+.4f}",
-                _range(item.interval, "+.4f"),
+                interval_text(item.interval, "+.4f"),
                 f"{item.share_above:.0%}",
             )
             for item in result.comparisons
         ]
-        body += _table(("macro AUROC", "difference", "95 % interval", "resamples in which it is above 0"), rows)
+        body += html_table(("macro AUROC", "difference", "95 % interval", "resamples in which it is above 0"), rows)
     effects = [
         (
             html.escape(s.name),
-            _number(s.macro_auroc, 4),
-            _number(s.study_averaged_auroc, 4),
-            _number(s.study_averaged_auroc - s.macro_auroc, 4, "+"),
+            number_text(s.macro_auroc, 4),
+            number_text(s.study_averaged_auroc, 4),
+            number_text(s.study_averaged_auroc - s.macro_auroc, 4, "+"),
         )
         for s in result.scores
     ]
-    body += "<br>" + _table(("table", "per image", "images of a study averaged", "effect"), effects)
+    body += "<br>" + html_table(("table", "per image", "images of a study averaged", "effect"), effects)
     if result.subgroups:
         groups = [
             (
                 f"{item.kind}: {html.escape(item.value)}",
                 f"{item.num_images:,}",
-                _number(item.macro_auroc),
-                _range(item.interval),
-                f"{item.num_labels} of {len(LABELS)}",
+                number_text(item.macro_auroc),
+                interval_text(item.interval),
+                f"{item.num_labels} of {len(result.labels)}",
             )
             for item in result.subgroups
         ]
         head = (f"subgroup ({html.escape(result.scores[0].name)})", "images", "macro AUROC", "95 % interval", "labels")
-        body += "<br>" + _table(head, groups)
+        body += "<br>" + html_table(head, groups)
     return Section(
         "Comparisons and subgroups",
         "Differences are paired: both tables are scored on the same resamples of the patients. Macros of subgroups "
@@ -294,117 +209,78 @@ def curves_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Map
     )
 
 
-def images_section(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], titles: Sequence[str]) -> Section:
-    """A grid: per image its name, then pictures (H, W) or (H, W, 3) uint8 under the column titles."""
-    figure = Figure(figsize=(11, 11 / len(titles) * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    for row, (name, pictures) in zip(axes, rows, strict=True):
-        row[0].set_ylabel(name, fontsize=7)
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    return Section(
-        "Training images",
-        "Stored images and what training made of them in four epochs; the draws depend on seed, epoch and image alone.",
-        figure_html(figure, "augmented training images"),
-    )
-
-
-def attention_section(title: str, about: str, overlays: Sequence[Overlay]) -> Section:
-    """Each overlay as a pair: the image, and the image under its map."""
-    per_row = 3
-    num_rows = -(-len(overlays) // per_row)
-    figure = Figure(figsize=(11, num_rows * 2.3), layout="constrained")
-    axes = figure.subplots(num_rows, 2 * per_row, squeeze=False).reshape(num_rows * per_row, 2)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    for pair, overlay in zip(axes, overlays, strict=False):
-        height, width = overlay.image.shape
-        for axis in pair:
-            axis.imshow(overlay.image, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-        heat = overlay.heat - overlay.heat.min()
-        heat = heat / max(float(heat.max()), 1e-12)
-        pair[1].imshow(
-            heat,
-            cmap="inferno",
-            alpha=0.25 + 0.45 * _smooth(heat),
-            extent=(0, width, height, 0),
-            interpolation="bilinear",
-        )
-        pair[0].set_title(overlay.title, fontsize=8.5, loc="left", fontweight="bold")
-        pair[0].set_xlabel(overlay.caption, fontsize=7.5, loc="left", color="#5b6776")
-    return Section(title, about, figure_html(figure, title))
-
-
 def files_section(paths: Mapping[str, str], timings: Mapping[str, float]) -> Section:
-    body = _table(
+    body = html_table(
         ("what", "where"), [(html.escape(k), f"<code>{html.escape(v)}</code>") for k, v in paths.items()], text=True
     )
     if timings:
-        rows = [(html.escape(name), _duration(seconds)) for name, seconds in timings.items()]
-        rows.append(("<b>total</b>", f"<b>{_duration(sum(timings.values()))}</b>"))
-        body += "<br>" + _table(("step", "time"), rows)
+        rows = [(html.escape(name), duration_text(seconds)) for name, seconds in timings.items()]
+        rows.append(("<b>total</b>", f"<b>{duration_text(sum(timings.values()))}</b>"))
+        body += "<br>" + html_table(("step", "time"), rows)
     return Section("Files and times", "Where everything lies, as the commands were given.", body)
 
 
-def figure_html(figure: Figure, alt: str) -> str:
-    """The figure as an <img> with its PNG inside."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, facecolor="white")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+def shown_labels(result: Evaluation) -> list[int]:
+    """The labels that get a place in pictures: all, or where there are too many those with the most positives."""
+    most = sorted(range(len(result.labels)), key=lambda label: -result.positives[label])
+    return sorted(most[:MAX_SHOWN])
+
+
+def _note(result: Evaluation) -> str:
+    return f" Only the {MAX_SHOWN} labels with the most positives." if len(result.labels) > MAX_SHOWN else ""
 
 
 def _forest(result: Evaluation) -> Figure:
-    figure = Figure(figsize=(11, 5.8), layout="constrained")
+    labels, count = shown_labels(result), len(result.scores)
+    num = len(labels)
+    height = max(2.2, 1 + 0.32 * (num + 1))
+    figure = Figure(figsize=(11, height), layout="constrained")
     axis = figure.subplots()
-    count = len(result.scores)
-    for place, (score, colour) in enumerate(zip(result.scores, COLOURS * 3, strict=False)):
-        y = np.arange(len(LABELS) + 1) + (place - (count - 1) / 2) * 0.7 / max(count, 2)
-        values = np.array([*score.auroc, score.macro_auroc])
-        low_high = np.array([*score.auroc_interval, score.macro_interval])
+    for place, (score, colour) in enumerate(zip(result.scores, cycle(COLOURS))):
+        y = np.arange(num + 1) + (place - (count - 1) / 2) * 0.7 / max(count, 2)
+        values = np.array([*(score.auroc[label] for label in labels), score.macro_auroc])
+        low_high = np.array([*(score.auroc_interval[label] for label in labels), score.macro_interval])
         axis.hlines(y, low_high[:, 0], low_high[:, 1], color=colour, lw=1.6, alpha=0.75)
         axis.plot(values, y, "o", color=colour, ms=5, label=score.name)
-    names = [f"{label} ({positives})" for label, positives in zip(LABELS, result.positives, strict=True)]
-    axis.set_yticks(range(len(LABELS) + 1), [*names, "macro"])
-    axis.axhline(len(LABELS) - 0.5, color="#1d2733", lw=0.8)
+    names = [f"{_plain(result.labels[label])} ({result.positives[label]})" for label in labels]
+    axis.set_yticks(range(num + 1), [*names, "macro"])
+    axis.axhline(num - 0.5, color="#1d2733", lw=0.8)
     axis.axvline(0.5, color="#c5ccd5", lw=1)
-    axis.set(ylim=(len(LABELS) + 0.5, -0.6), xlabel="AUROC (positives in brackets)", xlim=(None, 1.005))
+    axis.set(ylim=(num + 0.5, -0.6), xlabel="AUROC (positives in brackets)", xlim=(None, 1.005))
     axis.grid(axis="x", color="#e8ecf1", lw=0.8)
     axis.set_axisbelow(True)
     _clean(axis)
-    axis.legend(fontsize=9, frameon=False, loc="upper center", ncols=count, bbox_to_anchor=(0.5, 1.08))
+    above = 1 + 0.464 / height  # the legend's place: half an inch above the axes at any height
+    axis.legend(fontsize=9, frameon=False, loc="upper center", ncols=count, bbox_to_anchor=(0.5, above))
     return figure
 
 
 def _label_table(result: Evaluation) -> str:
     head = ["label", "positives", *(html.escape(score.name) for score in result.scores), "AP"]
     rows = []
-    for label, name in enumerate(LABELS):
+    first = result.scores[0]
+    for label, name in enumerate(result.labels):
         cells = [
-            f"{_number(s.auroc[label])}<br><small>{_range(s.auroc_interval[label])}</small>" for s in result.scores
+            f"{number_text(s.auroc[label])}<br><small>{interval_text(s.auroc_interval[label])}</small>"
+            for s in result.scores
         ]
-        rows.append((name, f"{result.positives[label]:,}", *cells, _number(result.scores[0].average_precision[label])))
-    cells = [f"{_number(s.macro_auroc)}<br><small>{_range(s.macro_interval)}</small>" for s in result.scores]
-    mean_precision = metrics.macro(np.array(result.scores[0].average_precision))[0]
-    rows.append((f"macro ({result.scores[0].num_labels} of {len(LABELS)})", "", *cells, _number(mean_precision)))
-    return _table(head, rows, total=True)
+        precision = number_text(first.average_precision[label])
+        rows.append((html.escape(name), f"{result.positives[label]:,}", *cells, precision))
+    cells = [f"{number_text(s.macro_auroc)}<br><small>{interval_text(s.macro_interval)}</small>" for s in result.scores]
+    mean_precision = metrics.macro(np.array(first.average_precision))[0]
+    rows.append((f"macro ({first.num_labels} of {len(result.labels)})", "", *cells, number_text(mean_precision)))
+    return html_table(head, rows, total=True)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False, text: bool = False) -> str:
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = []
-    for place, row in enumerate(rows):
-        kind = ' class="total"' if total and place == len(rows) - 1 else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    kind = ' class="text"' if text else ""
-    body = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table{kind}>{body}</table></div>'
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels, at most four in a row."""
+    per_row = min(4, count)
+    num_rows = -(-count // per_row)
+    figure = Figure(figsize=(2.75 * per_row, 2.35 * num_rows), layout="constrained")
+    axes = list(figure.subplots(num_rows, per_row, squeeze=False).ravel())
+    for axis in axes[count:]:
+        axis.axis("off")
+    return figure, axes[:count]
 
 
 def _panel(axis: Any, title: str) -> None:
@@ -422,19 +298,6 @@ def _smooth(heat: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.sqrt(heat)
 
 
-def _number(value: float, digits: int = 3, sign: str = "") -> str:
-    return "-" if math.isnan(value) else f"{value:{sign}.{digits}f}"
-
-
-def _range(interval: tuple[float, float], form: str = ".3f") -> str:
-    return "-" if math.isnan(interval[0]) else f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.1f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: dollar signs would begin a formula."""
+    return text.replace("$", r"\$")

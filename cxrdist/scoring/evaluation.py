@@ -15,9 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS
-from cxrdist.scoring import metrics
-from cxrdist.scoring.tables import ScoreTable, average_studies, sigmoid
+from cxrdist.scoring import calibration, metrics
+from cxrdist.scoring.tables import ScoreTable, average_studies, study_ids
+from cxrdist.tables import LabelTable
 
 MIN_SUBGROUP = 20  # images; smaller groups say nothing
 AGE_BINS = ((0, 40, "under 40"), (40, 60, "40-59"), (60, 80, "60-79"), (80, 200, "80 and over"))
@@ -25,19 +25,19 @@ AGE_BINS = ((0, 40, "under 40"), (40, 60, "40-59"), (60, 80, "60-79"), (80, 200,
 
 @dataclass(frozen=True)
 class TableScore:
-    """One table's scores; lists have 14 entries in the order of LABELS, nan where a label has none."""
+    """One table's scores; lists have an entry per label in the task's order, nan where a label has none."""
 
     name: str
     macro_auroc: float
     macro_interval: tuple[float, float]  # 95 %
-    num_labels: int  # of 14 that have an AUROC
+    num_labels: int  # that have an AUROC
     auroc: list[float]
     auroc_interval: list[tuple[float, float]]
     average_precision: list[float]
     calibration_error: float  # expected calibration error over all labels
     temperature: float  # of all labels together; above 1: overconfident
     calibration_error_after: float  # with the temperature fitted on the other half of the patients
-    study_averaged_auroc: float  # macro, when all images of a study get their mean; nan where names tell no study
+    study_averaged_auroc: float  # macro, when all images of a study get their mean; nan where a study is not known
 
 
 @dataclass(frozen=True)
@@ -81,27 +81,29 @@ class Evaluation:
         return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
 
-def match_labels(table: ScoreTable, truth: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The rows of `truth` (from `read_label_csv`) in the table's order; UserError for an image without labels."""
-    rows = truth.set_index("image_name", drop=False)
-    unknown = [name for name in table.image_names if name not in rows.index]
+def match_labels(table: ScoreTable, truth: LabelTable, source: str) -> LabelTable:
+    """The rows of `truth` in the table's order; UserError for an image without labels."""
+    row_of = {name: row for row, name in enumerate(truth.about["image_name"])}
+    unknown = [name for name in table.image_names if name not in row_of]
     if unknown:
         raise UserError(
             f"{source} has no labels for {len(unknown):,} of {len(table.image_names):,} scored images, e.g. "
             f"{unknown[0]!r}; give the label CSV of the images that were scored"
         )
-    return rows.loc[list(table.image_names)]
+    rows = [row_of[name] for name in table.image_names]
+    return LabelTable(truth.about.iloc[rows], truth.targets[rows])
 
 
 def evaluate(
-    tables: Sequence[ScoreTable], truth: pd.DataFrame, *, num_resamples: int = 1000, seed: int = 0
+    tables: Sequence[ScoreTable], truth: LabelTable, *, num_resamples: int = 1000, seed: int = 0
 ) -> Evaluation:
     """Score `tables` (over the same images in the same order) against the matching rows of `truth`."""
-    targets = truth[list(LABELS)].to_numpy(np.float64)
-    patients = truth["patient"].to_numpy(object)
+    targets = truth.targets.astype(np.float64)
+    patients = truth.about["patient"].to_numpy(object)
+    studies = study_ids(truth.about["patient"], truth.about["study"])
     probs = [table.probs for table in tables]
     samples = metrics.bootstrap_auroc(targets, probs, patients, num_resamples=num_resamples, seed=seed)
-    scores = [_score(table, targets, patients, samples[i]) for i, table in enumerate(tables)]
+    scores = [_score(table, targets, patients, studies, samples[i]) for i, table in enumerate(tables)]
     macros = [metrics.macro_samples(samples[i]) for i in range(len(tables))]
     comparisons = []
     for one, other in itertools.combinations(range(len(tables)), 2):
@@ -119,55 +121,48 @@ def evaluate(
         num_images=len(truth),
         num_patients=len(set(patients)),
         num_resamples=num_resamples,
-        labels=list(LABELS),
+        labels=list(tables[0].labels),
         positives=[int(count) for count in targets.sum(axis=0)],
         scores=scores,
         comparisons=comparisons,
-        subgroups=list(_subgroups(probs[0], targets, truth, num_resamples, seed)),
+        subgroups=list(_subgroups(probs[0], targets, truth.about, num_resamples, seed)),
     )
 
 
-def _score(table: ScoreTable, targets: metrics.Floats, patients: NDArray[Any], samples: metrics.Floats) -> TableScore:
+def _score(
+    table: ScoreTable,
+    targets: metrics.Floats,
+    patients: NDArray[Any],
+    studies: Sequence[tuple[str, str] | None],
+    samples: metrics.Floats,
+) -> TableScore:
     auroc = metrics.auroc_per_label(targets, table.probs)
     value, num_labels = metrics.macro(auroc)
-    try:
-        by_study = metrics.macro_auroc(targets, average_studies(table).probs)[0]
-    except UserError:
-        by_study = math.nan
+    by_study = math.nan
+    if None not in studies:
+        by_study = metrics.macro_auroc(targets, average_studies(table, studies).probs)[0]
+    calibrated = calibration.calibrated_by_halves(table.probs, targets, patients)
     return TableScore(
         name=table.name,
         macro_auroc=value,
         macro_interval=metrics.interval(metrics.macro_samples(samples)),
         num_labels=num_labels,
         auroc=auroc.tolist(),
-        auroc_interval=[metrics.interval(samples[:, label]) for label in range(len(LABELS))],
+        auroc_interval=[metrics.interval(samples[:, label]) for label in range(len(table.labels))],
         average_precision=metrics.average_precision_per_label(targets, table.probs).tolist(),
-        calibration_error=metrics.reliability(targets, table.probs).expected_error,
-        temperature=metrics.temperature(targets, table.probs),
-        calibration_error_after=metrics.reliability(targets, _calibrated(table, targets, patients)).expected_error,
+        calibration_error=calibration.reliability(targets, table.probs).expected_error,
+        temperature=calibration.temperature(targets, table.probs),
+        calibration_error_after=calibration.reliability(targets, calibrated).expected_error,
         study_averaged_auroc=by_study,
     )
 
 
-def _calibrated(table: ScoreTable, targets: metrics.Floats, patients: NDArray[Any]) -> NDArray[np.float32]:
-    """Probs divided by a temperature that was fitted on the other half of the patients."""
-    _, ids = np.unique(patients.astype(str), return_inverse=True)
-    inside = np.clip(table.probs, 1e-7, 1 - 1e-7)
-    logits = np.log(inside) - np.log1p(-inside)
-    out = table.probs.copy()
-    for half in (0, 1):
-        here, there = ids % 2 == half, ids % 2 != half
-        if here.any() and there.any():
-            out[here] = sigmoid(logits[here] / metrics.temperature(targets[there], table.probs[there]))
-    return out
-
-
 def _subgroups(
-    probs: NDArray[np.float32], targets: metrics.Floats, truth: pd.DataFrame, num_resamples: int, seed: int
+    probs: NDArray[np.float32], targets: metrics.Floats, about: pd.DataFrame, num_resamples: int, seed: int
 ) -> Iterator[Subgroup]:
-    patients = truth["patient"].to_numpy(object)
+    patients = about["patient"].to_numpy(object)
     for kind in ("view", "sex", "age"):
-        values = truth[kind].to_numpy(object)
+        values = about[kind].to_numpy(object)
         if kind == "age":
             values = np.array([_age_bin(value) for value in values], dtype=object)
             order = [name for _, _, name in AGE_BINS]

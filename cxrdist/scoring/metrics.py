@@ -1,16 +1,17 @@
-"""How good a table of probabilities is: AUROC, average precision, their bootstrap intervals, and calibration.
+"""How good a table of probabilities is: AUROC, average precision, and their bootstrap intervals.
 
-All functions take targets (N, K) of 0 and 1 and probs (N, K); K is 14 in this project. AUROC comes from rank sums with
-ties counted half, in exact integer arithmetic on float64, so it does not depend on the order of the rows. A label that
-lacks positives or negatives has no AUROC: it is nan here and left out of the macro, which says how many labels it
-holds (torchmetrics scores such a label 0 and drags the macro down).
+All functions take targets (N, K) of 0 and 1 and probs (N, K). AUROC comes from rank sums with ties counted half, in
+exact integer arithmetic on float64, so it does not depend on the order of the rows. A label that lacks positives or
+negatives has no AUROC: it is nan here and left out of the macro, which says how many labels it holds (torchmetrics
+scores such a label 0 and drags the macro down).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cxrdist.errors import UserError
 
 Floats = NDArray[np.float64]
 _CELLS_AT_ONCE = 4_000_000  # float64 cells of one bootstrap block: 32 MB per temporary
@@ -41,7 +42,7 @@ def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     """(K,) AUROC of each label, in [0, 1]; nan where a label has no positives, no negatives, or a prob that is nan.
 
     Args: targets (N, K) of 0 and 1; probs (N, K), any monotone score (logits give the same).
-    Raises ValueError when the shapes differ or a target is neither 0 nor 1.
+    Raises ValueError when the shapes differ, and UserError when a target is neither 0 nor 1.
     """
     target_table, prob_table = _checked(targets, probs)
     ones = np.ones((1, len(target_table)))
@@ -144,56 +145,13 @@ def macro_samples(samples: Floats) -> Floats:
     return values
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram: mean prob and share of positives in bins of equal width; empty bins are left out."""
-
-    mean_prob: Floats
-    positive_share: Floats
-    count: NDArray[np.int64]
-    expected_error: float  # expected calibration error: the gap's mean, weighted by count
-
-
-def reliability(targets: ArrayLike, probs: ArrayLike, num_bins: int = 10) -> Reliability:
-    """Reliability of probs in [0, 1] against targets, both of any equal shape (flattened)."""
-    truth = np.asarray(targets, dtype=np.float64).ravel()
-    prob = np.asarray(probs, dtype=np.float64).ravel()
-    bins = np.minimum((prob * num_bins).astype(np.int64), num_bins - 1)
-    count = np.bincount(bins, minlength=num_bins)
-    used = count > 0
-    mean_prob = np.bincount(bins, prob, num_bins)[used] / count[used]
-    share = np.bincount(bins, truth, num_bins)[used] / count[used]
-    error = float((np.abs(mean_prob - share) * count[used]).sum() / max(len(prob), 1))
-    return Reliability(mean_prob, share, count[used], error)
-
-
-def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
-    """The T > 0 that makes sigmoid(logit(prob) / T) fit the targets best (log loss); above 1 means overconfident.
-
-    Bisection on 1 / T, in which the log loss is convex; T stays in [1e-2, 1e2]. Fit it on images that are not
-    then scored. AUROC does not change. Source: Guo et al. 2017 (temperature scaling).
-    """
-    truth = np.asarray(targets, dtype=np.float64).ravel()
-    prob = np.clip(np.asarray(probs, dtype=np.float64).ravel(), 1e-7, 1 - 1e-7)
-    logit = np.log(prob) - np.log1p(-prob)
-    low, high = 1e-2, 1e2
-    for _ in range(60):  # 60 halvings exhaust float64; separable data end at the bound
-        inverse = float(np.sqrt(low * high))
-        fitted = 1 / (1 + np.exp(-np.clip(inverse * logit, -700, 700)))
-        if ((fitted - truth) * logit).sum() > 0:
-            high = inverse
-        else:
-            low = inverse
-    return 1 / float(np.sqrt(low * high))
-
-
 def _checked(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, NDArray[np.floating]]:
     target_table = np.asarray(targets, dtype=np.float64)
     prob_table = np.asarray(probs)
     if target_table.ndim != 2 or target_table.shape != prob_table.shape:
         raise ValueError(f"targets {target_table.shape} and probs {prob_table.shape} must be equal (images, labels)")
     if not np.isin(target_table, (0.0, 1.0)).all():
-        raise ValueError("targets must be 0 or 1")
+        raise UserError("targets must be 0 or 1: masked and soft labels cannot be scored; name another --task")
     return target_table, prob_table
 
 

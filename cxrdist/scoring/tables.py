@@ -1,4 +1,4 @@
-"""Score tables (one row of 14 probabilities per image) and how they are averaged into one.
+"""Score tables (one row of probabilities per image) and how they are averaged into one.
 
 A table is a CSV that any tool reads, with a JSON beside it that says where it came from. All averaging happens here, in
 float32: views, epochs and folds of a member, then members. The published run took EVA-X's sigmoid and view mean in
@@ -6,10 +6,11 @@ float16, which moved the result by up to 2.4e-4 and made ties.
 """
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,61 +18,99 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
-from cxrdist.labels import LABELS, patient_of, study_of
 from cxrdist.scoring.metrics import macro_auroc
+from cxrdist.task import TASKS, Task
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Average = Literal["prob", "logit", "rank"]
 Probs = NDArray[np.float32]
 _SMALLEST = np.float32(1e-7)  # probs are kept this far from 0 and 1 before a logit is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Document):
+    """One set of weights and how it is scored. Equal `sha256` means equal weights."""
+
+    source: str  # for people: runs/eva_x_b@5
+    model: str = ""  # an Architecture's name; '' in tables of version 1
+    sha256: str  # of all its tensors
+    backbone_sha256: str | None  # of the frozen backbone's tensors; None when there is none to share
+    image_size: int
+    views: dict[str, float]  # distinct canonical views with their shares in the mean
+    num_views: int = 0  # views asked for, equal ones included
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableMeta(Document):
+    """What made a table; the defaults stand for unknown.
+
+    labels: of the columns, where the task is unknown. shards: fingerprint. unreadable: image name -> reason, for images
+    that were asked for and could not be scored. sha256: of the CSV.
+    """
+
+    format_version: int = FORMAT_VERSION
+    member: str = "table"
+    task: Task | None = None
+    labels: tuple[str, ...] = ()
+    split: str = ""
+    shards: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    weight: float = 1.0
+    average: Average = "prob"
+    precision: str = ""
+    device_batch_size: int | None = None
+    out_of_fold: bool = False  # no model behind a row was trained on its patient
+    unreadable: dict[str, str] = field(default_factory=dict)
+    members: dict[str, float] = field(default_factory=dict)  # of an average, with their weights
+    study_averaged: bool = False
+    sha256: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """Probabilities of one member, or of an average.
 
-    image_names: (N,) object array of str, exact text, each once. probs: (N, 14) float32 in [0, 1], columns as LABELS.
-    meta: what made it: member, div, split, shards (fingerprint), checkpoints, views, unreadable (name -> reason) and
-        out_of_fold (True when no model behind a row was trained on its patient).
+    image_names: (N,) object array of str, exact text, each once. probs: (N, K) float32 in [0, 1], columns as `labels`.
     """
 
     image_names: NDArray[np.object_]
     probs: Probs
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: TableMeta
 
     def __post_init__(self) -> None:
-        if self.probs.shape != (len(self.image_names), len(LABELS)) or self.probs.dtype != np.float32:
-            raise ValueError(f"probs must be ({len(self.image_names)}, {len(LABELS)}) float32")
+        if self.probs.shape != (len(self.image_names), len(self.labels)) or self.probs.dtype != np.float32:
+            raise ValueError(f"probs must be ({len(self.image_names)}, {len(self.labels)}) float32")
 
     @property
     def name(self) -> str:
-        return str(self.meta.get("member", "table"))
+        return self.meta.member
 
     @property
-    def unreadable(self) -> dict[str, str]:
-        """Image name -> reason, for images that were asked for and could not be scored."""
-        return dict(self.meta.get("unreadable", {}))
+    def labels(self) -> tuple[str, ...]:
+        return self.meta.labels if self.meta.task is None else self.meta.task.labels
 
 
 def write_table(path: Path, table: ScoreTable) -> None:
     """Write `path` (CSV; every float32 survives the round trip) and then the JSON beside it, each atomically."""
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
-    rows.writerow(("image_name", *LABELS))
+    rows.writerow(("image_name", *table.labels))
     rows.writerows((name, *map(str, probs)) for name, probs in zip(table.image_names, table.probs, strict=True))
     content = buffer.getvalue().encode("utf-8")
     write_atomically(path, content)
-    meta = {"format_version": FORMAT_VERSION} | table.meta | {"sha256": hashlib.sha256(content).hexdigest()}
-    write_atomically(path.with_suffix(".json"), json.dumps(meta, indent=1) + "\n")
+    meta = dataclasses.replace(table.meta, sha256=hashlib.sha256(content).hexdigest())
+    write_atomically(path.with_suffix(".json"), meta.to_json())
 
 
-def read_table(path: Path) -> ScoreTable:
-    """The table at `path`. Its JSON may be missing (a table made by other software); a submission CSV is a table too.
+def read_table(path: Path, task: Task | None = None) -> ScoreTable:
+    """The table at `path`. A submission CSV is a table too, and so is one that other software made, without a JSON.
 
-    Raises UserError, with file, line and column, for: label columns that are not the 14 in order, a value that is not a
-    number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
+    Args: task: of a table whose JSON is missing or does not say it; compared with the JSON where it does.
+    Raises UserError, with file, line and column, for: another task, label columns in another order, a value that is
+    not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
     try:
         content = path.read_bytes()
@@ -80,22 +119,53 @@ def read_table(path: Path) -> ScoreTable:
         raise UserError(f"{path}: {error.strerror}; give a score table, e.g. OUT/scores/eva_x.csv") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a CSV file; give a score table, e.g. OUT/scores/eva_x.csv") from None
+    side = path.with_suffix(".json")
+    meta = _read_meta(side) or TableMeta(member=path.stem)
+    if task is not None and meta.task is not None and (found := task.differences(meta.task)):
+        raise UserError(f"{path} is of another task than --task: {found[0]}; give the tables' own task, or none")
     rows = list(csv.reader(io.StringIO(text, newline="")))
-    _check_header(path, rows[0] if rows else [])
+    labels = _check_header(path, rows[0] if rows else [], meta.task or task, meta.labels)
     names: dict[str, int] = {}
-    probs = np.zeros((len(rows) - 1, len(LABELS)), dtype=np.float32)
-    for line, row in enumerate(rows[1:], start=2):
-        if len(row) != len(LABELS) + 1:
-            raise UserError(f"{path}, line {line}: {len(row)} cells instead of {len(LABELS) + 1}; make it again")
-        if row[0] in names:
-            raise UserError(f"{path}: image {row[0]!r} is in line {names[row[0]]} and again in line {line}; keep one")
-        names[row[0]] = line
+    probs = np.zeros((len(rows) - 1, len(labels)), dtype=np.float32)
+    for line, cells in enumerate(rows[1:], start=2):
+        if len(cells) != len(labels) + 1:
+            raise UserError(f"{path}, line {line}: {len(cells)} cells instead of {len(labels) + 1}; make it again")
+        if cells[0] in names:
+            raise UserError(
+                f"{path}: image {cells[0]!r} is in line {names[cells[0]]} and again in line {line}; keep one"
+            )
+        names[cells[0]] = line
         try:
-            probs[line - 2] = [float(cell) for cell in row[1:]]
+            probs[line - 2] = [float(cell) for cell in cells[1:]]
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
-    _check_range(str(path), np.array(list(names), dtype=object), probs)
-    return ScoreTable(np.array(list(names), dtype=object), probs, _read_meta(path, content))
+    bad = np.argwhere(~((probs >= 0) & (probs <= 1)))
+    if len(bad):
+        row, column = bad[0]
+        value = f"{list(names)[row]!r}, {labels[column]}: {probs[row, column]}"
+        raise UserError(f"{path}: {value} is not a probability in [0, 1]")
+    if not meta.sha256:
+        print(f"{path}: no JSON beside it says its split, shards and models, so they cannot be compared")
+    elif meta.sha256 != hashlib.sha256(content).hexdigest():
+        raise UserError(
+            f"{path} was changed after it was written (its hash is not the one in {side.name}); score again, or delete "
+            f"{side.name} to use it without its origin"
+        )
+    task = meta.task or task
+    meta = dataclasses.replace(meta, task=task, labels=labels if task is None else ())
+    return ScoreTable(np.array(list(names), dtype=object), probs, meta)
+
+
+def task_of(table: ScoreTable, given: Task | None) -> Task:
+    """The task by which label CSVs and templates are read: `given`, the table's, or a built-in one of its labels.
+
+    Raises UserError when it is unknown, or its labels are not the table's.
+    """
+    built_in = (task for task in TASKS.values() if task.labels == table.labels)
+    task = given or table.meta.task or next(built_in, None)
+    if task is None or task.labels != table.labels:
+        raise UserError(f"the labels of table {table.name!r} are of no task that is known: name theirs with --task")
+    return task
 
 
 def average(probs: Sequence[Probs], weights: Sequence[float] | None = None, how: Average = "prob") -> Probs:
@@ -128,15 +198,14 @@ def average_tables(
 ) -> ScoreTable:
     """One table from several over the same images, in the first one's row order.
 
-    Raises UserError when they hold different images, divisions, splits or shard sets; nothing is averaged then.
+    Raises UserError when they hold different images, tasks, splits or shard sets; nothing is averaged then.
     """
     aligned = align(tables)
     shares = [1.0] * len(tables) if weights is None else list(weights)
-    members = [{"member": table.name, "weight": share} for table, share in zip(tables, shares, strict=True)]
-    meta = {key: value for key, value in tables[0].meta.items() if key in ("div", "split", "shards")}
-    unreadable = {name: reason for table in tables for name, reason in table.unreadable.items()}
-    meta |= {"member": "ensemble", "members": members, "average": how, "unreadable": unreadable}
-    meta["out_of_fold"] = all(table.meta.get("out_of_fold") is True for table in tables)
+    first = tables[0].meta
+    meta = TableMeta(member="ensemble", task=first.task, labels=first.labels, split=first.split, shards=first.shards)
+    members = {table.name: share for table, share in zip(tables, shares, strict=True)}
+    meta = dataclasses.replace(meta, average=how, members=members, **_together(tables))
     return ScoreTable(tables[0].image_names, average(aligned, shares, how), meta)
 
 
@@ -146,13 +215,10 @@ def align(tables: Sequence[ScoreTable]) -> list[Probs]:
     position = {name: row for row, name in enumerate(first.image_names)}
     aligned = []
     for table in tables:
-        for key in ("div", "split", "shards"):
-            one, other = first.meta.get(key), table.meta.get(key)
-            if None not in (one, other) and one != other:
-                raise UserError(
-                    f"tables {first.name!r} and {table.name!r} differ in {key}: {one} and {other}; "
-                    "score both with the same shards"
-                )
+        if found := _differences(first, table):
+            raise UserError(
+                f"tables {first.name!r} and {table.name!r} differ in {found}; score both with one shard set"
+            )
         missing = sorted(set(position) - set(table.image_names))
         extra = sorted(set(table.image_names) - set(position))
         if missing or extra:
@@ -167,10 +233,31 @@ def align(tables: Sequence[ScoreTable]) -> list[Probs]:
     return aligned
 
 
+def _together(tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    """The fields of a TableMeta that depend on all tables."""
+    unreadable = {name: reason for table in tables for name, reason in table.meta.unreadable.items()}
+    return {"out_of_fold": all(table.meta.out_of_fold for table in tables), "unreadable": unreadable}
+
+
+def _differences(one: ScoreTable, other: ScoreTable) -> str:
+    """What two tables say differently of themselves; '' where nothing is known to differ."""
+    if one.meta.task is not None and other.meta.task is not None:
+        if found := one.meta.task.differences(other.meta.task):
+            return "; ".join(found)
+    elif one.labels != other.labels:
+        return "their labels"
+    for key in ("split", "shards"):
+        values = getattr(one.meta, key), getattr(other.meta, key)
+        if all(values) and values[0] != values[1]:
+            return f"{key}: {values[0]} and {values[1]}"
+    return ""
+
+
 def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     """Tables of the same member over disjoint images (its out-of-fold parts) become one; others stay as they are.
 
-    Order: each member where it first appears. Raises UserError when parts of a member overlap.
+    Order: each member where it first appears. Raises UserError when parts of a member overlap or differ in their task,
+    split or shard set.
     """
     by_member: dict[str, list[ScoreTable]] = {}
     for table in tables:
@@ -184,10 +271,9 @@ def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
                 f"two tables are named {name!r} and both hold image {repeated!r}: give them different member names "
                 "(their JSON says the name), or parts over different images"
             )
-        meta = dict(parts[0].meta)
-        if len(parts) > 1:
-            meta["out_of_fold"] = all(part.meta.get("out_of_fold") is True for part in parts)
-            meta["unreadable"] = {image: reason for part in parts for image, reason in part.unreadable.items()}
+        if found := next(filter(None, (_differences(parts[0], part) for part in parts)), ""):
+            raise UserError(f"two parts of member {name!r} differ in {found}; score all with one shard set")
+        meta = dataclasses.replace(parts[0].meta, **_together(parts))
         joined.append(ScoreTable(names, np.concatenate([part.probs for part in parts]), meta))
     return joined
 
@@ -196,20 +282,28 @@ def member_weights(tables: Sequence[ScoreTable], given: Sequence[float] | None) 
     """`--weights` as given, else the weights that the members were scored with (1 where a table names none)."""
     if given is not None and len(given) != len(tables):
         raise UserError(f"--weights has {len(given)} numbers for {len(tables)} members; give one per member")
-    return [float(table.meta.get("weight", 1.0)) for table in tables] if given is None else list(given)
+    return [table.meta.weight for table in tables] if given is None else list(given)
 
 
-def average_studies(table: ScoreTable) -> ScoreTable:
-    """Give every image of a study the mean probability of the study's images (same patient and study in the name).
+def study_ids(patients: Iterable[str], studies: Iterable[str]) -> list[tuple[str, str] | None]:
+    """An id per image for `average_studies`; None where the study is not known."""
+    return [(patient, study) if study else None for patient, study in zip(patients, studies, strict=True)]
 
-    All images of a study carry the same labels. Raises UserError for a name that is not patient_study_image.
+
+def average_studies(table: ScoreTable, studies: Sequence[Hashable | None]) -> ScoreTable:
+    """Give every image of a study the mean probability of the study's images: they carry the same labels.
+
+    Args: studies: (N,) the study of each image. Raises UserError where it is None: not known.
     """
-    studies = [f"{patient_of(name)}_{study_of(name)}" for name in table.image_names]
-    _, ids = np.unique(np.array(studies, dtype=str), return_inverse=True)
-    sums = np.zeros((int(ids.max(initial=-1)) + 1, len(LABELS)), dtype=np.float64)
+    for name, study in zip(table.image_names, studies, strict=True):
+        if study is None:
+            raise UserError(f"the study of image {name!r} is not known; shard sets and label CSVs with studies say it")
+    number = {study: place for place, study in enumerate(dict.fromkeys(studies))}
+    ids = np.array([number[study] for study in studies], dtype=np.int64)
+    sums = np.zeros((len(number), table.probs.shape[1]), dtype=np.float64)
     np.add.at(sums, ids, table.probs)
     means = (sums / np.bincount(ids)[:, None]).astype(np.float32)
-    return ScoreTable(table.image_names, means[ids], table.meta | {"study_averaged": True})
+    return ScoreTable(table.image_names, means[ids], dataclasses.replace(table.meta, study_averaged=True))
 
 
 def search_weights(tables: Sequence[ScoreTable], targets: NDArray[Any], *, rounds: int = 50) -> list[float]:
@@ -217,12 +311,12 @@ def search_weights(tables: Sequence[ScoreTable], targets: NDArray[Any], *, round
 
     Greedy selection with replacement: from nothing, `rounds` times add the member that helps most; a member's weight is
     its share of the picks. Coarse on purpose: a fine search fits the sample. Ties go to the earlier member.
-    Args: targets (N, 14) in the first table's row order.
+    Args: targets (N, K) in the first table's row order.
     Raises UserError for a table that is not out-of-fold: on images that a model has seen, overfitting would win.
     Source: Caruana et al. 2004 (ensemble selection).
     """
     for table in tables:
-        if table.meta.get("out_of_fold") is not True:
+        if not table.meta.out_of_fold:
             raise UserError(
                 f"table {table.name!r} is not out-of-fold: weights may only be searched on patients that its models "
                 "did not see; make it with `cxrdist.infer --split train --fold K` from runs with --validate-fold K"
@@ -252,44 +346,41 @@ def _transformed(probs: Probs, how: Average) -> Probs:
     return ranks
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    wanted = ("image_name", *LABELS)
-    if len(header) != len(wanted) or header[0].lower() != wanted[0]:
+def _check_header(path: Path, header: list[str], task: Task | None, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The table's labels, in the task's order; where neither task nor `wanted` is known, a built-in task's counts."""
+    labels = tuple(header[1:])
+    wanted = wanted if task is None else task.labels
+    wanted = wanted or next((task.labels for task in TASKS.values() if set(task.labels) == set(labels)), labels)
+    first = ("image_name", "Image_name" if task is None else task.columns.image)
+    if not labels or len(labels) != len(wanted) or header[0] not in first or len(set(labels)) < len(labels):
         raise UserError(
-            f"{path} is not a score table: its header has {len(header)} columns instead of image_name and the 14 labels"
+            f"{path} is not a score table: its header has {len(header)} columns instead of image_name and "
+            f"{f'the {len(wanted)} labels' if wanted else 'one or more labels'}, each once"
         )
-    for place, (found, label) in enumerate(zip(header[1:], LABELS, strict=True), start=2):
+    for place, (found, label) in enumerate(zip(labels, wanted, strict=True), start=2):
         if found != label:
             raise UserError(
-                f"{path}: column {place} is {found!r} where {label!r} belongs; a table's labels must be in submission "
+                f"{path}: column {place} is {found!r} where {label!r} belongs; a table's labels must be in the task's "
                 "order, so nothing was averaged: put the columns in order, or score again"
             )
+    return wanted
 
 
-def _check_range(source: str, names: NDArray[np.object_], probs: Probs) -> None:
-    bad = ~((probs >= 0) & (probs <= 1))
-    if bad.any():
-        row, label = (int(place) for place in np.argwhere(bad)[0])
-        raise UserError(
-            f"{source}: {names[row]!r}, {LABELS[label]}: {probs[row, label]} is not a probability in [0, 1]"
-        )
-
-
-def _read_meta(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON beside a table, after checking that it describes this very content; a bare name without one."""
-    side = path.with_suffix(".json")
-    if not side.is_file():
-        return {"member": path.stem}
+def _read_meta(path: Path) -> TableMeta | None:
+    """The JSON beside a table, of format version 1, too; None where there is none."""
+    if not path.exists():
+        return None
+    content = read_bounded(path)
     try:
-        meta = json.loads(side.read_text(encoding="utf-8"))
-        version, sha256 = meta["format_version"], meta["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{side} is damaged; score again, or delete it to use the table without its origin") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{side}: format version {version}, this cxrdist reads {FORMAT_VERSION}; score again")
-    if sha256 != hashlib.sha256(content).hexdigest():
-        raise UserError(
-            f"{path} was changed after it was written (its hash is not the one in {side.name}); score again, or delete "
-            f"{side.name} to use it without its origin"
-        )
-    return dict(meta)
+        data = json.loads(content)
+        version, sha256 = data["format_version"], data["sha256"]
+        if version == 1:
+            task = TASKS[data.pop("div")] if "div" in data else None
+            data |= {"format_version": FORMAT_VERSION, "task": task and dataclasses.asdict(task)}
+            data["members"] = {item["member"]: item["weight"] for item in data.get("members", [])}
+        if version in (1, FORMAT_VERSION) and sha256:
+            return TableMeta.from_json(json.dumps(data), path)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        found = error if isinstance(error, UserError) else f"{path} is damaged"
+        raise UserError(f"{found}; score again, or delete it to use the table without its origin") from None
+    raise UserError(f"{path}: format version {version}, this cxrdist reads {FORMAT_VERSION}; score again")

@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
+import xxhash
 from PIL import Image, UnidentifiedImageError
 
 from cxrdist.errors import UserError
@@ -29,7 +30,7 @@ from cxrdist.errors import UserError
 Mode = Literal["exact", "fast"]
 SIZE_PX = 600
 JPEG_QUALITY = 95
-ROWS_AT_ONCE = 32  # of a 2,500-px image: 320 kB, stays in the cache (three times faster than the whole image)
+ROWS_AT_ONCE = 32  # of a 2,500-px image: 320 kB, stays in the cache (three times faster than all rows at once)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 AHEAD = 4  # images in flight per worker
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # what Pillow decodes by itself, without helper programs
@@ -37,11 +38,12 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # what Pillow decodes b
 
 @dataclass(frozen=True)
 class Converted:
-    """The stored form of an image: JPEG bytes, 1 or 3 channels, SHA-256 (hex) of the bytes."""
+    """The stored form of an image: JPEG bytes, 1 or 3 channels, and two hashes of the bytes, SHA-256 in hex."""
 
     jpeg: bytes
     channels: int
     sha256: str
+    xxh3_64: int
 
 
 def convert(path: str, mode: Mode = "exact") -> Converted | str:
@@ -90,7 +92,8 @@ def encode(resized: Image.Image) -> Converted:
     buffer = io.BytesIO()
     resized.save(buffer, "JPEG", quality=JPEG_QUALITY)
     jpeg = buffer.getvalue()
-    return Converted(jpeg, len(resized.getbands()), hashlib.sha256(jpeg).hexdigest())
+    hashes = (hashlib.sha256(jpeg).hexdigest(), xxhash.xxh3_64_intdigest(jpeg))
+    return Converted(jpeg, len(resized.getbands()), *hashes)
 
 
 def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
@@ -101,10 +104,8 @@ def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         try:
             return _decode_jpeg(content, image.size, image.mode, mode)
-        except (
-            ValueError
-        ):  # simplejpeg is stricter than Pillow, which accepts some damage: Pillow decides, as published
-            pass
+        except ValueError:
+            pass  # simplejpeg is stricter than Pillow, which accepts some damage: Pillow decides, as published
     if image.mode in ("L", "LA", "La", "1"):
         return image.convert("L")
     if image.mode.startswith("I"):
@@ -127,7 +128,7 @@ def _decode_jpeg(content: bytes, size: tuple[int, int], kind: str, mode: Mode) -
     if kind == "L":
         return Image.fromarray(simplejpeg.decode_jpeg(content, "GRAY", **options)[..., 0])
     # Most radiographs saved as RGB are grey. Where no pixel has colour, how colour is upsampled makes no difference, so
-    # the cheap way decides; a decode of luma alone would be cheaper still, but could not tell.
+    # the cheap way decides; decoding only the luma would be cheaper still, but could not tell.
     grey = _grey_of(simplejpeg.decode_jpeg(content, "RGBA", fastupsample=True, **options))
     if grey is not None:
         return Image.fromarray(grey)
@@ -172,8 +173,8 @@ def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generato
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        # With pandas, which a worker never uses but imports with the parent's main module: once, and its memory shared.
-        context.set_forkserver_preload(["cxrdist.shards.writer"])
+        # What a worker imports with the parent's main module, most of it unused: once, and its memory shared.
+        context.set_forkserver_preload(["cxrdist.tables", "cxrdist.shards.writer"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[Converted | str]] = deque()
     try:
@@ -186,7 +187,8 @@ def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generato
             yield result
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed (out of memory?); give fewer --workers and run the same command again to go on"
+            "a worker process was killed (out of memory?); give fewer --workers and run the same command again: "
+            "finished shards are kept"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -202,7 +204,7 @@ def keep_memory() -> None:
 
 def _start_worker() -> None:
     keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent stops the workers
     parent = multiprocessing.parent_process()
     if parent is not None:
         # A killed parent closes no queue: without this its workers would wait for ever.

@@ -1,73 +1,189 @@
 """The index of a shard set: what every image is called, where its bytes lie and what is known about it.
 
-Tars say nothing about how many samples they should hold, so everything that reads a shard set starts here.
+Tars say nothing about how many samples they should hold, so everything that reads a shard set starts here. The index is
+an Arrow file that stays on the disk and is mapped into memory: opening makes no Python object per image.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, overload
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
 
+from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS
+from cxrdist.task import TASKS, Task
 
-FORMAT_VERSION = 1
-TEXT_COLUMNS = ("image_name", "patient", "study", "shard", "sha256", "view", "sex", "age")
-COLUMNS = (
-    "key",
-    "image_name",
-    "patient",
-    "study",
-    "shard",
-    "offset",
-    "length",
-    "sha256",
-    "channels",
-    "view",
-    "sex",
-    "age",
-    *LABELS,
-)
+FORMAT_VERSION = 2
+MASKED = 255  # in a uint8 label column; NaN in a float32 one
+TEXT = pa.large_string()
+COLUMNS = {
+    "key": pa.int64(),
+    "image_name": TEXT,
+    "patient": TEXT,
+    "study": TEXT,
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "length": pa.int64(),
+    "sha256": pa.binary(32),
+    "xxh3_64": pa.uint64(),
+    "channels": pa.uint8(),
+    "view": TEXT,
+    "sex": TEXT,
+    "age": TEXT,
+}
+LABEL = "label:"  # before a label's name: the column of its cells
+SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+AGAIN = "run cxrdist.preprocess again, or copy the shard set again"
 
 
-@dataclass(frozen=True)
+class Texts:
+    """A column of text, an entry per image, held as Arrow: no Python object per row until one is asked for."""
+
+    def __init__(self, texts: Iterable[str] | pa.Array) -> None:
+        self.array = texts if isinstance(texts, pa.Array) else pa.array(list(texts), TEXT)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, rows: int | np.integer[Any]) -> str: ...
+    @overload
+    def __getitem__(self, rows: slice | NDArray[Any]) -> Self: ...
+    def __getitem__(self, rows: int | np.integer[Any] | slice | NDArray[Any]) -> str | Self:
+        """The text of one row, or the texts of a slice, of row positions, or where a mask is true."""
+        if isinstance(rows, np.ndarray):
+            return type(self)(self.array.filter(rows) if rows.dtype == bool else self.array.take(rows))
+        return type(self)(self.array[rows]) if isinstance(rows, slice) else str(self.array[int(rows)].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 2**16):
+            yield from self.array[start : start + 2**16].to_pylist()
+
+    def to_list(self) -> list[str]:
+        return list(self.array.to_pylist())
+
+    def codes(self) -> tuple[NDArray[np.int64], "Texts"]:
+        """(N,) int64, equal for equal texts, and the distinct texts, sorted, which these numbers count from 0."""
+        encoded = pc.dictionary_encode(self.array)
+        order = pc.sort_indices(encoded.dictionary).to_numpy()
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        return rank[encoded.indices.to_numpy()], Texts(encoded.dictionary.take(order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Document):
+    rows: int
+    images: int
+    left_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize(Document):
+    mode: str
+    filter: str
+    jpeg_quality: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileMeta(Document):
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardMeta(FileMeta):
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut(Document):
+    key: int
+    image_name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitMeta(Document):
+    """A split's JSON, written last: without it the split does not count.
+
+    fit: how an image becomes square; squash ignores the aspect ratio. source: where the rows come from, with the hash
+    of the table. inputs: by shard number, the hash of all that determines its bytes.
+    """
+
+    format_version: Literal[1, 2] = 2
+    task: Task
+    split: str
+    counts: Counts
+    size_px: int
+    fit: Literal["squash"] = "squash"
+    resize: Resize
+    source: dict[str, str | int | None]
+    rows_per_shard: int
+    shards: tuple[ShardMeta, ...]
+    index: FileMeta
+    left_out: tuple[LeftOut, ...]
+    inputs: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_split_name(self.split)
+        for shard in self.shards:
+            if re.fullmatch(rf"{self.split}-\d{{6,}}\.tar", shard.name) is None:
+                raise UserError(f"{shard.name!r} is not a shard's file name")
+        if self.index.name != f"{self.split}.index.{'csv' if self.format_version == 1 else 'arrow'}":
+            raise UserError(f"{self.index.name!r} is not the index's file name")
+
+
+@dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """One split of a shard set; arrays have one entry per image (N of them), in key order.
+    """One split of a shard set; columns have one entry per image (N of them), in key order.
 
     keys: (N,) int64, the row of the image in the source CSV, counted from 0; gaps where an image was left out.
-    image_names, patients, studies, views, sexes, ages: (N,) object arrays of str; '' where unknown.
-    shard_ids: (N,) int32 into `shards`; offsets, lengths: (N,) int64 bytes of the JPEG in its tar; sha256: their hash.
-    channels: (N,) uint8, 1 or 3. targets: (N, 14) float32 in {0, 1} in the order of LABELS, or None for a test split.
-    meta: the split's JSON.
+    image_names, patients, studies, views, sexes, ages: '' where unknown.
+    shard_ids: (N,) int32 into `shards`; offsets, lengths: (N,) int64 bytes of the JPEG in its tar.
+    digests: (N, 32) uint8, SHA-256 of the JPEG; checksums: (N,) uint64, its XXH3, or None in a set of version 1.
+    channels: (N,) uint8, 1 or 3. targets: (N, K) float32 in [0, 1] in the order of the task's labels, NaN where masked,
+    or None for a split without labels.
     """
 
     folder: Path
-    div: str
+    task: Task
     split: str
     shards: tuple[str, ...]
-    keys: np.ndarray
-    image_names: np.ndarray
-    patients: np.ndarray
-    studies: np.ndarray
-    views: np.ndarray
-    sexes: np.ndarray
-    ages: np.ndarray
-    shard_ids: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-    sha256: np.ndarray
-    channels: np.ndarray
-    targets: np.ndarray | None
-    meta: dict[str, Any]
+    keys: NDArray[np.int64]
+    image_names: Texts
+    patients: Texts
+    studies: Texts
+    views: Texts
+    sexes: Texts
+    ages: Texts
+    shard_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    checksums: NDArray[np.uint64] | None
+    channels: NDArray[np.uint8]
+    targets: NDArray[np.float32] | None
+    meta: SplitMeta
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def size_px(self) -> int:
+        return self.meta.size_px
 
     @property
     def num_channels(self) -> int:
@@ -77,131 +193,270 @@ class ShardIndex:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the index file, which holds every image's hash: identifies the shard set."""
-        return str(self.meta["index"]["sha256"])
+        return self.meta.index.sha256
 
     @cached_property
     def left_out(self) -> dict[str, str]:
         """Image name -> reason, for every image of the source that is not in the shards."""
-        return {entry["image_name"]: entry["reason"] for entry in self.meta["left_out"]}
+        return {entry.image_name: entry.reason for entry in self.meta.left_out}
+
+    def key_text(self, row: int) -> str:
+        """The key as its tar members are called: 8 digits, more beyond 10^8."""
+        return f"{self.keys[row]:08d}"
+
+    def sha256(self, row: int) -> str:
+        return bytes(self.digests[row]).hex()
+
+    def xxh3(self, row: int) -> int | None:
+        return None if self.checksums is None else int(self.checksums[row])
+
+    def rows_of(self, names: Iterable[str] | Texts) -> NDArray[np.int64]:
+        """The row of each image name, (n,) int64; -1 where the split has no such image."""
+        wanted = names if isinstance(names, Texts) else Texts(names)
+        found = pc.index_in(wanted.array, value_set=self.image_names.array)
+        return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
+
+
+def check_split_name(split: str) -> None:
+    if re.fullmatch(SPLIT_NAME, split) is None:
+        raise UserError(f"split {split!r} is not valid: use letters, digits, '_' and '-'")
 
 
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def read_meta(folder: Path, split: str, div: str) -> dict[str, Any]:
-    """The split's JSON. Raises UserError when it is missing, damaged, of another format version, division or split."""
+def splits_in(folder: Path) -> list[str]:
+    """The splits of which the folder holds any file, `train` first."""
+    pattern = re.compile(rf"({SPLIT_NAME}?)(-\d{{6,}}\.tar|\.index\.(arrow|csv)|\.json)")
+    matches = (pattern.fullmatch(path.name) for path in folder.glob("*"))
+    return sorted({match[1] for match in matches if match}, key=lambda split: (split != "train", split))
+
+
+def task_of(folder: Path) -> Task:
+    """The task of the shard set in `folder`, from any finished split; UserError where there is none."""
+    finished = [split for split in splits_in(folder) if (folder / f"{split}.json").is_file()]
+    return read_meta(folder, (finished or ["train"])[0]).task
+
+
+def found_version(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The format version that the split's JSON `path` states (None: nothing readable), and its fields."""
+    try:
+        fields = json.loads(read_bounded(path))
+    except (ValueError, RecursionError):
+        return None, {}
+    return (fields.get("format_version"), fields) if isinstance(fields, dict) else (None, {})
+
+
+def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
+    """The split's JSON, of version 1, too. Raises UserError when it is missing, damaged, of an unknown format version,
+    of another split or, where `task` is given, of another task.
+    """
+    check_split_name(split)
     path = folder / f"{split}.json"
+    command = f"python -m cxrdist.preprocess --task {task.name if task else 'NAME'}"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; make it with `{command} ...`")
     if not path.is_file():
-        there = sorted(file.name for file in folder.glob("*.json")) if folder.is_dir() else None
-        if there is None:
-            raise UserError(f"{folder}: no such folder; make it with `python -m cxrdist.preprocess --div {div} ...`")
-        found = f"it holds {', '.join(there)}" if there else "it holds no finished split"
+        there = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no finished split"
+        raise UserError(f"{path} is missing (the folder holds {there}); run or finish `{command} --split {split} ...`")
+    version, fields = found_version(path)
+    if isinstance(version, int) and version not in (1, FORMAT_VERSION):
         raise UserError(
-            f"{path} is missing ({found}); run or finish `python -m cxrdist.preprocess --div {div} --split {split} ...`"
+            f"{path}: format version {version}, this cxrdist reads 1 and {FORMAT_VERSION}; preprocess again"
         )
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version, found_div, found_split = meta["format_version"], meta["div"], meta["split"]
-        complete = {"counts", "shards", "index", "left_out", "labels", "size_px"} <= set(meta)
-    except (ValueError, KeyError, TypeError):
-        complete = False
-        version, found_div, found_split = FORMAT_VERSION, div, split
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this cxrdist reads {FORMAT_VERSION}; preprocess again")
-    if not complete:
-        raise UserError(f"{path} is damaged; delete it and run cxrdist.preprocess again")
-    if (found_div, found_split) != (div, split):
+        content = json.dumps(_from_version_1(path, fields)) if version == 1 else read_bounded(path)
+        meta = SplitMeta.from_json(content, path)
+    except UserError as error:
+        raise UserError(f"{error}; the file is damaged: delete it and run cxrdist.preprocess again") from None
+    if meta.split != split:
+        raise UserError(f"{path} is of split {meta.split!r}; it was renamed, copy the shard set again")
+    if task is not None and (differences := task.differences(meta.task)):
         raise UserError(
-            f"{folder} holds split {found_split!r} of division {found_div!r}, not {split!r} of {div!r}; "
-            "give the shards of the division you name with --div"
+            f"{folder} holds split {split!r} of another task ({'; '.join(differences)}); give the shards of the task "
+            "that you name with --task"
         )
-    if tuple(meta["labels"]) != LABELS:
-        raise UserError(f"{path}: its labels are not the competition's 14 in order; preprocess again")
-    return dict(meta)
+    return meta
 
 
-def open_index(folder: Path, split: str, div: str) -> ShardIndex:
+def _from_version_1(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(fields)
+    task, labels = TASKS.get(str(fields.pop("div", None))), fields.pop("labels", None)
+    if task is None or labels != list(task.labels):
+        raise UserError(f"{path}: its labels are not those of its task, in order")
+    return fields | {"task": dataclasses.asdict(task), "fit": "squash"}
+
+
+def open_index(folder: Path, split: str, task: Task | None = None) -> ShardIndex:
     """Open one split after checking that its tars are the ones the index was written for, by name and size.
 
-    Reads the JSON and the index (hashed) and stats each tar; no image is read. Raises UserError, naming the file, what
-    was expected and the remedy, when anything is missing, extra, damaged, unfinished or of another division.
+    Reads the JSON, hashes the index and stats each tar; no image is read. Raises UserError, naming the file, what was
+    expected and the remedy, when anything is missing, extra, damaged, unfinished or of another task.
     """
     folder = Path(folder)
-    meta = read_meta(folder, split, div)
-    path = folder / f"{split}.index.csv"
-    again = "run cxrdist.preprocess again, or copy the shard set anew"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {again}") from None
-    if hashlib.sha256(content).hexdigest() != meta["index"]["sha256"]:
-        raise UserError(
-            f"{path} is damaged: {len(content):,} bytes whose SHA-256 is not the one in {split}.json; {again}"
-        )
-    shards = tuple(str(shard["name"]) for shard in meta["shards"])
-    check_tars(folder, split, meta)
-    table = _read_table(path, has_labels=split != "test")
-    count = int(meta["counts"]["images"])
-    ids = {name: number for number, name in enumerate(shards)}
-    shard_ids = table["shard"].map(ids)
-    if len(table) != count or bool(shard_ids.isna().any()):
-        raise UserError(f"{path}: its {len(table):,} rows do not fit the {count:,} images of {split}.json; {again}")
-    if count == 0:
+    meta = read_meta(folder, split, task)
+    check_tars(folder, meta)
+    path = folder / meta.index.name
+    if meta.counts.images == 0:
         raise UserError(f"{folder}: split {split!r} holds no image; see left_out in {split}.json")
-    text = {name: table[name].to_numpy(dtype=object) for name in TEXT_COLUMNS}
+    batch = read_rows(folder, meta)
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    text = {name: Texts(columns[name]) for name, kind in COLUMNS.items() if kind == TEXT}
+    number = {name: column.to_numpy() for name, column in columns.items() if name not in text and name != "sha256"}
+    _check_rows(path, meta, number, text["image_name"])
     return ShardIndex(
         folder=folder,
-        div=div,
+        task=meta.task,
         split=split,
-        shards=shards,
-        keys=table["key"].to_numpy(np.int64),
+        shards=tuple(shard.name for shard in meta.shards),
+        keys=number["key"],
         image_names=text["image_name"],
         patients=text["patient"],
         studies=text["study"],
         views=text["view"],
         sexes=text["sex"],
         ages=text["age"],
-        shard_ids=shard_ids.to_numpy(np.int32),
-        offsets=table["offset"].to_numpy(np.int64),
-        lengths=table["length"].to_numpy(np.int64),
-        sha256=text["sha256"],
-        channels=table["channels"].to_numpy(np.uint8),
-        targets=None if split == "test" else table[list(LABELS)].to_numpy(np.float32),
+        shard_ids=number["shard"],
+        offsets=number["offset"],
+        lengths=number["length"],
+        digests=np.frombuffer(columns["sha256"].buffers()[1], np.uint8)[: 32 * len(batch)].reshape(-1, 32),
+        checksums=number["xxh3_64"] if meta.format_version > 1 else None,
+        channels=number["channels"],
+        targets=_targets(path, meta.task, number),
         meta=meta,
     )
 
 
-def check_tars(folder: Path, split: str, meta: dict[str, Any]) -> None:
+def check_tars(folder: Path, meta: SplitMeta) -> None:
     """Compare the tars in the folder with those in `meta` by name and size; UserError names the first that differs."""
-    again = "run cxrdist.preprocess again, or copy this shard anew"
-    for shard in meta["shards"]:
-        name, size = str(shard["name"]), int(shard["bytes"])
-        if not re.fullmatch(rf"{re.escape(split)}-\d{{6}}\.tar", name):
-            raise UserError(f"{folder}/{split}.json: {name!r} is not a shard's file name; {again}")
+    again = "run cxrdist.preprocess again, or copy this shard again"
+    for shard in meta.shards:
+        expected = f"{shard.count:,} images in {shard.bytes:,} bytes"
         try:
-            found = (folder / name).stat().st_size
+            found = (folder / shard.name).stat().st_size
         except OSError as error:
-            expected = f"{shard['count']:,} images in {size:,} bytes"
-            raise UserError(f"{folder / name}: {error.strerror}; it should hold {expected}; {again}") from None
-        if found != size:
-            raise UserError(
-                f"{folder / name}: {found:,} bytes instead of {size:,} ({shard['count']:,} images); {again}"
-            )
-    listed = {str(shard["name"]) for shard in meta["shards"]}
-    extra = sorted(path.name for path in folder.glob(f"{split}-*.tar") if path.name not in listed)
+            raise UserError(f"{folder / shard.name}: {error.strerror}; it should hold {expected}; {again}") from None
+        if found != shard.bytes:
+            raise UserError(f"{folder / shard.name}: {found:,} bytes instead of {expected}; {again}")
+    listed = {shard.name for shard in meta.shards}
+    own = re.compile(rf"{meta.split}-\d{{6,}}\.tar")
+    extra = sorted(path.name for path in folder.glob("*.tar") if own.fullmatch(path.name) and path.name not in listed)
     if extra:
         raise UserError(
             f"{folder / extra[0]} does not belong to this set of {len(listed)} shards ({len(extra)} extra); remove it"
         )
 
 
-def _read_table(path: Path, has_labels: bool) -> pd.DataFrame:
-    kinds: dict[str, Any] = dict.fromkeys(TEXT_COLUMNS, object)
-    kinds |= {"key": np.int64, "offset": np.int64, "length": np.int64, "channels": np.uint8}
-    if has_labels:
-        kinds |= dict.fromkeys(LABELS, np.int8)
+def index_rows(
+    columns: Mapping[str, Any], labels: tuple[str, ...], targets: NDArray[np.float32] | None
+) -> pa.RecordBatch:
+    """The index as Arrow: `columns` (those of COLUMNS, as lists or arrays) and a column per label.
+
+    targets: (N, K) float32, NaN where masked. A split with no value but 0, 1 and NaN stores them as uint8.
+    """
+    content = dict(columns)
+    kinds = dict(COLUMNS)
+    if targets is not None:
+        hard = bool((np.isnan(targets) | (targets == 0) | (targets == 1)).all())
+        values = np.where(np.isnan(targets), MASKED, targets).astype(np.uint8) if hard else targets
+        for place, label in enumerate(labels):
+            kinds[LABEL + label] = pa.uint8() if hard else pa.float32()
+            content[LABEL + label] = np.ascontiguousarray(values[:, place])
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
+    return pa.record_batch([pa.array(content[field.name], field.type) for field in fields], pa.schema(fields))
+
+
+def arrow_bytes(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def read_rows(folder: Path, meta: SplitMeta) -> pa.RecordBatch:
+    """The index as Arrow, mapped from the disk (version 1: read from CSV), after comparing its hash with the JSON's.
+
+    Raises UserError when the file is missing or damaged, or its columns or number of rows are not what they should be.
+    """
+    path = folder / meta.index.name
     try:
-        return pd.read_csv(path, usecols=list(kinds), dtype=kinds, na_filter=False, encoding="utf-8")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); run cxrdist.preprocess again") from None
+        with path.open("rb") as file:
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == meta.index.sha256
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {AGAIN}") from None
+    if not intact:
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one in {meta.split}.json; {AGAIN}")
+    try:
+        content = pa.memory_map(str(path)).read_buffer()
+        batch = _read_csv(content, meta) if meta.format_version == 1 else pa.ipc.open_file(content).get_batch(0)
+        batch.validate(full=True)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as an index ({str(error).splitlines()[0]}); {AGAIN}") from None
+    kinds = {field.name: field.type for field in batch.schema}
+    labels = [name for name in kinds if name not in COLUMNS]
+    if (
+        {name: kinds.get(name) for name in COLUMNS} != COLUMNS
+        or labels not in ([], [LABEL + label for label in meta.task.labels])
+        or {kinds[name] for name in labels} not in (set(), {pa.uint8()}, {pa.float32()})
+        or any(column.null_count for column in batch.columns)
+    ):
+        raise UserError(f"{path}: its columns are not those of the format and task; {AGAIN}")
+    if len(batch) != meta.counts.images:
+        expected = f"{meta.counts.images:,} images of {meta.split}.json"
+        raise UserError(f"{path}: its {len(batch):,} rows do not fit the {expected}; {AGAIN}")
+    return batch
+
+
+def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
+    """The index of a set of version 1, in the columns of today; it has labels except in its test split."""
+    labels = meta.task.labels if meta.split != "test" else ()
+    kinds = COLUMNS | {"shard": TEXT, "sha256": TEXT} | dict.fromkeys(labels, pa.uint8())
+    del kinds["xxh3_64"]
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(content),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds)),
+    )
+    columns = {name: table.column(name).combine_chunks() for name in kinds}
+    targets = [columns.pop(label).to_numpy(zero_copy_only=False).astype(np.float32) for label in labels]
+    columns["shard"] = pc.index_in(columns["shard"], value_set=Texts(shard.name for shard in meta.shards).array)
+    columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"].to_pylist()]
+    columns["xxh3_64"] = np.zeros(len(table), np.uint64)
+    return index_rows(columns, labels, np.stack(targets, axis=1) if labels else None)
+
+
+def _check_rows(path: Path, meta: SplitMeta, number: Mapping[str, NDArray[Any]], names: Texts) -> None:
+    """UserError for the first row whose numbers or name cannot be right."""
+    keys, shard, offset, length = (number[name] for name in ("key", "shard", "offset", "length"))
+    known = (shard >= 0) & (shard < len(meta.shards))
+    size = np.array([file.bytes for file in meta.shards], np.int64)[np.where(known, shard, 0)]
+    first = pc.dictionary_encode(names.array).indices.to_numpy()  # a text gets the next number where it is first met
+    problems = {
+        "its key is not larger than the one before": np.diff(keys, prepend=-1) <= 0,
+        "its shard is not one of the split": ~known,
+        "its shard comes after a later one": np.diff(shard, prepend=0) < 0,
+        "its image lies outside its tar": (offset <= 0) | (length <= 0) | (offset > size) | (length > size - offset),
+        "its channels are not 1 or 3": ~np.isin(number["channels"], (1, 3)),
+        "its image name is there twice": first != np.arange(len(keys)),
+    }
+    for problem, bad in problems.items():
+        if bad.any():
+            row = int(bad.argmax())
+            raise UserError(f"{path}, row {row:,} ({names[row]!r}): {problem}; {AGAIN}")
+
+
+def _targets(path: Path, task: Task, number: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+    if LABEL + task.labels[0] not in number:
+        return None
+    targets = np.empty((len(number["key"]), task.num_labels), np.float32)
+    for place, label in enumerate(task.labels):
+        cells, values = number[LABEL + label], targets[:, place]
+        values[:] = cells
+        if cells.dtype == np.uint8:
+            values[cells == MASKED] = np.nan
+        bad = (values < 0) | (values > 1)
+        if bad.any():
+            row = int(bad.argmax())
+            raise UserError(f"{path}, row {row:,}, label {label!r}: {cells[row]} is not a label; {AGAIN}")
+    return targets

@@ -1,15 +1,20 @@
 """A shard set against its index: sizes, then every tar header, then every hash."""
 
+import csv
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.shards.index import COLUMNS, LABEL, MASKED, ShardIndex, open_index, read_rows
+from cxrdist.task import Task
+
+ROWS_AT_ONCE = 4096  # of a printed table
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Report:
 def verify(
     folder: Path,
     split: str,
-    div: str,
+    task: Task | None = None,
     hashes: bool = False,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Report:
@@ -33,23 +38,43 @@ def verify(
     Without `hashes`: index, tar names and sizes, and every tar header (no image is read). With: also the SHA-256 of
     every image and tar. `progress` may wrap the range of shards in a progress bar.
     """
-    index = open_index(folder, split, div)
+    index = open_index(folder, split, task)
     for number in progress(range(len(index.shards))):
         _check_shard(index, number, hashes)
     return Report(len(index), len(index.shards), hashes)
+
+
+def write_table(index: ShardIndex, file: TextIO) -> None:
+    """The index as CSV, a row per image: the columns of the format, then the labels, blank where masked.
+
+    Written piece by piece, so that its size does not matter.
+    """
+    batch = read_rows(index.folder, index.meta)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(name.removeprefix(LABEL) for name in batch.schema.names)
+    for start in range(0, len(batch), ROWS_AT_ONCE):
+        columns = batch.slice(start, ROWS_AT_ONCE).to_pydict()
+        columns["key"] = [f"{key:08d}" for key in columns["key"]]
+        columns["shard"] = [index.shards[number] for number in columns["shard"]]
+        columns["sha256"] = [digest.hex() for digest in columns["sha256"]]
+        if index.checksums is None:
+            columns["xxh3_64"] = [""] * len(columns["key"])
+        for name in columns.keys() - COLUMNS.keys():
+            columns[name] = ["" if cell == MASKED or cell != cell else cell for cell in columns[name]]
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
     path = index.folder / index.shards[number]
 
     def damaged(what: str) -> UserError:
-        again = "copy this shard anew, or delete it and run cxrdist.preprocess again"
+        again = "copy this shard again, or delete it and run cxrdist.preprocess again"
         return UserError(f"{path}: damaged: {what}; {again}")
 
     with path.open("rb") as file:
         position = 0
-        for row in np.flatnonzero(index.shard_ids == number):
-            key = f"{index.keys[row]:08d}"
+        for row in range(*np.searchsorted(index.shard_ids, (number, number + 1)).tolist()):
+            key = index.key_text(row)
             for name in (f"{key}.jpg", f"{key}.json"):
                 file.seek(position)
                 try:
@@ -62,7 +87,7 @@ def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
                 if name.endswith(".jpg"):
                     if (position, member.size) != (index.offsets[row], index.lengths[row]):
                         raise damaged(f"{name} is not where the index says")
-                    if hashes and hashlib.sha256(file.read(member.size)).hexdigest() != index.sha256[row]:
+                    if hashes and hashlib.sha256(file.read(member.size)).hexdigest() != index.sha256(row):
                         raise damaged(f"the bytes of key {key} ({index.image_names[row]}) do not have their SHA-256")
                 position += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         file.seek(position)
@@ -70,5 +95,5 @@ def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
             raise damaged(f"something follows its last image at byte {position:,}")
         if hashes:
             file.seek(0)
-            if hashlib.file_digest(file, "sha256").hexdigest() != index.meta["shards"][number]["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != index.meta.shards[number].sha256:
                 raise damaged("its SHA-256 is not the recorded one, though every image's is")

@@ -1,36 +1,52 @@
-"""Source images -> one split of a shard set: deterministic tars, then the index, then the JSON that makes it count.
+"""Source images -> one split of a shard set: deterministic tars, then the index, then the JSON that commits the split.
 
 A shard holds the rows of a fixed range of the source, so it depends on nothing but these rows: any number of processes
-and nodes, and any interruption, give the same bytes. A tar gets its final name only when it is whole and on the disk; a
-record in the split's work folder then lets a later run, or another node, take it as it is. The work folder goes when
-the split is finished.
+and nodes, and any interruption, give the same bytes. A tar gets its final name only when it is complete and on the
+disk; a record in the split's work folder then lets a later run, or another node, take it as it is. The work folder is
+removed when the split is finished.
 """
 
 import contextlib
-import csv
-import errno
-import fcntl
+import dataclasses
 import hashlib
-import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
+from cxrdist import files
+from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.files import NO_LOCKS
-from cxrdist.labels import LABELS
 from cxrdist.shards.convert import JPEG_QUALITY, SIZE_PX, Converted, Mode, convert, convert_in_order
-from cxrdist.shards.index import COLUMNS, FORMAT_VERSION, shard_name
+from cxrdist.shards.index import (
+    FORMAT_VERSION,
+    Counts,
+    FileMeta,
+    LeftOut,
+    Resize,
+    ShardMeta,
+    SplitMeta,
+    arrow_bytes,
+    check_split_name,
+    found_version,
+    index_rows,
+    read_meta,
+    read_rows,
+    shard_name,
+)
+from cxrdist.task import Task
 
 # About 100 MB a shard: few files, and an interruption costs at most this many images. The order of training comes from
 # the index, so the number does not touch what is learned.
 ROWS_PER_SHARD = 1000
-TAR_OVERHEAD = 2560  # bytes a sample beside its JPEG: two headers, the JSON, padding
+TAR_OVERHEAD = 2560  # bytes a sample besides its JPEG: two headers, the JSON, padding
 NUM_PROBES = 8  # images converted beforehand to estimate the space needed
 
 
@@ -48,18 +64,29 @@ class Source:
     view: str = ""
     sex: str = ""
     age: str = ""
-    targets: tuple[int, ...] | None = None  # 14 values in the order of LABELS
+    targets: tuple[float, ...] | None = None  # in the order of the task's labels; NaN where masked
+
+
+class Stored(NamedTuple):
+    """Where an image lies in its tar, and its hashes."""
+
+    key: int
+    offset: int
+    length: int
+    sha256: str
+    xxh3_64: int
+    channels: int
 
 
 @dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(Document):
     """What is known of a written shard; `inputs` is the hash of all that determines its bytes."""
 
     inputs: str
     size: int  # bytes of the tar; 0 where every image was left out (then there is no tar)
     sha256: str
-    images: list[tuple[int, int, int, str, int]]  # key, offset, length, sha256, channels
-    left_out: list[tuple[int, str, str]]  # key, image_name, reason
+    images: tuple[Stored, ...]
+    left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class Outcome:
     complete: bool
     num_rows: int
     num_images: int
-    left_out: list[tuple[int, str, str]]
+    left_out: list[LeftOut]
     shards_written: int
     shards_reused: int
 
@@ -82,12 +109,12 @@ class SplitJob:
     """
 
     out: Path
-    div: str
+    task: Task
     split: str
     sources: list[Source]
     mode: Mode
     rows_per_shard: int
-    provenance: dict[str, Any]
+    provenance: dict[str, str | int | None]
 
     @property
     def work(self) -> Path:
@@ -105,7 +132,7 @@ class SplitJob:
         rows = [
             (s.key, s.image_name, s.size, s.reason, s.patient, s.study, s.view, s.sex, s.age, s.targets) for s in group
         ]
-        settings = [FORMAT_VERSION, self.div, self.split, self.mode, self.rows_per_shard]
+        settings = [FORMAT_VERSION, dataclasses.asdict(self.task), self.split, self.mode, self.rows_per_shard]
         return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
 
 
@@ -124,32 +151,32 @@ def write_split(
     Args:
         on_start: called once with: images to convert, shards to write, shards reused.
         on_image: called after each image.
-    Raises UserError for: a finished split of other inputs in `out` (unless `overwrite`), another run at work there, too
-    little disk beforehand, a disk that fills up on the way (finished shards stay and are reused).
+    Raises UserError for: a finished split of other inputs or format version in `out` (unless `overwrite`), another run
+    at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and are reused).
     """
+    check_split_name(job.split)
     groups = job.groups()
     inputs = {number: job.inputs_hash(group) for number, group in groups.items()}
     mine = [number for number in groups if number % num_nodes == node_rank]
-    with _disk_errors_named(job.out):
+    with files.disk_errors_named(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
         finished = _finished_records(job)
-        if finished is not None:
-            if _is_sound(job, finished, inputs):
-                on_start(0, 0, len(mine))
-                return _outcome(list(finished.values()), len(job.sources), written=0, reused=len(mine))
-            if {number: record.inputs for number, record in finished.items()} != inputs and not overwrite:
-                raise UserError(
-                    f"{job.out / (job.split + '.json')}: a finished split made from other images, labels or settings "
-                    "is here; give another --out, or --overwrite to replace it"
-                )
-        _refuse_link(job.work)
+        if finished is not None and _is_sound(job, finished, inputs):
+            on_start(0, 0, len(mine))
+            return _outcome(finished, len(job.sources), written=0, reused=len(mine))
+        if not overwrite:
+            _refuse_another(job, finished, inputs)
+        if job.work.is_symlink():
+            raise UserError(f"{job.work} is a symbolic link; remove it: nothing is written through links")
         job.work.mkdir(exist_ok=True)
-        with _lock(job.work / f"node-{node_rank}.lock", wait=False):
+        taken = f"{job.out}: another cxrdist.preprocess writes this split ({{holder}}); wait, or give another --out"
+        with files.lock(job.work / f"node-{node_rank}.lock", wait=False, message=taken):
             for number, record in (finished or {}).items():
-                _write_record(job, number, record, f"{node_rank}-{num_nodes}")
+                _write_record(job, number, record)
             if not _is_sound(job, _finished_records(job), inputs):  # another node may have finished it since
                 (job.out / f"{job.split}.json").unlink(missing_ok=True)
-            for stale in job.work.glob(f"*.{node_rank}-{num_nodes}.tmp"):
+            suffix = f"{node_rank}-{num_nodes}"
+            for stale in job.work.glob(f"*.{suffix}.tmp"):
                 stale.unlink()
             records = {n: record for n, record in _work_records(job, inputs).items() if n in mine}
             todo = [number for number in mine if number not in records]
@@ -159,21 +186,50 @@ def write_split(
             paths = (source.path for source in convertible)
             with contextlib.closing(convert_in_order(paths, job.mode, workers)) as results:
                 for number in todo:
-                    suffix = f"{node_rank}-{num_nodes}"
-                    record = _write_shard(job, number, groups[number], inputs[number], results, suffix, on_image)
-                    _write_record(job, number, record, suffix)
-                    records[number] = record
+                    write = (job, number, groups[number], inputs[number], results, suffix, on_image)
+                    records[number] = _write_shard(*write)
+                    _write_record(job, number, records[number])
         everything = _finish(job, groups, inputs)
     written, reused = len(todo), len(mine) - len(todo)
     if everything is not None:
         return _outcome(everything, len(job.sources), written=written, reused=reused)
     num_rows = sum(len(groups[number]) for number in mine)
-    return _outcome(list(records.values()), num_rows, written=written, reused=reused, complete=False)
+    return _outcome(records, num_rows, written=written, reused=reused, complete=False)
 
 
-def _outcome(records: list[ShardRecord], num_rows: int, *, written: int, reused: int, complete: bool = True) -> Outcome:
-    left_out = [entry for record in records for entry in record.left_out]
-    return Outcome(complete, num_rows, sum(len(record.images) for record in records), left_out, written, reused)
+def _refuse_another(job: SplitJob, finished: dict[int, ShardRecord] | None, inputs: dict[int, str]) -> None:
+    """UserError when the finished split in `out` must not be replaced unasked."""
+    path = job.out / f"{job.split}.json"
+    version = found_version(path)[0]
+    if version not in (None, FORMAT_VERSION):
+        raise UserError(
+            f"{path}: a finished split of format version {version} is here, made by another cxrdist; use it as it is, "
+            "give another --out, or --overwrite to replace it"
+        )
+    if finished is not None and {number: record.inputs for number, record in finished.items()} != inputs:
+        raise UserError(
+            f"{path}: a finished split made from other images, labels or settings is here; give another --out, or "
+            "--overwrite to replace it"
+        )
+
+
+def _outcome(
+    records: dict[int, ShardRecord], num_rows: int, *, written: int, reused: int, complete: bool = True
+) -> Outcome:
+    left_out = [entry for record in records.values() for entry in record.left_out]
+    num_images = sum(len(record.images) for record in records.values())
+    return Outcome(complete, num_rows, num_images, left_out, written, reused)
+
+
+class _Hashed:
+    """A file that is written from start to end, and its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
 
 
 def _write_shard(
@@ -185,108 +241,69 @@ def _write_shard(
     suffix: str,
     on_image: Callable[[], None],
 ) -> ShardRecord:
+    from webdataset import TarWriter  # imports torch (2.5 s), which no worker needs
+
     name = shard_name(job.split, number)
     temporary = job.work / f"{name}.{suffix}.tmp"
-    images: list[tuple[int, int, int, str, int]] = []
-    left_out: list[tuple[int, str, str]] = []
-    hashed, size = hashlib.sha256(), 0
+    images: list[Stored] = []
+    left_out: list[LeftOut] = []
     try:
         with open(temporary, "xb") as file:
-
-            def write(content: bytes) -> None:
-                nonlocal size
-                file.write(content)
-                hashed.update(content)
-                size += len(content)
-
-            for source in group:
-                converted = source.reason or next(results)
-                if not source.reason:
-                    on_image()
-                if isinstance(converted, str):
-                    left_out.append((source.key, source.image_name, converted))
-                    continue
-                offset = size + tarfile.BLOCKSIZE
-                images.append((source.key, offset, len(converted.jpeg), converted.sha256, converted.channels))
-                write(_member(f"{source.key:08d}.jpg", converted.jpeg))
-                write(_member(f"{source.key:08d}.json", _sample_json(source)))
-            write(bytes(2 * tarfile.BLOCKSIZE))
+            hashed = _Hashed(file)
+            # Nothing of this machine or moment: the same rows give the same bytes.
+            with TarWriter(hashed, mtime=0, user="", group="", mode=0o644, encoder=False) as tar:
+                for source in group:
+                    converted = source.reason or next(results)
+                    if not source.reason:
+                        on_image()
+                    if isinstance(converted, str):
+                        left_out.append(LeftOut(key=source.key, image_name=source.image_name, reason=converted))
+                        continue
+                    offset = tar.tarstream.offset + tarfile.BLOCKSIZE
+                    members = {"jpg": converted.jpeg, "json": _sample_json(job.task, source)}
+                    tar.write({"__key__": f"{source.key:08d}", **members})
+                    hashes = (converted.sha256, converted.xxh3_64)
+                    images.append(Stored(source.key, offset, len(converted.jpeg), *hashes, converted.channels))
             file.flush()
             os.fsync(file.fileno())
+            size = file.tell()
         if not images:
             (job.out / name).unlink(missing_ok=True)
-            return ShardRecord(inputs, 0, "", images, left_out)
-        os.replace(temporary, job.out / name)
-        _sync_folder(job.out)
+            return ShardRecord(inputs, 0, "", (), tuple(left_out))
+        files.replace(temporary, job.out / name)
     finally:
         temporary.unlink(missing_ok=True)
-    return ShardRecord(inputs, size, hashed.hexdigest(), images, left_out)
+    return ShardRecord(inputs, size, hashed.sha256.hexdigest(), tuple(images), tuple(left_out))
 
 
-def _member(name: str, content: bytes) -> bytes:
-    member = tarfile.TarInfo(name)  # mtime 0, owner 0, mode 644: nothing of this machine or moment
-    member.size = len(content)
-    return member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
-
-
-def _sample_json(source: Source) -> bytes:
+def _sample_json(task: Task, source: Source) -> bytes:
     sample: dict[str, Any] = {
-        "image_name": source.image_name,
-        "patient": source.patient,
-        "study": source.study,
-        "view": source.view,
-        "sex": source.sex,
-        "age": source.age,
+        name: getattr(source, name) for name in ("image_name", "patient", "study", "view", "sex", "age")
     }
     if source.targets is not None:
-        sample["labels"] = dict(zip(LABELS, source.targets, strict=True))
+        values = [None if value != value else int(value) if value in (0, 1) else value for value in source.targets]
+        sample["labels"] = dict(zip(task.labels, values, strict=True))
     return json.dumps(sample, ensure_ascii=False).encode()
 
 
-def _write_record(job: SplitJob, number: int, record: ShardRecord, suffix: str) -> None:
-    content = json.dumps(asdict(record), ensure_ascii=False).encode()
-    name = f"{shard_name(job.split, number)}.json"
-    _write_atomically(job.work / name, content, job.work / f"{name}.{suffix}.tmp")
-
-
-def _write_atomically(path: Path, content: bytes, temporary: Path) -> None:
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_record(job: SplitJob, number: int, record: ShardRecord) -> None:
+    files.write_atomically(job.work / f"{shard_name(job.split, number)}.json", record.to_json())
 
 
 def _work_records(job: SplitJob, inputs: dict[int, str]) -> dict[int, ShardRecord]:
-    """The records whose shard is whole and was made from the same inputs."""
+    """The records whose shard is complete and was made from the same inputs."""
     records = {}
     for number, wanted in inputs.items():
         try:
-            fields = json.loads((job.work / f"{shard_name(job.split, number)}.json").read_text(encoding="utf-8"))
-            for name in ("images", "left_out"):
-                fields[name] = [tuple(entry) for entry in fields[name]]
-            record = ShardRecord(**fields)
-        except (OSError, ValueError, KeyError, TypeError):
+            record = ShardRecord.read(job.work / f"{shard_name(job.split, number)}.json")
+        except UserError:  # missing or damaged: this shard is made again
             continue
-        if record.inputs == wanted and _is_whole(job, number, record):
+        if record.inputs == wanted and _is_complete(job, number, record):
             records[number] = record
     return records
 
 
-def _is_whole(job: SplitJob, number: int, record: ShardRecord) -> bool:
+def _is_complete(job: SplitJob, number: int, record: ShardRecord) -> bool:
     path = job.out / shard_name(job.split, number)
     try:
         return path.stat().st_size == record.size and not path.is_symlink()
@@ -295,30 +312,31 @@ def _is_whole(job: SplitJob, number: int, record: ShardRecord) -> bool:
 
 
 def _finished_records(job: SplitJob) -> dict[int, ShardRecord] | None:
-    """The records of the finished split in `out`, from its JSON and index; None without a sound one."""
+    """The records of the finished split in `out`, from its JSON and index; None unless intact and of this format."""
     try:
-        meta = json.loads((job.out / f"{job.split}.json").read_text(encoding="utf-8"))
-        content = (job.out / f"{job.split}.index.csv").read_bytes()
-        if hashlib.sha256(content).hexdigest() != meta["index"]["sha256"]:
+        meta = read_meta(job.out, job.split)
+        if meta.format_version != FORMAT_VERSION:
             return None
-        per_shard = int(meta["rows_per_shard"])
-        made_from = {int(number): str(value) for number, value in meta["inputs"].items()}
-        tars = {shard["name"]: shard for shard in meta["shards"]}
-        images: dict[int, list[tuple[int, int, int, str, int]]] = {number: [] for number in made_from}
-        for row in csv.DictReader(io.StringIO(content.decode(), newline="")):
-            key = int(row["key"])
-            entry = (key, int(row["offset"]), int(row["length"]), row["sha256"], int(row["channels"]))
-            images[key // per_shard].append(entry)
-        left_out: dict[int, list[tuple[int, str, str]]] = {number: [] for number in made_from}
-        for entry in meta["left_out"]:
-            left_out[entry["key"] // per_shard].append((entry["key"], entry["image_name"], entry["reason"]))
-        records = {}
-        for number, value in made_from.items():
-            tar = tars.get(shard_name(job.split, number), {"bytes": 0, "sha256": ""})
-            records[number] = ShardRecord(value, tar["bytes"], tar["sha256"], images[number], left_out[number])
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = read_rows(job.out, meta)
+        images: dict[int, list[Stored]] = {int(number): [] for number in meta.inputs}
+        left_out: dict[int, list[LeftOut]] = {int(number): [] for number in meta.inputs}
+        for row in zip(*(rows.column(name).to_pylist() for name in Stored._fields), strict=True):
+            stored = Stored(*row)
+            images[stored.key // meta.rows_per_shard].append(stored._replace(sha256=row[3].hex()))
+        for entry in meta.left_out:
+            left_out[entry.key // meta.rows_per_shard].append(entry)
+        tars = {shard.name: (shard.bytes, shard.sha256) for shard in meta.shards}
+        return {
+            int(number): ShardRecord(
+                made_from,
+                *tars.get(shard_name(job.split, int(number)), (0, "")),
+                tuple(images[int(number)]),
+                tuple(left_out[int(number)]),
+            )
+            for number, made_from in meta.inputs.items()
+        }
+    except (ValueError, KeyError, ZeroDivisionError):
         return None
-    return records
 
 
 def _is_sound(job: SplitJob, records: dict[int, ShardRecord] | None, inputs: dict[int, str]) -> bool:
@@ -326,75 +344,75 @@ def _is_sound(job: SplitJob, records: dict[int, ShardRecord] | None, inputs: dic
     return (
         records is not None
         and {number: record.inputs for number, record in records.items()} == inputs
-        and all(_is_whole(job, number, record) for number, record in records.items())
+        and all(_is_complete(job, number, record) for number, record in records.items())
     )
 
 
-def _finish(job: SplitJob, groups: dict[int, list[Source]], inputs: dict[int, str]) -> list[ShardRecord] | None:
+def _finish(job: SplitJob, groups: dict[int, list[Source]], inputs: dict[int, str]) -> dict[int, ShardRecord] | None:
     """Write index and JSON once every node's shards are there; None while some are missing."""
     try:
-        with _lock(job.work / "finish.lock", wait=True):
+        with files.lock(job.work / "finish.lock", wait=True, message=""):
             finished = _finished_records(job)
             if finished is not None and _is_sound(job, finished, inputs):  # by another node, a moment ago
                 shutil.rmtree(job.work, ignore_errors=True)
-                return list(finished.values())
+                return finished
             records = _work_records(job, inputs)
             if len(records) < len(groups):
                 return None
             listed = {shard_name(job.split, number) for number, record in records.items() if record.size}
-            for stale in job.out.glob(f"{job.split}-*.tar"):
-                if stale.name not in listed:
-                    stale.unlink()
+            own = rf"{job.split}(-\d{{6,}}\.tar|\.index\.csv)|\.{job.split}\..*\.tmp"
+            for path in job.out.iterdir():
+                if re.fullmatch(own, path.name) and path.name not in listed:
+                    path.unlink()
             _write_index_and_json(job, groups, records)
             shutil.rmtree(job.work, ignore_errors=True)
-            return list(records.values())
+            return records
     except FileNotFoundError:
-        finished = _finished_records(job)
-        return None if finished is None else list(finished.values())
+        return _finished_records(job)
 
 
 def _write_index_and_json(job: SplitJob, groups: dict[int, list[Source]], records: dict[int, ShardRecord]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for number, record in records.items():
-        rows = {source.key: source for source in groups[number]}
-        for key, offset, length, sha256, channels in record.images:
-            source = rows[key]
-            where = (shard_name(job.split, number), offset, length, sha256, channels)
-            about = (source.view, source.sex, source.age)
-            targets = source.targets if source.targets is not None else ("",) * len(LABELS)
-            writer.writerow((f"{key:08d}", source.image_name, source.patient, source.study, *where, *about, *targets))
-    index = table.getvalue().encode()
-    left_out = [entry for record in records.values() for entry in record.left_out]
-    num_images = sum(len(record.images) for record in records.values())
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "div": job.div,
-        "split": job.split,
-        "counts": {"rows": len(job.sources), "images": num_images, "left_out": len(left_out)},
-        "size_px": SIZE_PX,
-        "resize": {"mode": job.mode, "filter": "Pillow bilinear", "jpeg_quality": JPEG_QUALITY},
-        "labels": list(LABELS),
-        "source": job.provenance,
-        "rows_per_shard": job.rows_per_shard,
-        "shards": [
-            {
-                "name": shard_name(job.split, number),
-                "bytes": record.size,
-                "count": len(record.images),
-                "sha256": record.sha256,
-            }
-            for number, record in records.items()
-            if record.size
-        ],
-        "index": {"name": f"{job.split}.index.csv", "bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        "left_out": [{"key": key, "image_name": name, "reason": reason} for key, name, reason in left_out],
-        "inputs": {str(number): record.inputs for number, record in records.items()},
+    rows = [
+        (number, source_of[stored.key], stored)
+        for number, record in records.items()
+        for source_of in [{source.key: source for source in groups[number]}]
+        for stored in record.images
+    ]
+    columns: dict[str, list[Any]] = {
+        name: [getattr(source, name) for _, source, _ in rows]
+        for name in ("image_name", "patient", "study", "view", "sex", "age")
     }
-    _write_atomically(job.out / f"{job.split}.index.csv", index, job.work / "index.csv.tmp")
-    content = json.dumps(meta, indent=1, ensure_ascii=False).encode()
-    _write_atomically(job.out / f"{job.split}.json", content, job.work / "split.json.tmp")
+    columns |= {name: [getattr(stored, name) for *_, stored in rows] for name in Stored._fields}
+    columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"]]
+    shards = [
+        ShardMeta(name=shard_name(job.split, n), bytes=record.size, sha256=record.sha256, count=len(record.images))
+        for n, record in records.items()
+        if record.size
+    ]
+    place = {shard.name: place for place, shard in enumerate(shards)}
+    columns["shard"] = [place[shard_name(job.split, number)] for number, *_ in rows]
+    targets = None
+    if any(source.targets is not None for source in job.sources):
+        values = [source.targets for _, source, _ in rows]
+        targets = np.array(values, np.float32).reshape(len(rows), job.task.num_labels)
+    content = arrow_bytes(index_rows(columns, job.task.labels, targets))
+    name = f"{job.split}.index.arrow"
+    left_out = tuple(entry for record in records.values() for entry in record.left_out)
+    meta = SplitMeta(
+        task=job.task,
+        split=job.split,
+        counts=Counts(rows=len(job.sources), images=len(rows), left_out=len(left_out)),
+        size_px=SIZE_PX,
+        resize=Resize(mode=job.mode, filter="Pillow bilinear", jpeg_quality=JPEG_QUALITY),
+        source=job.provenance,
+        rows_per_shard=job.rows_per_shard,
+        shards=tuple(shards),
+        index=FileMeta(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),
+        left_out=left_out,
+        inputs={str(number): record.inputs for number, record in records.items()},
+    )
+    files.write_atomically(job.out / name, content)
+    files.write_atomically(job.out / f"{job.split}.json", meta.to_json())
 
 
 def _check_space(job: SplitJob, sources: list[Source]) -> None:
@@ -416,40 +434,3 @@ def _check_space(job: SplitJob, sources: list[Source]) -> None:
             f"{job.out}: about {needed:,} bytes are needed for {len(sources):,} images, {free:,} are free; free some "
             "space or give --out on another disk"
         )
-
-
-@contextlib.contextmanager
-def _disk_errors_named(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        path = error.filename or out
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(out).free
-            raise UserError(
-                f"{path}: the disk is full ({free:,} bytes free); finished shards stay: free some space and run the "
-                "same command again"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: {error.strerror}; give --out a folder that can be written") from None
-        raise
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool) -> Iterator[None]:
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{path.parent.parent}: another cxrdist.preprocess writes this split; wait, or give another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:  # without locks, writing is still atomic
-                raise
-        yield
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link; remove it: nothing is written through links")

@@ -1,21 +1,21 @@
-"""The training loss: focal plus class-weighted binary cross-entropy over the 14 findings, and its class weights.
+"""Training losses by name, each with named parts, and the class weights they use.
 
-Source: the published run (RECIPE numbers are arguments, their defaults live in `cxrdist.recipes`).
+Source of focal + BCE: the published run (its numbers are fields of the recipe).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cxrdist.errors import UserError
+from cxrdist.recipes import Recipe
 
-class Loss(NamedTuple):
-    """Scalars, float32: `total` is what is minimised, the others are its parts before weighting."""
-
-    total: Tensor
-    focal: Tensor
-    bce: Tensor
+Loss = dict[str, Tensor]  # float32 scalars: `total`, which is minimised, first, then its parts before weighting
+Criterion = Callable[[Tensor, Tensor], Loss]  # of logits and targets, both (B, K)
 
 
 def focal_bce(
@@ -34,13 +34,54 @@ def focal_bce(
         logits, targets: (B, K); targets in [0, 1].
         pos_weight: (K,) factor on the positive term of the BCE part only, or None.
         focal_alpha: a plain factor, the same for positives and negatives.
+    Returns: total, focal, bce.
     Source: Lin et al. 2017 (focal loss), with the alpha of the published run.
     """
     logits, targets = logits.float(), targets.float()
     plain = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     focal = (focal_alpha * (1.0 - torch.exp(-plain)) ** focal_gamma * plain).mean()
     bce = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
-    return Loss(focal_weight * focal + bce_weight * bce, focal, bce)
+    return {"total": focal_weight * focal + bce_weight * bce, "focal": focal, "bce": bce}
+
+
+def published(recipe: Recipe, pos_weight: Tensor) -> Criterion:
+    """`focal_bce` with a recipe's numbers."""
+
+    def criterion(logits: Tensor, targets: Tensor) -> Loss:
+        return focal_bce(
+            logits,
+            targets,
+            pos_weight,
+            focal_weight=recipe.focal_weight,
+            focal_alpha=recipe.focal_alpha,
+            focal_gamma=recipe.focal_gamma,
+            bce_weight=recipe.bce_weight,
+        )
+
+    return criterion
+
+
+LOSSES: dict[str, Callable[[Recipe, Tensor], Criterion]] = {"focal_bce": published}
+
+
+def make_criterion(recipe: Recipe, targets: NDArray[np.float32], device: torch.device) -> Criterion:
+    """The recipe's loss with class weights from the targets (N, K) of all images that are trained on.
+
+    Raises UserError for an unknown loss.
+    """
+    if recipe.loss not in LOSSES:
+        raise UserError(f"loss={recipe.loss!r} is unknown; one of {', '.join(LOSSES)}")
+    positives = torch.from_numpy(targets.sum(axis=0))
+    pos_weight = effective_pos_weight(positives, len(targets), recipe.pos_weight_beta, recipe.pos_weight_cap)
+    return LOSSES[recipe.loss](recipe, pos_weight.to(device))
+
+
+def part_names(criterion: Criterion, num_labels: int) -> tuple[str, ...]:
+    """The names of a loss's parts in their order, `total` first."""
+    names = tuple(criterion(torch.zeros(1, num_labels), torch.zeros(1, num_labels)))
+    if names[:1] != ("total",):
+        raise ValueError(f"a loss names its total first, not {names}")
+    return names
 
 
 def effective_pos_weight(num_pos: Tensor, num_total: int, beta: float = 0.9999, cap: float = 10.0) -> Tensor:

@@ -16,25 +16,37 @@ from tqdm import tqdm
 from cxrdist.data.loader import Batch, Loader
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
-from cxrdist.recipes import Recipe
 from cxrdist.training.optim import GuardedAdamW
 from cxrdist.training.tracking import Tracker
+from cxrdist.training.validate import Validation
 
 Rows = NDArray[np.int64]
 
 
 class LoopState:
-    """Where the run is and what has been summed since the last row; all that resuming needs beside the weights.
+    """Where the run is and what has been summed since the last row; all that resume needs beside the weights.
 
-    window, epoch_sums: (4,) float64 on the device, this rank's share of loss, focal, BCE and number of steps taken.
+    window, epoch_sums: (P + 1,) float64 on the device, this rank's share of each part of the loss (`parts`, P of them)
+    and, last, the number of steps taken.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
+        self.parts = parts
         self.epoch = 0
         self.step = 0  # optimizer steps done in this epoch
         self.global_step = 0  # since the start, skipped ones included
-        self.window = torch.zeros(4, dtype=torch.float64, device=device)
-        self.epoch_sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.window = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
+        self.epoch_sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
+
+    def load_sums(self, name: str, by_rank: Tensor, ranks: Ranks) -> None:
+        """Take this rank's share of stored sums (R, P + 1) of R ranks, which may be another number than today's."""
+        if len(by_rank) == ranks.world_size:
+            own = by_rank[ranks.rank]
+        else:
+            # sums over ranks are what counts; the last entry counts steps and is the same on every rank
+            own = by_rank.sum(dim=0) if ranks.rank == 0 else torch.zeros_like(by_rank[0])
+            own[-1] = by_rank[0, -1]
+        setattr(self, name, own.to(ranks.device))
 
 
 class Meter:
@@ -42,7 +54,6 @@ class Meter:
 
     def __init__(
         self,
-        recipe: Recipe,
         ranks: Ranks,
         optimizer: GuardedAdamW,
         state: LoopState,
@@ -50,6 +61,8 @@ class Meter:
         tracker: Tracker | None,
         *,
         num_steps: int,
+        epochs: int,
+        global_batch_size: int,
         max_skips: int,
     ) -> None:
         """
@@ -57,13 +70,14 @@ class Meter:
             tracker: on rank 0, None elsewhere. num_steps: optimizer steps of an epoch.
             max_skips: this many skipped steps in a row end the run.
         """
-        self._recipe = recipe
         self._ranks = ranks
         self._optimizer = optimizer
         self._state = state
         self._loader = loader
         self._tracker = tracker
-        self._num_steps = num_steps
+        self._epochs = epochs
+        self._total_steps = num_steps * epochs
+        self._global_batch_size = global_batch_size
         self._max_skips = max_skips
         self._num_bad = 0
         self._finite: list[tuple[Rows, Tensor]] = []
@@ -71,9 +85,8 @@ class Meter:
         self._since = time.perf_counter()
         self._waited = self._loader.wait_s
         self._skipped = float(self._optimizer.num_skipped)
-        total = num_steps * self._recipe.epochs
         quiet = self._ranks.rank != 0 or not sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=self._state.global_step, unit="step", disable=quiet)
+        self._bar = tqdm(total=self._total_steps, initial=self._state.global_step, unit="step", disable=quiet)
 
     def __enter__(self) -> "Meter":
         return self
@@ -82,7 +95,7 @@ class Meter:
         self._bar.close()
 
     def saw(self, batch: Batch, logits: Tensor) -> None:
-        """Remember which images a forward pass saw and whether their logits are finite (unread, on the device)."""
+        """Remember which images a forward pass saw and whether their logits are finite (on the device, not read)."""
         self._finite.append((batch.rows, torch.isfinite(logits.detach()).all(dim=1)))
         self._images += len(batch.rows) if batch.weight else 0
 
@@ -112,15 +125,20 @@ class Meter:
                 *[flags.double() for _, flags in self._finite],
             ]
         ).tolist()
-        loss, focal, bce, taken, skipped, in_a_row, grad_norm, factor, scale_now = numbers[:9]
+        num_parts = len(state.parts)
+        losses, (taken, skipped, in_a_row, grad_norm, factor, scale_now), finite = (
+            numbers[:num_parts],
+            numbers[num_parts : num_parts + 6],
+            numbers[num_parts + 6 :],
+        )
         steps_taken = taken / ranks.world_size
         seen = np.concatenate([rows for rows, _ in self._finite]) if self._finite else np.empty(0, np.int64)
         bad = [
-            str(self._loader.index.image_names[row]) for row, good in zip(seen, numbers[9:], strict=True) if not good
+            str(self._loader.index.image_names[int(row)]) for row, good in zip(seen, finite, strict=True) if not good
         ]
         row: dict[str, Any] = {"kind": "train", "step": state.global_step, "epoch": state.epoch + 1}
-        for name, value in (("loss", loss), ("focal", focal), ("bce", bce)):
-            row[name] = value / steps_taken if steps_taken else None
+        for name, value in zip(state.parts, losses, strict=True):
+            row[_shown_part(name)] = value / steps_taken if steps_taken else None
         row |= {"grad_norm": grad_norm, "skipped": int(skipped), "loss_scale": scale_now}
         row |= {
             f"lr/{_shown_pattern(pattern)}": lr * factor
@@ -138,26 +156,24 @@ class Meter:
         if new_skips:
             self._report_skips(int(new_skips), int(in_a_row), bad)
 
-    def log_epoch(self, validation: dict[str, Any] | None) -> None:
+    def log_epoch(self, validation: Validation | None) -> None:
         """Write the epoch's mean loss and, where there is one, the validation row. Collective."""
         state = self._state
-        loss, focal, bce, taken = self._ranks.sum(state.epoch_sums).tolist()
+        *losses, taken = self._ranks.sum(state.epoch_sums).tolist()
         taken /= self._ranks.world_size
-        means = [value / taken if taken else None for value in (loss, focal, bce)]
+        means = [value / taken if taken else None for value in losses]
         place = {"step": state.global_step, "epoch": state.epoch + 1}
         if self._tracker is not None:
-            self._tracker.metrics(
-                {"kind": "epoch", **place} | dict(zip(("epoch_loss", "epoch_focal", "epoch_bce"), means, strict=True))
-            )
+            names = [f"epoch_{_shown_part(name)}" for name in state.parts]
+            self._tracker.metrics({"kind": "epoch", **place} | dict(zip(names, means, strict=True)))
             if validation is not None:
-                self._tracker.metrics(
-                    {"kind": "validation", **place}
-                    | {f"validation/{name}": value for name, value in validation.items()}
-                )
-        text = f"epoch {state.epoch + 1}/{self._recipe.epochs}: train loss {_text(means[0])}"
+                row = {f"validation/{name}": value for name, value in validation.row().items()}
+                self._tracker.metrics({"kind": "validation", **place} | row)
+                self._tracker.curves(state.global_step, "validation/roc", validation.roc, "false positives")
+        text = f"epoch {state.epoch + 1}/{self._epochs}: train loss {_text(means[0])}"
         if validation is not None:
-            text += f", validation loss {_text(validation['loss'])}, macro AUROC {_text(validation['auroc_macro'])}"
-            text += f" over {validation['auroc_labels']} labels"
+            text += f", validation loss {_text(validation.losses['total'])}, macro AUROC "
+            text += f"{_text(validation.auroc_macro)} over {validation.labels_text} labels"
         self._ranks.say(text)
         self._since = time.perf_counter()  # validation is not training speed
 
@@ -185,8 +201,8 @@ class Meter:
 
     def _print(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
         state = self._state
-        total = self._num_steps * self._recipe.epochs
-        left = (total - state.global_step) * self._recipe.global_batch_size / max(speed["images_per_s"], 1e-9)
+        total = self._total_steps
+        left = (total - state.global_step) * self._global_batch_size / max(speed["images_per_s"], 1e-9)
         facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
         if self._bar.disable:
             left_text = datetime.timedelta(seconds=round(left))
@@ -202,7 +218,11 @@ class Meter:
             for rank, names in enumerate(named)
             if names
         ]
-        cause = f"logits not finite on {'; '.join(where)}" if where else "the gradient was not finite, the logits were"
+        cause = (
+            f"non-finite logits on {'; '.join(where)}"
+            if where
+            else "the gradient was non-finite, the logits were finite"
+        )
         self._ranks.say(f"warning: {new_skips} steps skipped on all ranks up to {self._state.global_step}: {cause}")
         if in_a_row >= self._max_skips:
             raise UserError(
@@ -219,6 +239,10 @@ def _memory_bytes(device: torch.device) -> int:
 
 def _shown_pattern(pattern: str) -> str:
     return re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
+
+
+def _shown_part(name: str) -> str:
+    return "loss" if name == "total" else name
 
 
 def _text(value: float | None) -> str:

@@ -17,6 +17,7 @@ from cxrdist.recipes import Group
 INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
 LOSS_SCALE_FACTOR = 2.0
 LOSS_SCALE_INTERVAL = 2000
+COUNTERS = ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps")  # what resume needs of them
 
 
 def param_groups(model: nn.Module, groups: Sequence[Group]) -> list[tuple[Group, dict[str, nn.Parameter]]]:
@@ -165,7 +166,7 @@ class GuardedAdamW:
             for name, parameter in self.named.items()
             for kind, value in self.adamw.state[parameter].items()
         }
-        for name in ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps"):
+        for name in COUNTERS:
             state[f"counter/{name}"] = getattr(self, name)
         if self.loss_scale is not None:
             state["counter/loss_scale"] = self.loss_scale
@@ -181,7 +182,7 @@ class GuardedAdamW:
                 }
             elif float(state["counter/num_applied"]) > 0:
                 raise KeyError(f"no optimizer state for {name}")
-        for name in ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps"):
+        for name in COUNTERS:
             setattr(self, name, state[f"counter/{name}"].to(self.device, copy=True))
         if self.loss_scale is not None and "counter/loss_scale" in state:
             self.loss_scale = state["counter/loss_scale"].to(self.device, copy=True)

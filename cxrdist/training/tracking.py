@@ -14,13 +14,17 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
 from cxrdist.files import reason
 
@@ -99,6 +103,20 @@ class Tracker:
             raise UserError(reason(Path(file.name), len(line), error)) from error
         if self._wandb is not None:
             self._wandb.send(row)
+
+
+def show_samples(
+    tracker: Tracker,
+    loader: Loader,
+    rows: NDArray[np.int64],
+    levels: Callable[[Tensor, NDArray[np.int64]], Tensor],
+    step: int,
+) -> None:
+    """What the model sees of some rows, on the dashboard; `levels` makes grey levels of stored images and keys."""
+    for batch in loader.batches([rows]):
+        pictures = levels(batch.images, batch.keys).permute(0, 2, 3, 1).squeeze(-1).to(torch.uint8).cpu().numpy()
+        names = [loader.index.image_names[int(row)] for row in batch.rows]
+        tracker.images(step, "augmented samples", pictures, names)
 
 
 def cut_metrics(run: Path, num_bytes: int) -> str | None:
@@ -181,7 +199,7 @@ class _WandbThread:
     """Starts wandb and feeds it. Every failure ends in one printed line; none reaches the training.
 
     `history`, the rows of earlier sessions, is sent first as far as wandb does not have it: a session that was killed
-    takes what was on its way with it, and an offline session is a wandb run of its own, so the newest holds the whole.
+    takes what was on its way with it, and an offline session is a wandb run of its own, so the newest holds all of it.
     """
 
     def __init__(
@@ -215,7 +233,7 @@ class _WandbThread:
         try:
             import wandb
         except ImportError as error:
-            _say(f"not installed ({error}); going on without it")
+            _say(f"not installed ({error}); continuing without it")
             return
         try:
             session = self._start(wandb)
@@ -227,7 +245,7 @@ class _WandbThread:
                 session.log({key: _shown(wandb, value) for key, value in row.items()})
             session.finish()
         except Exception as error:  # a dashboard must never end a training, whatever it raises
-            _say(f"stopped ({type(error).__name__}: {error}); the local files go on")
+            _say(f"stopped ({type(error).__name__}: {error}); the local files continue")
 
     def _start(self, wandb: Any) -> Any:
         settings: dict[str, Any] = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from cxrdist.augment.sheet import contact_sheet
 from cxrdist.augment.training import TrainingAugment
 from cxrdist.augment.views import make_views
 from cxrdist.data.order import train_batches
@@ -44,14 +43,6 @@ def test_none_is_the_evaluation_input(images: torch.Tensor) -> None:
 def test_an_unknown_mode_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="augment='strong' is unknown; one of published, crop_flip, none"):
         TrainingAugment(96, "strong", seed=1)  # type: ignore[arg-type]
-
-
-def test_a_contact_sheet_shows_what_training_sees(images: torch.Tensor) -> None:
-    sheet = contact_sheet(images, KEYS, tile_px=64, num_draws=2, seed=22, first_epoch=4)
-    assert sheet.shape == (8 * 67 - 3, 3 * 67 - 3, 3)
-    augment = TrainingAugment(64, "published", seed=22)
-    shown = sheet[67 : 67 + 64, 134 : 134 + 64, 0]
-    assert np.array_equal(shown, augment.levels(images, KEYS, epoch=5)[1, 0].numpy())
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cxrdist.data.loader import Loader, threads_of_this_rank
+from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches, train_batches
 from cxrdist.data.reader import ShardReader
+from cxrdist.distributed import environment
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
 
@@ -24,7 +26,7 @@ PLAN = {"seed": 3, "epoch": 0, "global_batch_size": 20, "device_batch_size": 8, 
 
 @pytest.fixture
 def index(uneven_shards) -> ShardIndex:
-    return open_index(uneven_shards, "train", "b")
+    return open_index(uneven_shards, "train", TASKS["b"])
 
 
 def pixels(index: ShardIndex, row: int, mode: str = "L") -> np.ndarray:
@@ -120,11 +122,16 @@ def test_an_iterator_of_a_closed_loader_raises_instead_of_waiting(index):
         next(loader.batches([np.arange(2)]))
 
 
-def test_threads_share_the_cores_among_the_ranks_of_the_node(monkeypatch):
+def test_threads_share_the_cores_among_the_ranks_of_the_node_where_the_entry_says_so(index, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     for ranks, threads in ((1, 8), (2, 6), (8, 1), (16, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert threads_of_this_rank() == threads
+        assert environment.decode_threads() == threads
+        with Loader(index) as loader:  # does not read the environment
+            assert loader.num_threads == 8
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})
+    with Loader(index) as loader:
+        assert loader.num_threads == 1
 
 
 def test_reading_works_beyond_the_number_of_files_kept_open(index, monkeypatch):
@@ -163,8 +170,9 @@ import sys, torch
 from pathlib import Path
 from cxrdist.data.loader import Loader
 from cxrdist.shards.index import open_index
+from cxrdist.task import TASKS
 torch.cuda.set_device(1)
-with Loader(open_index(Path(sys.argv[1]), "train", "b"), "cuda") as loader:
+with Loader(open_index(Path(sys.argv[1]), "train"), "cuda") as loader:
     assert [batch.images.device.index for batch in loader.batches([torch.arange(4).numpy()])] == [1]
 print(torch._C._cuda_hasPrimaryContext(0))
 """

@@ -1,4 +1,4 @@
-"""The demo's bookkeeping: what is reused, what goes on, what is made anew, and how patients are held out."""
+"""The demo's bookkeeping: what is reused, what is resumed, what is made again, and how patients are held out."""
 
 import csv
 import json
@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from cxrdist.demo import __main__ as demo
-from cxrdist.demo.__main__ import Step, hold_out, run_command, run_steps
+from cxrdist.demo import steps as demo_steps
+from cxrdist.demo.__main__ import Files, hold_out
 from cxrdist.demo.phantoms import CSV_COLUMNS
+from cxrdist.demo.steps import Step, run_command, run_steps
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS, read_label_csv, read_template
+from cxrdist.tables import read_label_csv, read_template
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
 
@@ -63,7 +66,7 @@ def test_second_run_reuses_finished_steps_and_says_so(tmp_path: Path, capsys: py
     assert capsys.readouterr().out.count("reused") == 3
 
 
-def test_interrupted_run_goes_on_at_the_step_that_was_interrupted(
+def test_interrupted_run_resumes_at_the_step_that_was_interrupted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workshop = Workshop(tmp_path)
@@ -72,7 +75,7 @@ def test_interrupted_run_goes_on_at_the_step_that_was_interrupted(
         workshop.run()
     workshop.break_at = ""
     assert workshop.run() == ["second", "third"]
-    assert "second: interrupted before, goes on" in capsys.readouterr().out
+    assert "second: interrupted before, resumed" in capsys.readouterr().out
 
 
 def test_changed_input_repeats_what_depends_on_it(tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_training_is_resumed_only_when_the_same_training_was_interrupted(
             raise UserError("killed")
         (tmp_path / "run" / "done").touch()
 
-    monkeypatch.setattr(demo, "run_command", fail_once)
+    monkeypatch.setattr(demo_steps, "run_command", fail_once)
 
     def step(recipe: str) -> Step:
         run = tmp_path / "run"
@@ -127,21 +130,20 @@ def test_training_is_resumed_only_when_the_same_training_was_interrupted(
 def test_held_out_patients_are_disjoint_and_nothing_is_lost(tmp_path: Path) -> None:
     rows = [
         [f"{patient:08d}_001_{image:03d}.jpg", patient, 1, "", "", "Frontal", "PA"]
-        + [int((patient + column) % 5 == 0) for column in range(len(LABELS))]
+        + [int((patient + column) % 5 == 0) for column in range(TASKS["b"].num_labels)]
         for patient in range(40)
         for image in range(1 + patient % 3)
     ]
-    source, train_csv, template, truth = (
-        tmp_path / name for name in ("all.csv", "d/train.csv", "d/t.csv", "d/truth.csv")
-    )
+    source, task = tmp_path / "all.csv", TASKS["b"]
+    files = Files.below(tmp_path / "demo", task)
     with source.open("w", newline="") as file:
         csv.writer(file).writerows([list(CSV_COLUMNS), *rows])
-    hold_out(source, train_csv, template, truth, seed=0, blank="error", uncertain="error")
-    train, test = read_label_csv(train_csv), read_label_csv(truth)
+    hold_out(source, files, task, seed=0)
+    train, test = (read_label_csv(path, task).about for path in (files.train_csv, files.truth))
     assert sorted([*train["image_name"], *test["image_name"]]) == sorted(row[0] for row in rows)
     assert not set(train["patient"]) & set(test["patient"])
     assert 0.1 < len(test) / len(rows) < 0.3
-    names = list(read_template(template)["image_name"])
+    names = list(read_template(files.template, task).image_names)
     assert sorted(names) == sorted(test["image_name"])
     assert names != sorted(names)
 

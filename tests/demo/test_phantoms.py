@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cxrdist.demo.phantoms import LUNG_OPACITY_PARENTS, Study, image_name, render, sample_studies, write_division
-from cxrdist.labels import LABELS
+from cxrdist.task import COMPETITION_LABELS as LABELS
 
 HEALTHY = Study(7, 1, "Male", 50, frozenset({"No Finding"}), ("PA", "Lateral"))
 

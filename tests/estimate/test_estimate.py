@@ -4,27 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from cxrdist import train
 from cxrdist.errors import UserError
-from cxrdist.estimate.report import (
-    GB,
-    PUBLISHED_T4,
-    best_device_batch,
-    count_cost,
-    fitting_batch,
-    infer_report,
-    memory_bytes,
-    report,
-    require_fit,
-    train_hours,
-)
-from cxrdist.recipes import chexfound, demo_eva_x, eva_x
+from cxrdist.estimate.count import GB, best_device_batch, count_cost, fitting_batch, memory_bytes
+from cxrdist.estimate.machines import PUBLISHED_T4, train_hours
+from cxrdist.estimate.report import dry_run, infer_dry_run, infer_report, report, require_fit
+from cxrdist.models import ARCHITECTURES, Architecture
+from cxrdist.recipes import Group, chexfound, demo_eva_x, eva_x
+from cxrdist.task import TASKS, Task
 
 
 def test_counted_flops_of_both_models_are_the_known_ones() -> None:
     """157 and 740 GFLOP an image, as counted for the published inference; 86.3 M and 8,723,470 trained parameters."""
-    eva, chex = count_cost(eva_x("b")), count_cost(chexfound("b"))
+    eva, chex = count_cost(eva_x("b"), 14), count_cost(chexfound("b"), 14)
     assert eva.forward_flops / 1e9 == pytest.approx(157, rel=0.01)
     assert chex.forward_flops / 1e9 == pytest.approx(740, rel=0.01)
     assert eva.num_trained == eva.num_parameters
@@ -35,25 +29,25 @@ def test_counted_flops_of_both_models_are_the_known_ones() -> None:
 
 def test_the_default_device_batch_fits_the_gpu() -> None:
     """32 images of EVA-X do not fit a T4 (20 GB with what training keeps of them), 16 do."""
-    assert fitting_batch(eva_x("b"), "fp16", 15.6 * GB, 2) == 16
-    assert fitting_batch(eva_x("b"), "bf16", 79 * GB, 2) == 32
-    assert fitting_batch(chexfound("b"), "fp16", 15.6 * GB, 2) == 32
+    assert fitting_batch(eva_x("b"), 14, "fp16", 15.6 * GB, 2) == 16
+    assert fitting_batch(eva_x("b"), 14, "bf16", 79 * GB, 2) == 32
+    assert fitting_batch(chexfound("b"), 14, "fp16", 15.6 * GB, 2) == 32
     with pytest.raises(UserError, match=r"for one image, and the GPU with the least free memory has 2\.0 GB"):
-        fitting_batch(eva_x("b"), "fp16", 2 * GB, 2)
+        fitting_batch(eva_x("b"), 14, "fp16", 2 * GB, 2)
 
 
 def test_published_t4_epochs_are_within_the_stated_factor_of_two() -> None:
     minutes = {"eva_x": (eva_x("b"), 57.7), "chexfound": (chexfound("b"), 173.0)}
     for recipe, published in minutes.values():
-        estimate = 60 * train_hours(count_cost(recipe, "fp16"), 108_491, 1, PUBLISHED_T4)
+        estimate = 60 * train_hours(count_cost(recipe, 14, "fp16"), 108_491, 1, PUBLISHED_T4)
         assert 0.5 < estimate / published < 2.0
-    assert (
-        best_device_batch(count_cost(eva_x("b"), "fp16"), eva_x("b"), PUBLISHED_T4) == 16
-    )  # what the published run used
+    t4 = PUBLISHED_T4
+    cost = count_cost(eva_x("b"), 14, "fp16")
+    assert best_device_batch(cost, 64, t4.kind, t4.num_devices, t4.memory_bytes) == 16  # what the published run used
 
 
 def test_run_that_cannot_fit_names_the_flag_that_helps() -> None:
-    recipe, cost = eva_x("b"), count_cost(eva_x("b"))
+    recipe, cost = eva_x("b"), count_cost(eva_x("b"), 14)
     with pytest.raises(UserError, match="use --device-batch-size 16"):
         require_fit(cost, recipe, PUBLISHED_T4, 64, 1e12)
     with pytest.raises(UserError, match="smaller --model"):
@@ -65,8 +59,8 @@ def test_run_that_cannot_fit_names_the_flag_that_helps() -> None:
 
 
 def test_inference_at_the_published_speed_costs_the_share_of_passes_that_is_left() -> None:
-    text = infer_report("b", 47_927, PUBLISHED_T4)
-    assert "10 passes of EVA-X and 1 of CheXFound" in text
+    text = infer_report(TASKS["b"], 47_927, PUBLISHED_T4)
+    assert "passes: 10 of eva_x, 1 of chexfound" in text
     row = next(line for line in text.splitlines() if "published inference" in line)
     hours = float(row.split(" h ")[0].split()[-1])
     left = (10 * 157 + 740) / (12 * 157 + 2 * 740)
@@ -74,7 +68,7 @@ def test_inference_at_the_published_speed_costs_the_share_of_passes_that_is_left
 
 
 def test_report_marks_its_times_as_estimates() -> None:
-    text = report(demo_eva_x("b"), 480, PUBLISHED_T4, None, 1e12)
+    text = report(demo_eva_x("b"), count_cost(demo_eva_x("b"), 14), 480, PUBLISHED_T4, None, 1e12)
     assert "estimates" in text
     assert "factor of two" in text
     assert "H100 x 8" in text
@@ -92,3 +86,28 @@ def test_dry_run_prints_estimates_writes_nothing_and_refuses_what_cannot_fit(
     with pytest.raises(UserError, match="--device-batch-size"):
         train.main(["--div", "b", "--dry-run", "--device-batch-size", "4096"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_without_published_counts_needs_shards(tmp_path: Path) -> None:
+    task = Task(name="mine", labels=("one", "two", "three"))
+    with pytest.raises(UserError, match=r"no train shards in .*preprocess task mine first"):
+        dry_run(eva_x("mine"), task, tmp_path, tmp_path, device_batch_size=None, precision="fp32")
+    with pytest.raises(UserError, match="no test shards in "):
+        infer_dry_run(task, tmp_path, "fp32")
+
+
+def test_any_architecture_is_counted_with_its_labels_and_the_size_of_its_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def create(image_size: int, num_classes: int, drop_rate: float) -> nn.Module:
+        features = (nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*features, nn.Dropout(drop_rate), nn.Linear(4, num_classes))
+
+    monkeypatch.setitem(ARCHITECTURES, "toy", Architecture(name="toy", create=create))
+    groups = (Group(pattern="", lr=1e-3),)
+    recipe = dataclasses.replace(eva_x("b"), name="toy", model="toy", image_size=10, groups=groups)
+    cost = count_cost(recipe, 3, size_px=100)
+    assert cost.forward_flops == 2 * 3 * 4 * 10 * 10 + 2 * 4 * 3
+    assert cost.num_trained == cost.num_parameters == 3 * 4 + 2 * 4 + 4 * 3 + 3
+    more = memory_bytes(count_cost(recipe, 3, size_px=300), 1, "cpu", 1) - memory_bytes(cost, 1, "cpu", 1)
+    assert more == 3 * (300 * 300 - 100 * 100)  # three decoded batches

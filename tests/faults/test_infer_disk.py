@@ -55,4 +55,4 @@ def test_a_full_disk_is_named_and_what_was_there_still_loads(world, tmp_path):
     assert len(pd.read_csv(keep / "good.csv")) == 24
     for name in ("after.csv", "again.csv"):
         assert (keep / name).read_bytes() == (keep / "good.csv").read_bytes()
-    assert "going on:" in (keep / "third").read_text()
+    assert "resuming:" in (keep / "third").read_text()

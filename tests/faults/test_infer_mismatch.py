@@ -13,17 +13,20 @@ import pytest
 from cxrdist import ensemble, evaluate
 from cxrdist.errors import UserError
 from cxrdist.files import folder_lock
-from cxrdist.labels import LABELS
 from cxrdist.recipes import from_json, to_json
-from cxrdist.runs.checkpoint import read_document, read_tensors, write_checkpoint
-from cxrdist.scoring.tables import ScoreTable, read_table, write_table
+from cxrdist.runs.checkpoint import read_tensors, write_checkpoint
+from cxrdist.runs.documents import EpochMeta, read_versioned
+from cxrdist.scoring.tables import ScoreTable, TableMeta, read_table, write_table
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fault
+LABELS = TASKS["b"].labels
 SWAPPED = (LABELS[1], LABELS[0], *LABELS[2:])
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edit_task(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"task": content["task"] | changes}))
 
 
 @pytest.fixture
@@ -32,12 +35,12 @@ def shards(world, tmp_path):
     return tmp_path / "shards"
 
 
-def test_shards_of_the_other_division_or_other_label_order_are_named(world, shards, tmp_path):
+def test_shards_of_another_task_or_other_label_order_are_named(world, shards, tmp_path):
     for changes, message in (
-        ({"div": "a"}, "holds split 'test' of division 'a', not 'test' of 'b'"),
-        ({"labels": SWAPPED}, "labels are not the competition's 14 in order"),
+        ({"name": "a"}, r"holds split 'test' of another task \(task b and a\)"),
+        ({"labels": SWAPPED}, f"label 1: {LABELS[0]!r} and {LABELS[1]!r}"),
     ):
-        edit_json(shards / "test.json", **changes)
+        edit_task(shards / "test.json", **changes)
         with pytest.raises(UserError, match=message):
             world.run(tmp_path / "out", shards=shards)
         shutil.copy(world.shards / "test.json", shards / "test.json")
@@ -68,13 +71,13 @@ def test_a_second_inference_does_not_mix_its_files_into_a_folder_in_use(world, t
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_a_run_of_the_other_division_or_with_swapped_outputs_is_named(world, infer_world, tmp_path):
+def test_a_run_of_another_task_or_with_swapped_outputs_is_named(world, infer_world, tmp_path):
     recipe = from_json((world.eva_x / "recipe.json").read_text())
-    other = infer_world.make_run(tmp_path / "other", dataclasses.replace(recipe, div="a"))
-    with pytest.raises(UserError, match="trained for division a, --div is b"):
+    other = infer_world.make_run(tmp_path / "other", recipe, task=TASKS["a"])
+    with pytest.raises(UserError, match=r"other@1 was trained for another task than the shards' \(task b and a\)"):
         world.run(tmp_path / "out", members=["--member", f"x={other}@1"])
-    swapped = infer_world.make_run(tmp_path / "swapped", recipe, labels=SWAPPED)
-    with pytest.raises(UserError, match="its outputs are Cardiomegaly, Atelectasis"):
+    swapped = infer_world.make_run(tmp_path / "swapped", recipe, task=dataclasses.replace(TASKS["b"], labels=SWAPPED))
+    with pytest.raises(UserError, match=f"swapped@1 was trained .*label 1: {LABELS[0]!r} and {LABELS[1]!r}"):
         world.run(tmp_path / "out", members=["--member", f"x={swapped}@1"])
     assert not (tmp_path / "out").exists()
 
@@ -100,14 +103,14 @@ def test_a_template_of_other_images_and_an_epoch_that_is_not_there_are_named(wor
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_give_no_number_are_named_and_no_table_is_written(world, tmp_path):
+def test_weights_that_produce_non_finite_scores_are_named_and_no_table_is_written(world, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(world.eva_x, run)
     folder = run / "checkpoints" / "epoch_02"
     weights = read_tensors(folder, "ema")
     weights["head.bias"][3] = float("nan")
-    write_checkpoint(folder, {"ema": weights}, {"meta": read_document(folder, "meta")})
-    with pytest.raises(UserError, match=r"run@2 gives no number for 23 images, e\.g\. .*view plain, fp32"):
+    write_checkpoint(folder, {"ema": weights}, {"meta": read_versioned(EpochMeta, folder / "meta.json")})
+    with pytest.raises(UserError, match=r"run@2 produces non-finite scores for 23 images, e\.g\. .*view plain, fp32"):
         world.run(tmp_path / "out", members=["--member", f"x={run}@1,2"])
     assert not (tmp_path / "out" / "scores").exists()
     assert not (tmp_path / "out" / "submission.csv").exists()
@@ -124,7 +127,7 @@ def test_two_ranks_name_a_mismatch_once(world, tmp_path):
     assert result.returncode != 0
     named = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(named) == 1, result.stderr
-    assert "holds split 'test' of division 'b', not 'test' of 'a'" in named[0]
+    assert "holds split 'test' of another task (task a and b)" in named[0]
     assert "infer.py" not in result.stderr, "no traceback of ours"
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +139,8 @@ def tables(tmp_path):
     rng = np.random.default_rng(0)
     for member in ("one", "two"):
         write_table(
-            tmp_path / f"{member}.csv", ScoreTable(names, rng.random((5, 14), dtype=np.float32), {"member": member})
+            tmp_path / f"{member}.csv",
+            ScoreTable(names, rng.random((5, 14), dtype=np.float32), TableMeta(member=member, task=TASKS["b"])),
         )
     pd.DataFrame({"Image_name": names} | dict.fromkeys(LABELS, 0)).to_csv(tmp_path / "template.csv", index=False)
     return tmp_path

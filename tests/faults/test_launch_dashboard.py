@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cxrdist.labels import LABELS
+from cxrdist.task import COMPETITION_LABELS as LABELS
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from cxrdist.data.loader import Loader
 from cxrdist.shards.index import open_index
 
-loader = Loader(open_index(Path(sys.argv[1]), "train", "b"), num_threads=2)
+loader = Loader(open_index(Path(sys.argv[1]), "train"), num_threads=2)
 batches = loader.batches(np.arange(16) for _ in range(1000))
 next(batches)
 print("left", flush=True)

@@ -11,6 +11,7 @@ from cxrdist.data.order import train_batches
 from cxrdist.data.reader import ShardReader
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fault
 
@@ -20,12 +21,12 @@ BAD_ROWS = (3, 40)
 @pytest.fixture
 def index(uneven_shards) -> ShardIndex:
     """A shard set in which two images were stored as half a JPEG, as its index knows."""
-    index = open_index(uneven_shards, "train", "b")
-    lengths, hashes = index.lengths.copy(), index.sha256.copy()
+    index = open_index(uneven_shards, "train", TASKS["b"])
+    lengths, digests = index.lengths.copy(), index.digests.copy()
     for row in BAD_ROWS:
         lengths[row] //= 2
-        hashes[row] = hashlib.sha256(ShardReader(index).read(row)[: lengths[row]]).hexdigest()
-    return dataclasses.replace(index, lengths=lengths, sha256=hashes)
+        digests[row] = bytearray(hashlib.sha256(ShardReader(index).read(row)[: lengths[row]]).digest())
+    return dataclasses.replace(index, lengths=lengths, digests=digests)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -38,10 +39,10 @@ def test_half_a_jpeg_is_named_with_shard_and_key(index, num_threads):
 
 
 def test_bytes_damaged_after_preprocessing_are_told_apart(index):
-    hashes = index.sha256.copy()
-    hashes[3] = "0" * 64
+    digests = index.digests.copy()
+    digests[3] = 0
     with (
-        Loader(dataclasses.replace(index, sha256=hashes)) as loader,
+        Loader(dataclasses.replace(index, digests=digests)) as loader,
         pytest.raises(UserError, match=r"key 00000003 .*damaged since"),
     ):
         list(loader.batches([np.arange(8)]))
@@ -49,7 +50,7 @@ def test_bytes_damaged_after_preprocessing_are_told_apart(index):
 
 def test_an_image_of_another_size_is_named(index):
     with (
-        Loader(dataclasses.replace(index, meta=index.meta | {"size_px": 640})) as loader,
+        Loader(dataclasses.replace(index, meta=dataclasses.replace(index.meta, size_px=640))) as loader,
         pytest.raises(UserError, match="600x600 px instead of 640x640"),
     ):
         list(loader.batches([np.arange(2)]))

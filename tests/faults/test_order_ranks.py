@@ -98,7 +98,7 @@ def test_processes_take_equal_steps_use_each_image_once_and_average_to_the_globa
 ):
     run_ranks(world_size, EPOCH, uneven_shards, tmp_path, num_rows, global_batch_size, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     assert len({rank["micros"] for rank in ranks}) == 1
     keys = [key for rank in ranks for _, key in rank["seen"]]
     assert sorted(keys) == index.keys[:num_rows].tolist()
@@ -106,7 +106,7 @@ def test_processes_take_equal_steps_use_each_image_once_and_average_to_the_globa
 
 
 def test_global_batches_hold_the_same_images_at_any_world_size_and_number_of_threads(uneven_shards):
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     results = []
     for world_size in (1, 2, 4):
         for num_threads in (0, 1, 3):
@@ -131,7 +131,7 @@ def test_global_batches_hold_the_same_images_at_any_world_size_and_number_of_thr
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 5])
 def test_more_ranks_than_images_still_step_and_an_empty_split_is_named(uneven_shards, world_size):
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     plan = {"seed": 0, "epoch": 0, "global_batch_size": 64, "device_batch_size": 16, "world_size": world_size}
     seen = []
     for rank in range(world_size):

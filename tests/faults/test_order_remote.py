@@ -15,5 +15,5 @@ def test_training_and_inference_refuse_a_shell_before_anything_starts(entry, tmp
     module = importlib.import_module(f"cxrdist.{entry}")
     out = [] if entry == "train" else ["--out", "scores"]
     with pytest.raises(UserError, match=r"s3://, https://, hf:// only"):
-        module.main(["--div", "b", "--shards-url", "pipe:touch touched", *out])
+        module.main(["--task", "b", "--shards-url", "pipe:touch touched", *out])
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import pytest
 from cxrdist import preprocess
 from cxrdist.errors import UserError
 from cxrdist.shards.index import open_index
+from cxrdist.task import TASKS
 
 
 def run(images: Path, table: Path, out: Path) -> None:
@@ -56,7 +57,7 @@ def test_reordered_columns_and_a_bom_change_nothing(make_division: Any, tmp_path
     rows = [line.split(",") for line in table.read_text(encoding="utf-8").splitlines()]
     table.write_text("\ufeff" + "\n".join(",".join(reversed(row)) for row in rows), encoding="utf-8")
     run(images, table, tmp_path / "again")
-    first, second = (open_index(tmp_path / name, "train", "b") for name in ("out", "again"))
+    first, second = (open_index(tmp_path / name, "train", TASKS["b"]) for name in ("out", "again"))
     assert first.fingerprint == second.fingerprint
 
 
@@ -71,15 +72,15 @@ def test_a_bomb_is_left_out_by_name_in_bounded_time_and_memory(make_division: An
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     assert len(bomb) < 400_000
     (images / "bomb.png").write_bytes(bomb)
-    # 300 MB above what the imports take: the bomb's pixels alone are 361 MB.
+    # 300 MB above what the imports take: the bomb's pixels take 361 MB.
     code = (
-        "import resource, sys; from cxrdist import preprocess; "
+        "import resource, sys, webdataset; from cxrdist import preprocess; "
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2); preprocess.main(sys.argv[1:])"
     )
     arguments = ["--div", "b", "--images", str(images), "--csv", str(table), "--out", str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", code, *arguments, "--workers", "1"], check=True, timeout=60)
-    index = open_index(tmp_path / "out", "train", "b")
+    index = open_index(tmp_path / "out", "train", TASKS["b"])
     assert list(index.image_names) == ["a.jpg"]
     assert "361000000 pixels" in index.left_out["bomb.png"]
     start = time.monotonic()
@@ -99,11 +100,11 @@ def test_nothing_is_read_or_written_outside_the_folders(make_division: Any, tmp_
     out, victim = tmp_path / "out", tmp_path / "victim"
     out.mkdir()
     victim.write_bytes(b"precious")
-    for name in ("train-000000.tar", "train.json", "train.index.csv"):
+    for name in ("train-000000.tar", "train.json", "train.index.arrow"):
         (out / name).symlink_to(victim)
     run(images, table, out)
     assert victim.read_bytes() == b"precious"
-    assert list(open_index(out, "train", "b").image_names) == ["a.jpg", "c.jpg"]
+    assert list(open_index(out, "train", TASKS["b"]).image_names) == ["a.jpg", "c.jpg"]
     linked = tmp_path / "linked"
     linked.mkdir()
     (tmp_path / "elsewhere").mkdir()

@@ -1,4 +1,4 @@
-"""Preprocessing killed, interrupted, run twice at once, or out of disk: whole shards count, and the work goes on."""
+"""Preprocessing killed, interrupted, run twice at once, or out of disk: complete shards count, the work resumes."""
 
 import hashlib
 import os
@@ -20,6 +20,7 @@ from cxrdist import preprocess
 from cxrdist.errors import UserError
 from cxrdist.shards.index import open_index
 from cxrdist.shards.verify import verify
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fault
 NUM_IMAGES = 60
@@ -61,7 +62,7 @@ def group_is_gone(group: int) -> bool:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(
+def test_a_killed_run_leaves_complete_shards_and_resumes_to_the_same_bytes(
     arguments: list[str], tmp_path: Path, kill: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess.main([*arguments, "--out", str(tmp_path / "undisturbed")])
@@ -80,10 +81,10 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(
         assert not (out / "train.json").exists()
         for tar in out.glob("train-*.tar"):
             assert hashlib.sha256(tar.read_bytes()).hexdigest() == expected[tar.name]
-            with tarfile.open(tar) as whole:
-                assert len(whole.getnames()) in (10, 12)
+            with tarfile.open(tar) as finished:
+                assert len(finished.getnames()) in (10, 12)
         with pytest.raises(UserError, match=r"train\.json is missing"):
-            open_index(out, "train", "b")
+            open_index(out, "train", TASKS["b"])
         if kill == signal.SIGINT:
             assert process.returncode == 130
             assert "interrupted" in errors
@@ -95,7 +96,7 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(
     assert "reused: " in printed
     assert f"{NUM_IMAGES} rows = {NUM_IMAGES - 1} images stored + 1 left out" in printed
     assert bytes_of(out) == expected
-    verify(out, "train", "b", hashes=True)
+    verify(out, "train", TASKS["b"], hashes=True)
 
 
 def test_a_killed_worker_ends_the_run_by_name(arguments: list[str], tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_two_runs_at_once_in_one_folder_are_named(arguments: list[str], tmp_path
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    verify(out, "train", "b", hashes=True)
+    verify(out, "train", TASKS["b"], hashes=True)
 
 
 def test_nodes_that_work_at_the_same_time_join_to_the_same_bytes(arguments: list[str], tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_disk_that_fills_up_is_named_and_what_was_written_counts(make_division
     out = small_disk / "out"
     arguments = ["--div", "b", "--images", str(images), "--csv", str(table), "--rows-per-shard", "8", "--workers", "2"]
     (small_disk / "ballast").write_bytes(bytes(5_000_000))
-    with pytest.raises(UserError, match=rf"{small_disk}\S*: the disk is full \([\d,]+ bytes free\)"):
+    with pytest.raises(UserError, match=rf"{small_disk}\S*: the disk is full \([\d,]+ bytes free in"):
         preprocess.main([*arguments, "--out", str(out)])
     finished = bytes_of_tars(out)
     assert finished
@@ -183,7 +184,7 @@ def test_a_disk_that_fills_up_is_named_and_what_was_written_counts(make_division
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
     preprocess.main([*arguments, "--out", str(out)])
     assert finished.items() <= bytes_of_tars(out).items()
-    verify(out, "train", "b", hashes=True)
+    verify(out, "train", TASKS["b"], hashes=True)
 
 
 def bytes_of_tars(folder: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from cxrdist.files import folder_lock
 from cxrdist.runs import checkpoint
 from cxrdist.shards.index import open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
+from cxrdist.task import TASKS
 from tests import training_runs
 
 pytestmark = pytest.mark.fault
@@ -42,7 +43,7 @@ def make_shards(folder: Path, targets: np.ndarray, patients: int = 6) -> Path:
         size, patient = path.stat().st_size, path.name[:8]
         labels = tuple(int(value) for value in row)
         sources.append(Source(number, path.name, str(path), size, "", patient, "001", targets=labels))
-    write_split(SplitJob(folder / "div_b", "b", "train", sources, "exact", 24, {}))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 24, {}))
     return folder / "div_b"
 
 
@@ -55,7 +56,7 @@ def finite(run: Path) -> bool:
 def test_a_nan_on_one_rank_makes_all_skip_the_same_step(uneven_shards, tmp_path):
     import tests.training.worker  # noqa: F401  registers the small recipes
 
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     recipe = recipes.RECIPES["tiny_chexfound"]("b")
     plan = train_entry.order.train_batches(
         np.arange(48), seed=recipe.seed, epoch=1, global_batch_size=10, device_batch_size=5, rank=1, world_size=2
@@ -73,18 +74,18 @@ def test_a_nan_on_one_rank_makes_all_skip_the_same_step(uneven_shards, tmp_path)
 
 
 def test_too_many_skips_in_a_row_stop_the_run_and_name_the_images(uneven_shards, tmp_path):
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     fault = {"nan": {"rank": 1, "keys": index.keys.tolist()}}
     ended = training_runs.train(uneven_shards, tmp_path, "--max-skips", "3", fault=fault)
     assert ended.code != 0
-    assert "3 steps in a row were skipped, up to step 3: logits not finite on rank 1: 0000" in ended.output
+    assert "3 steps in a row were skipped, up to step 3: non-finite logits on rank 1: 0000" in ended.output
     assert not any(row["loss"] is not None for row in training_runs.rows(tmp_path))
 
 
 def test_a_streak_of_skips_that_ended_before_the_logged_row_counts(uneven_shards, tmp_path):
     import tests.training.worker  # noqa: F401  registers the small recipes
 
-    index = open_index(uneven_shards, "train", "b")
+    index = open_index(uneven_shards, "train")
     recipe = recipes.RECIPES["tiny_chexfound"]("b")
     plan = train_entry.order.train_batches(
         np.arange(48), seed=recipe.seed, epoch=0, global_batch_size=10, device_batch_size=5, rank=1, world_size=2
@@ -93,13 +94,13 @@ def test_a_streak_of_skips_that_ended_before_the_logged_row_counts(uneven_shards
     flags = ["--device-batch-size", "5", "--log-every", "5", "--max-skips", "3"]
     ended = training_runs.train(uneven_shards, tmp_path, *flags, fault={"nan": {"rank": 1, "keys": bad}})
     assert ended.code != 0
-    assert "3 steps in a row were skipped, up to step 5: logits not finite on rank 1: 0000" in ended.output
+    assert "3 steps in a row were skipped, up to step 5: non-finite logits on rank 1: 0000" in ended.output
 
 
 def test_skipped_images_are_named_once_and_counted(uneven_shards, tmp_path, capsys):
     shards = tmp_path / "shards"
     shutil.copytree(uneven_shards, shards)
-    index = open_index(shards, "train", "b")
+    index = open_index(shards, "train")
     path = shards / index.shards[int(index.shard_ids[5])]
     content = bytearray(path.read_bytes())
     begin = int(index.offsets[5])
@@ -201,7 +202,7 @@ def test_resuming_with_something_else_names_it(uneven_shards, begun, flags, mess
 
 
 def test_resuming_on_swapped_labels_names_the_labels(uneven_shards, begun, tmp_path):
-    targets = open_index(uneven_shards, "train", "b").targets[:, [1, 0, *range(2, 14)]]
+    targets = open_index(uneven_shards, "train").targets[:, [1, 0, *range(2, 14)]]
     shards = make_shards(tmp_path / "other", targets)
     with pytest.raises(UserError, match=r"another shard set .*Atelectasis \d+ -> \d+, Cardiomegaly \d+ -> \d+"):
         in_process(shards, begun, *VALIDATE, *ONE, "--resume")

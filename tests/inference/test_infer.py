@@ -1,6 +1,6 @@
 """Inference end to end on a small division: one process against two, and what it refuses before computing."""
 
-import json
+import dataclasses
 import shutil
 
 import numpy as np
@@ -8,19 +8,27 @@ import pandas as pd
 import pytest
 import torch
 
-from cxrdist import infer
+from cxrdist import infer, recipes
 from cxrdist.augment.views import VIEWS, make_views
 from cxrdist.data.folds import write_split
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
+from cxrdist.distributed.group import out_of_memory_named
 from cxrdist.errors import UserError
-from cxrdist.inference.passes import parse_member, plan_passes
-from cxrdist.labels import LABELS
-from cxrdist.models import build_model
+from cxrdist.inference import score
+from cxrdist.inference.members import checkpoint_of, load_ensemble, parse_member
+from cxrdist.inference.passes import plan_passes
+from cxrdist.models import architecture_of
 from cxrdist.recipes import recipe_for
-from cxrdist.runs.checkpoint import load_member, read_tensors, write_checkpoint
+from cxrdist.runs.checkpoint import read_tensors, write_checkpoint
+from cxrdist.runs.documents import EpochMeta, Facts, read_versioned
+from cxrdist.runs.member import load_member
 from cxrdist.scoring.tables import read_table
 from cxrdist.shards.index import open_index
+from cxrdist.task import TASKS
+
+TASK = TASKS["b"]
+LABELS = TASK.labels
 
 
 def test_submission_has_the_templates_rows_and_the_plan_is_printed(world, tmp_path, capsys):
@@ -48,7 +56,7 @@ def test_two_processes_write_the_same_bytes_as_one(world, tmp_path):
 
 def test_models_that_take_turns_on_the_device_give_the_same_scores(world, tmp_path, monkeypatch):
     world.run(tmp_path / "resident")
-    monkeypatch.setattr(infer, "fits", lambda models, device: False)
+    monkeypatch.setattr(score, "fits", lambda models, device: False)
     world.run(tmp_path / "turns")
     assert (tmp_path / "turns/submission.csv").read_bytes() == (tmp_path / "resident/submission.csv").read_bytes()
 
@@ -56,13 +64,14 @@ def test_models_that_take_turns_on_the_device_give_the_same_scores(world, tmp_pa
 def test_scores_equal_a_plain_loop_over_epochs_and_views(world, tmp_path):
     """The published inference, as a loop: mean over six views, then over epochs, then over the two models."""
     world.run(tmp_path)
-    index = open_index(world.shards, "test", "b")
+    index = open_index(world.shards, "test", TASK)
     with Loader(index) as loader:
         batches = list(loader.batches(eval_batches(np.arange(len(index)), 4, 0, 1)))
     tables = []
     for run, views in ((world.eva_x, VIEWS), (world.chexfound, ("plain",))):
         for epoch in (1, 2):
-            recipe, model = load_member(run, epoch)
+            member = load_member(run, epoch)
+            recipe, model = member.recipe, member.model
             probs = []
             with torch.no_grad():
                 for view in views:
@@ -74,41 +83,85 @@ def test_scores_equal_a_plain_loop_over_epochs_and_views(world, tmp_path):
     np.testing.assert_allclose(result.to_numpy(), wanted, rtol=0, atol=5e-7)
 
 
-def test_a_published_weight_file_is_a_member_and_equal_weights_are_one_checkpoint(tmp_path):
+def published_file(path, kind="eva_x_tiny", image_size=448):
+    """A weight file as the published solution wrote it, of random weights, and its model."""
     torch.manual_seed(0)
-    recipe = recipe_for("eva_x_tiny", "b")
-    model = build_model(recipe.model, recipe.image_size)
+    model = architecture_of(kind).build(image_size, TASK.num_labels)
     state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 5, "ema_state_dict": state}, path)
+    return model
+
+
+def test_a_published_weight_file_is_a_member_and_equal_weights_are_one_checkpoint(tmp_path):
+    recipe = recipe_for("eva_x_tiny", "b")
     for name in ("a.pth", "b.pth"):
-        torch.save({"epoch": 5, "ema_state_dict": state}, tmp_path / name)
+        model = published_file(tmp_path / name)
     specs = [parse_member(f"eva_x_tiny={tmp_path / name}:plain") for name in ("a.pth", "b.pth")]
-    ensemble = infer.load_ensemble(specs, "b")
+    ensemble = load_ensemble(specs, TASK)
     assert len(ensemble.models) == 1
     assert len(ensemble.members[0].checkpoints) == 2
-    wanted = infer.checkpoint_of("", recipe, model, ("plain",)).sha256
+    wanted = checkpoint_of("", recipe, model, ("plain",)).sha256
     assert list(ensemble.models) == [wanted]
     (only,) = plan_passes(ensemble.members)
     assert (only.view, only.image_size) == ("plain", 448)
     with pytest.raises(UserError, match="neither a run folder nor a weight file"):
-        infer.load_ensemble([parse_member("x=nothing.pth")], "b")
+        load_ensemble([parse_member("x=nothing.pth")], TASK)
 
 
-def test_a_held_out_fold_is_scored_alone_and_counts_as_out_of_fold_only_where_it_was_held_out(world, tmp_path):
-    index = open_index(world.shards, "train", "b")
+def test_the_files_layout_decides_the_architecture_whatever_the_member_is_called(tmp_path):
+    path = tmp_path / "weights.pth"
+    published_file(path)
+    for name in ("chexfound", "eva_x_224", "anything"):
+        (member,) = load_ensemble([parse_member(f"{name}={path}")], TASK).members
+        (checkpoint,) = member.checkpoints
+        assert (member.name, checkpoint.model, checkpoint.image_size) == (name, "eva_x_tiny", 448)
+        assert checkpoint.num_views == 6, "the published views of its own recipe"
+
+
+def test_another_recipe_of_the_files_architecture_is_named_after_a_hash_sign(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    published_file(path, image_size=224)
+    small = dataclasses.replace(recipe_for("eva_x_224", "b"), model="eva_x_tiny")
+    monkeypatch.setitem(recipes.RECIPES, "tiny_224", lambda task: small)
+    (member,) = load_ensemble([parse_member(f"eva_x={path}#tiny_224:plain*2")], TASK).members
+    assert (member.checkpoints[0].image_size, member.checkpoints[0].num_views, member.weight) == (224, 1, 2.0)
+    with pytest.raises(UserError, match="holds weights of eva_x_tiny, and recipes of that are eva_x_tiny, "):
+        load_ensemble([parse_member(f"x={path}#chexfound")], TASK)
+
+
+def test_heads_on_one_frozen_backbone_share_its_module(world):
+    ensemble = load_ensemble([parse_member(f"chexfound={world.chexfound}@1,2")], TASK)
+    first, second = ensemble.models.values()
+    assert first is not second
+    assert first.backbone is second.backbone
+
+
+def test_the_shard_set_says_the_task_and_the_folder_of_the_results(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    infer.main(["--shards", str(world.shards), "--precision", "fp32", "--member", f"x={world.chexfound}@1"])
+    table = read_table(tmp_path / "predictions" / "div_b" / "scores" / "x.csv")
+    assert table.meta.task == TASK
+    assert (tmp_path / "predictions" / "div_b" / "submission.csv").is_file()
+
+
+def test_only_a_held_out_fold_is_scored_and_it_counts_as_out_of_fold_only_where_it_was_held_out(world, tmp_path):
+    index = open_index(world.shards, "train", TASK)
     run = tmp_path / "run"
     shutil.copytree(world.eva_x, run)
     folds = np.array([int(patient) % 3 for patient in index.patients])
     write_split(run / "split.csv", index.patients, folds)
     for folder in (run / "checkpoints").iterdir():
-        meta = json.loads((folder / "meta.json").read_text())
-        facts = {"validate_fold": 1, "shards": index.fingerprint}
-        write_checkpoint(folder, {"ema": read_tensors(folder, "ema")}, {"meta": meta | {"data": facts}})
+        facts = Facts(
+            task="b", split="train", shards=index.fingerprint, images=23, positives={}, folds=3, validate_fold=1
+        )
+        meta = dataclasses.replace(read_versioned(EpochMeta, folder / "meta.json"), data=facts)
+        write_checkpoint(folder, {"ema": read_tensors(folder, "ema")}, {"meta": meta})
     members = ["--member", f"eva_x={run}@1,2:plain"]
     for fold in (1, 2):
         world.run(tmp_path / str(fold), "--split", "train", "--fold", str(fold), members=members)
         table = read_table(tmp_path / str(fold) / "scores/eva_x.csv")
-        assert table.image_names.tolist() == index.image_names[folds == fold].tolist()
-        assert table.meta["out_of_fold"] is (fold == 1)
+        assert table.image_names.tolist() == index.image_names[folds == fold].to_list()
+        assert table.meta.out_of_fold is (fold == 1)
         assert not (tmp_path / str(fold) / "submission.csv").exists()
     with pytest.raises(UserError, match="add --split train"):
         world.run(tmp_path / "x", "--fold", "1", members=members)
@@ -117,16 +170,16 @@ def test_a_held_out_fold_is_scored_alone_and_counts_as_out_of_fold_only_where_it
 def test_averaging_again_in_another_way_computes_no_pass(world, tmp_path, monkeypatch, capsys):
     world.run(tmp_path)
     plain = (tmp_path / "submission.csv").read_bytes()
-    monkeypatch.setattr(infer, "run_passes", None)
+    monkeypatch.setattr(score, "run_passes", None)
     for flags in (("--average", "logit"), ("--average", "rank"), ("--average-studies",)):
         world.run(tmp_path, *flags)
         assert (tmp_path / "submission.csv").read_bytes() != plain
     world.run(tmp_path)
     assert (tmp_path / "submission.csv").read_bytes() == plain
-    assert "going on: 6 of 6 batches are scored already" in capsys.readouterr().out
+    assert "resuming: 6 of 6 batches are scored already" in capsys.readouterr().out
 
 
 def test_a_full_gpu_is_named_with_the_flag_that_helps():
-    message = "out of memory with 64 images at once; use --device-batch-size 32"
-    with pytest.raises(UserError, match=message), infer.named_out_of_memory(64):
+    message = "out of memory on cpu with 64 images at once; use --device-batch-size 32 with which"
+    with pytest.raises(UserError, match=message), out_of_memory_named(torch.device("cpu"), 64, "with which"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -1,20 +1,37 @@
 """The plan of passes: what is asked for on the command line, and each distinct pass once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from cxrdist.errors import UserError
-from cxrdist.inference.parts import Part, PartStore, merge
-from cxrdist.inference.passes import Checkpoint, Member
+from cxrdist.inference import members as member_specs
 from cxrdist.inference import passes
+from cxrdist.inference.parts import Basis, Part, PartStore, merge
+from cxrdist.inference.passes import Member
+from cxrdist.scoring.tables import Checkpoint
 
 pytestmark = pytest.mark.fast
-TTA = (("plain", 2 / 6), ("hflip", 1 / 6), ("center1.1", 1 / 6), ("bright0.95", 1 / 6), ("bright1.05", 1 / 6))
+TTA = {"plain": 2 / 6, "hflip": 1 / 6, "center1.1": 1 / 6, "bright0.95": 1 / 6, "bright1.05": 1 / 6}
+BASIS = Basis(shards="s", rows="r", columns=(("c", 448, "plain"),), device_batch_size=4, precision="fp32", device="cpu")
+
+
+def checkpoint(source: str, sha256: str, backbone: str | None, image_size: int, views: dict[str, float] = TTA):
+    return Checkpoint(
+        source=source,
+        model="eva_x" if backbone is None else "chexfound",
+        sha256=sha256,
+        backbone_sha256=backbone,
+        image_size=image_size,
+        views=views,
+        num_views=6 if views is TTA else 1,
+    )
 
 
 def published() -> list[Member]:
-    eva_x = tuple(Checkpoint(f"eva@{e}", f"e{e}", None, 448, TTA, 6) for e in (5, 6))
-    chexfound = tuple(Checkpoint(f"chex@{e}", f"c{e}", "vit", 512, (("plain", 1.0),), 1) for e in (5, 6))
+    eva_x = tuple(checkpoint(f"eva@{e}", f"e{e}", None, 448) for e in (5, 6))
+    chexfound = tuple(checkpoint(f"chex@{e}", f"c{e}", "vit", 512, {"plain": 1.0}) for e in (5, 6))
     return [Member("eva_x", eva_x), Member("chexfound", chexfound)]
 
 
@@ -33,22 +50,23 @@ def test_the_published_ensemble_needs_10_and_1_passes_instead_of_12_and_2():
 def test_equal_weights_in_two_members_and_backbones_of_another_size_are_kept_apart_only_where_they_differ():
     member = published()[0]
     assert len(passes.plan_passes([member, Member("again", member.checkpoints)])) == 10
-    heads = tuple(Checkpoint(f"{size}", f"c{size}", "vit", size, (("plain", 1.0),), 1) for size in (512, 448))
+    heads = tuple(checkpoint(f"{size}", f"c{size}", "vit", size, {"plain": 1.0}) for size in (512, 448))
     assert len(passes.plan_passes([Member("chexfound", heads)])) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "epochs", "views", "weight", "source"),
     [
-        ("eva_x=runs/eva_x_b@5,6:tta", (5, 6), passes.VIEW_SETS["tta"], None, "runs/eva_x_b"),
+        ("eva_x=runs/eva_x_b@5,6:tta", (5, 6), member_specs.VIEW_SETS["tta"], None, "runs/eva_x_b"),
         ("chexfound=runs/c@6", (6,), None, None, "runs/c"),
         ("x=C:/weights/ema_model_f5.pth", None, None, None, "C:/weights/ema_model_f5.pth"),
         ("x=run:plain,hflip*0.5", None, ("plain", "hflip"), 0.5, "run"),
         ("x=a@b.safetensors*2", None, None, 2.0, "a@b.safetensors"),
+        ("x=w.pth#eva_x_224:tta*3", None, member_specs.VIEW_SETS["tta"], 3.0, "w.pth"),
     ],
 )
 def test_a_member_is_read_as_written(text, epochs, views, weight, source):
-    spec = passes.parse_member(text)
+    spec = member_specs.parse_member(text)
     assert (spec.epochs, spec.views, spec.weight, str(spec.source)) == (epochs, views, weight, source)
 
 
@@ -60,15 +78,17 @@ def test_a_member_is_read_as_written(text, epochs, views, weight, source):
         ("x=run:tte", "view 'tte' is unknown"),
         ("x=run@5,5", "named twice"),
         ("x=run*-1", "0 or more"),
+        ("x=run*two", "'two' is not a number"),
+        ("x=w.pth#eva_x_225", "recipe 'eva_x_225' is unknown"),
     ],
 )
 def test_a_member_written_wrongly_is_named(text, message):
     with pytest.raises(UserError, match=message):
-        passes.parse_member(text)
+        member_specs.parse_member(text)
 
 
-def test_parts_come_back_whole_damaged_ones_are_left_out_and_merge_misses_nothing(tmp_path, capsys):
-    store = PartStore(tmp_path, {"a": 1})
+def test_parts_come_back_intact_damaged_ones_are_left_out_and_merge_misses_nothing(tmp_path, capsys):
+    store = PartStore(tmp_path, BASIS)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 5, 14)).astype(np.float32)
     store.write(Part(np.array([0, 2]), np.array([4, 1, 0]), logits[:, :3], {3: "half a JPEG"}), rank=0)
@@ -85,4 +105,4 @@ def test_parts_come_back_whole_damaged_ones_are_left_out_and_merge_misses_nothin
     assert "00000001-1.npz is damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="2 images have no score yet"):
         merge(list(parts.values()), 6, np.arange(6))
-    assert PartStore(tmp_path, {"a": 2}).read_all() == {}
+    assert PartStore(tmp_path, dataclasses.replace(BASIS, precision="bf16")).read_all() == {}

@@ -39,17 +39,16 @@ def max_abs() -> Callable[[torch.Tensor, np.ndarray], float]:
 
 @pytest.fixture
 def small_eva_x() -> Callable[..., torch.nn.Module]:
-    from cxrdist.models import build_model
+    from cxrdist.models import architecture_of
 
-    return lambda variant, size: build_model(
-        {"base": "eva_x", "tiny": "eva_x_tiny"}[variant], size, **EVA_X_SIZES
-    ).eval()
+    names = {"base": "eva_x", "tiny": "eva_x_tiny"}
+    return lambda variant, size: architecture_of(names[variant]).build(size, 14, **EVA_X_SIZES).eval()
 
 
 @pytest.fixture
 def small_chexfound() -> Callable[..., torch.nn.Module]:
-    from cxrdist.models import build_model
+    from cxrdist.models import architecture_of
 
-    return lambda size, num_classes=14, **kwargs: build_model(
-        "chexfound", size, num_classes, **(CHEXFOUND_SIZES | kwargs)
-    ).eval()
+    return lambda size, num_classes=14, **kwargs: (
+        architecture_of("chexfound").build(size, num_classes, **(CHEXFOUND_SIZES | kwargs)).eval()
+    )

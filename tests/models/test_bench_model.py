@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cxrdist.bench import __main__ as bench
-from cxrdist.models import CheXFound
+from cxrdist.models.chexfound import CheXFound
 
 
 def test_bench_model_compares_both_models_in_both_precisions(tmp_path, capsys):

@@ -15,25 +15,18 @@ import torch
 from torch.nn import functional as F
 
 from cxrdist.errors import UserError
-from cxrdist.models import (
-    build_model,
-    chexfound,
-    count_parameters,
-    frozen_names,
-    load_trained_state_dict,
-    trainable_names,
-    trained_state_dict,
-)
-from cxrdist.models.weights import _our_names, load_init
+from cxrdist.models import chexfound
+from cxrdist.models.weights.fit import load_init
 from cxrdist.recipes import chexfound as chexfound_recipe
 
+CHEXFOUND = chexfound.ARCHITECTURE
 LOGITS_ATOL, TOKENS_ATOL = 5e-6, 2e-5
 SIZES = [(96, 96), (128, 128), (64, 64), (64, 96)]
 fast = pytest.mark.fast
 
 
 def loaded(model, golden):
-    load_init(model, golden / "chexfound")
+    load_init(CHEXFOUND, model, golden / "chexfound")
     return model
 
 
@@ -108,7 +101,7 @@ def test_gradients_equal_the_official_ones_and_unused_queries_get_exactly_zero(
 @pytest.mark.parametrize("weights", ["model", "ema"])
 def test_published_epoch_gives_its_logits(weights, golden, pattern, max_abs, small_chexfound):
     model = small_chexfound(96)
-    load_init(model, golden / "chexfound" / "model3_finetuned.pth", weights=weights, complete=True)
+    load_init(CHEXFOUND, model, golden / "chexfound" / "model3_finetuned.pth", weights=weights, complete=True)
     with torch.no_grad():
         logits = model(pattern(96, 96))
     assert max_abs(logits, reference(golden, "glori_outputs.npz")[f"ft_{weights}_logits"]) <= LOGITS_ATOL
@@ -121,8 +114,8 @@ def test_position_embedding_of_the_real_grid_follows_dinov2s_rule(size, golden, 
     patches = torch.from_numpy(real["pos512"])[:, 1:]
     assert chexfound.resize_pos_embed(patches, (32, 32)) is patches
     ours = chexfound.resize_pos_embed(patches, (size // 16, size // 16))
-    whole = torch.cat([torch.from_numpy(real["pos512"])[:, :1], ours], dim=1)
-    assert max_abs(whole[:, ::4] if size == 640 else whole, real[f"pos{size}"]) <= 1e-6
+    complete = torch.cat([torch.from_numpy(real["pos512"])[:, :1], ours], dim=1)
+    assert max_abs(complete[:, ::4] if size == 640 else complete, real[f"pos{size}"]) <= 1e-6
 
 
 def by_output_size(pos_embed, grid):
@@ -194,13 +187,19 @@ def test_backbone_stays_in_eval_mode_and_is_not_trained(small_chexfound, pattern
 @fast
 def test_stored_state_is_the_head_alone(small_chexfound):
     model, other = small_chexfound(96), small_chexfound(96)
-    state = trained_state_dict(model)
-    assert list(state) == trainable_names(model) == [f"glori.{name}" for name, _ in model.glori.named_parameters()]
-    assert set(frozen_names(model)) == set(model.state_dict()) - set(state)
-    load_trained_state_dict(other, {name: tensor.clone() for name, tensor in state.items()}, "head.safetensors")
+    state = CHEXFOUND.trained_state_dict(model)
+    assert (
+        list(state)
+        == CHEXFOUND.trainable_names(model)
+        == [f"glori.{name}" for name, _ in model.glori.named_parameters()]
+    )
+    assert set(CHEXFOUND.frozen_names(model)) == set(model.state_dict()) - set(state)
+    CHEXFOUND.load_trained_state_dict(
+        other, {name: tensor.clone() for name, tensor in state.items()}, "head.safetensors"
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.glori.parameters(), other.glori.parameters(), strict=True))
     with pytest.raises(UserError, match=r"head\.safetensors.*glori\.query_embed\.weight"):
-        load_trained_state_dict(
+        CHEXFOUND.load_trained_state_dict(
             other, {"glori.embed_standart.bias": state["glori.embed_standart.bias"]}, "head.safetensors"
         )
 
@@ -209,9 +208,9 @@ def test_stored_state_is_the_head_alone(small_chexfound):
 def test_full_size_has_the_published_parameters(golden):
     published = json.loads((golden / "recipe" / "chexfound_trainable.json").read_text())
     with torch.device("meta"):
-        model = build_model("chexfound", 512)
-        registered = timm.create_model("chexfound_vitl16_glori")
-    counts = count_parameters(model, chexfound_recipe("b").groups)
+        model = CHEXFOUND.build(512, 14)
+        registered = timm.create_model("chexfound_vitl16_glori", num_classes=14)
+    counts = CHEXFOUND.count_parameters(model, chexfound_recipe("b").groups)
     assert counts.trained == published["trainable_total_as_notebook"] == 8_723_470
     assert counts.trained - counts.idle == published["parameters_that_ever_get_nonzero_gradient"]
     assert (counts.frozen, counts.never_updated) == (304_627_968, 0)
@@ -226,7 +225,7 @@ def test_full_size_has_the_published_parameters(golden):
 def test_official_full_size_file_fits_the_module_but_for_mask_token_and_class_position(golden):
     """304,630,016 values there = 304,627,968 here + 1,024 mask token + 1,024 position row of the class token."""
     with torch.device("meta"):
-        model = build_model("chexfound", 512)
+        model = CHEXFOUND.build(512, 14)
         official = {}
         for name, tensor in model.backbone.state_dict().items():
             name = (
@@ -240,9 +239,9 @@ def test_official_full_size_file_fits_the_module_but_for_mask_token_and_class_po
         official["dino_head.last_layer.weight_v"] = torch.empty(8, 8)
     backbone = [tensor for name, tensor in official.items() if name.startswith("backbone.")]
     assert sum(tensor.numel() for tensor in backbone) == 304_630_016
-    layout, _, tensors, _ = _our_names(Path("teacher_checkpoint.pth"), official)
-    assert layout == "chexfound_teacher"
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+    found = chexfound.recognise(Path("teacher_checkpoint.pth"), official)
+    assert found.layout == "chexfound_teacher"
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith("backbone.")
     }
 
@@ -250,20 +249,24 @@ def test_official_full_size_file_fits_the_module_but_for_mask_token_and_class_po
 @fast
 def test_queries_beyond_the_classes_are_kept_only_in_the_published_sizes():
     with torch.device("meta"):
-        assert build_model("chexfound", 512).glori.query_embed.num_embeddings == 40
-        assert build_model("chexfound", 128, embed_dim=48, num_heads=3).glori.query_embed.num_embeddings == 14
-        assert build_model("chexfound", 128, drop_rate=0.3).glori.layers[0].multihead_attn.drop_rate == 0.3
+        assert CHEXFOUND.build(512, 14).glori.query_embed.num_embeddings == 40
+        assert CHEXFOUND.build(128, 14, embed_dim=48, num_heads=3).glori.query_embed.num_embeddings == 14
+        assert CHEXFOUND.build(512, 41).glori.query_embed.num_embeddings == 41
+        assert timm.create_model("chexfound_vitl16_glori").num_classes == 40  # the released head's
+        assert CHEXFOUND.build(128, 14, drop_rate=0.3).glori.layers[0].multihead_attn.drop_rate == 0.3
+        with pytest.raises(UserError, match="num_queries=13 is not valid for 14 labels"):
+            CHEXFOUND.build(128, 14, num_queries=13)
 
 
 DDP_STEPS = r"""
 import sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from cxrdist.models import build_model
+from cxrdist.models import architecture_of
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-model = build_model("chexfound", 64, embed_dim=48, depth=4, num_heads=3, decoder_dim=16, num_queries=40)
+model = architecture_of("chexfound").build(64, 14, embed_dim=48, depth=4, num_heads=3, decoder_dim=16, num_queries=40)
 ddp = DistributedDataParallel(model, broadcast_buffers=False)
 optimizer = torch.optim.AdamW(model.glori.parameters(), lr=1e-2, weight_decay=0.0)
 before = model.glori.query_embed.weight.detach().clone()

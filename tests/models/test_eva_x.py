@@ -9,20 +9,20 @@ import timm
 import torch
 from torch.nn import functional as F
 
-import cxrdist.models
 from cxrdist.errors import UserError
-from cxrdist.models import build_model, count_parameters, eva_x, frozen_names, trainable_names
-from cxrdist.models.weights import load_init
+from cxrdist.models import architecture_of, eva_x
+from cxrdist.models.weights.fit import load_init
 from cxrdist.recipes import eva_x as eva_x_recipe
 
 LOGITS_ATOL, TOKENS_ATOL = 5e-6, 2e-5
+NAMES = {"base": "eva_x", "tiny": "eva_x_tiny"}
 FILES = {"base": ("base_mim.pt", "base_mim_with_args.pt"), "tiny": ("tiny_mim_module.pt",)}
 pytestmark = pytest.mark.fast
 
 
 def loaded(model, golden, variant, file=None):
     outputs = np.load(golden / "evax" / f"{variant}_outputs.npz")
-    report = load_init(model, golden / "evax" / (file or FILES[variant][0]))
+    report = load_init(architecture_of(NAMES[variant]), model, golden / "evax" / (file or FILES[variant][0]))
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(outputs["head_weight"]))
         model.head.bias.copy_(torch.from_numpy(outputs["head_bias"]))
@@ -71,7 +71,7 @@ def test_tokens_position_embedding_and_rotary_table_equal_the_official_ones(
 
 def test_published_fine_tuned_epoch_gives_its_probabilities(golden, pattern, max_abs, small_eva_x):
     model = small_eva_x("base", 448)
-    load_init(model, golden / "evax" / "base448_ema_f6.pth", complete=True)
+    load_init(architecture_of("eva_x"), model, golden / "evax" / "base448_ema_f6.pth", complete=True)
     outputs = np.load(golden / "evax" / "base448_ema_f6_outputs.npz")
     with torch.no_grad():
         logits = model(pattern(448, 448))
@@ -113,7 +113,9 @@ def test_a_wrong_norm_epsilon_is_seen(variant, golden, pattern, max_abs, small_e
 @pytest.mark.parametrize("kwargs", [{"ref_feat_shape": None}, {"use_rot_pos_emb": False}])
 def test_wrong_rotary_positions_are_seen(variant, kwargs, golden, pattern, max_abs):
     name = {"base": "eva_x_base_patch16", "tiny": "eva_x_tiny_patch16"}[variant]
-    builder = functools.partial(eva_x._eva_x, name, False, img_size=448, embed_dim=48, depth=2, num_heads=3)
+    builder = functools.partial(
+        eva_x._eva_x, name, False, img_size=448, num_classes=14, embed_dim=48, depth=2, num_heads=3
+    )
     model, outputs, _ = loaded(builder(**kwargs).eval(), golden, variant)
     assert logits_error(model, outputs, pattern(448, 448), max_abs) > 0.1
 
@@ -130,19 +132,21 @@ def test_another_pooling_is_seen(variant, pooling, golden, pattern, max_abs, sma
 def test_full_size_has_the_published_parameters_in_the_published_order(golden):
     published = json.loads((golden / "recipe" / "evax_param_groups.json").read_text())
     with torch.device("meta"):
-        model = build_model("eva_x", 448)
-    counts = count_parameters(model, eva_x_recipe("b").groups)
+        model = architecture_of("eva_x").build(448, 14)
+    counts = architecture_of("eva_x").count_parameters(model, eva_x_recipe("b").groups)
     assert counts.trained + counts.never_updated == published["total_parameters"] == 86_313_230
     assert counts.never_updated == 603_648
     assert (counts.frozen, counts.idle) == (0, 0)
     names = [name.removeprefix("backbone.") for group in published["groups"] for name in group["names"]]
-    assert [name for name in trainable_names(model) if name not in ("cls_token", "pos_embed")] == names
-    assert frozen_names(model) == []
+    assert [
+        name for name in architecture_of("eva_x").trainable_names(model) if name not in ("cls_token", "pos_embed")
+    ] == names
+    assert architecture_of("eva_x").frozen_names(model) == []
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
 def test_timm_creates_every_size_under_its_official_name():
-    assert set(cxrdist.models.TIMM_NAMES.values()) <= set(timm.list_models())
+    assert {*eva_x.SIZES, "chexfound_vitl16_glori"} <= set(timm.list_models())
     with torch.device("meta"):
         for name, width in (("eva_x_tiny", 192), ("eva_x_small", 384), ("eva_x_base", 768)):
             model = timm.create_model(f"{name}_patch16", img_size=448, num_classes=14)
@@ -154,19 +158,21 @@ def test_timm_creates_every_size_under_its_official_name():
 
 
 def test_a_new_head_starts_at_torchs_default_scale():
-    weight = build_model("eva_x_tiny", 112).head.weight
+    weight = architecture_of("eva_x_tiny").build(112, 14).head.weight
     assert 0.5 < weight.abs().max() * 192**0.5 <= 1.0
 
 
 def test_unknown_models_and_sizes_are_named():
     with pytest.raises(UserError, match="eva_y"):
-        build_model("eva_y", 224)
+        architecture_of("eva_y").build(224, 14)
     with pytest.raises(UserError, match="decoder_dim"):
-        build_model("eva_x_tiny", 112, decoder_dim=3)
+        architecture_of("eva_x_tiny").build(112, 14, decoder_dim=3)
+    with pytest.raises(UserError, match=r"image_size=120 is not valid \(a multiple of 16 px\)"):
+        architecture_of("eva_x_tiny").build(120, 14)
 
 
 def test_a_parameter_without_a_group_is_named():
     with torch.device("meta"):
-        model = build_model("eva_x_tiny", 112)
+        model = architecture_of("eva_x_tiny").build(112, 14)
     with pytest.raises(UserError, match="cls_token"):
-        count_parameters(model, eva_x_recipe("b").groups[1:])
+        architecture_of("eva_x").count_parameters(model, eva_x_recipe("b").groups[1:])

@@ -9,23 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from cxrdist.errors import UserError, run_entry
-from cxrdist.models import build_model, convert, load_trained_state_dict, trainable_names
-from cxrdist.models.weights import (
-    default_init_path,
-    file_sha256,
-    init_files,
-    load_backbone,
-    load_init,
-    read_safetensors,
-    read_weights,
-    safe_torch_load,
-    write_safetensors,
-)
+from cxrdist.cli import run_entry
+from cxrdist.errors import UserError
+from cxrdist.models import architecture_of, convert
+from cxrdist.models.weights.fit import default_init_path, init_files, load_backbone, load_init
+from cxrdist.models.weights.layouts import architecture_of_file, read_weights, safe_torch_load
+from cxrdist.models.weights.safetensors import file_sha256, read_safetensors, write_safetensors
 
 fast = pytest.mark.fast
+EVA_X, CHEXFOUND = architecture_of("eva_x"), architecture_of("chexfound")
 LAYOUTS = {
     "evax/base_mim.pt": "eva_x_mim",
     "evax/base_mim_with_args.pt": "eva_x_mim",
@@ -61,6 +56,17 @@ def test_the_layout_is_recognised_whatever_the_file_is_called(file, golden, tmp_
     assert found.layout == LAYOUTS[file]
     assert str(renamed) in found.report
     assert LAYOUTS[file] in found.report
+    assert architecture_of_file(found) == ("chexfound" if "chexfound" in file else "eva_x")
+
+
+@fast
+@pytest.mark.parametrize("name", ["eva_x_small", "eva_x_tiny", "chexfound"])
+def test_the_tensors_of_a_file_choose_the_architecture_whatever_it_is_called(name, tmp_path):
+    """Also between the sizes of one model, at another input size and number of labels."""
+    sizes = {"depth": 4, "embed_dim": 32, "num_heads": 2, "decoder_dim": 16} if name == "chexfound" else {"depth": 1}
+    model = architecture_of(name).build(64, 3, **sizes)
+    write_safetensors(tmp_path / "eva_x.safetensors", model.state_dict())
+    assert architecture_of_file(read_weights(tmp_path / "eva_x.safetensors")) == name
 
 
 @pytest.mark.parametrize("containers", [(), ("state_dict",), ("model_ema",), ("model", "module"), ("module.",)])
@@ -87,13 +93,13 @@ def test_official_fine_tuned_eva_x_keeps_its_norm_and_loses_its_foreign_head(gol
     torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(nb_classes=14)}, tmp_path / "cxr14.pth")
     model = small_eva_x("base", 224)
     before = model.head.weight.clone()
-    report = load_init(model, tmp_path / "cxr14.pth")
+    report = load_init(EVA_X, model, tmp_path / "cxr14.pth")
     assert "eva_x_finetuned" in report
     assert "left out head.weight (labels of another data set)" in report
     assert torch.equal(model.head.weight, before)
     assert torch.equal(model.fc_norm.weight, state["fc_norm.weight"])
     with pytest.raises(UserError, match=r"missing: head\.bias, head\.weight"):
-        load_init(model, tmp_path / "cxr14.pth", complete=True)
+        load_init(EVA_X, model, tmp_path / "cxr14.pth", complete=True)
 
 
 def test_the_best_classifier_is_the_one_the_last_record_names(golden, tmp_path):
@@ -120,33 +126,45 @@ def test_the_best_classifier_is_the_one_the_last_record_names(golden, tmp_path):
 
 
 @fast
-def test_released_head_is_kept_whole_or_adapted_as_published(golden, small_chexfound):
+def test_released_head_is_kept_complete_or_adapted_as_published(golden, small_chexfound):
     released = read_weights(golden / "chexfound" / "glori.pth").tensors
-    whole, adapted = small_chexfound(96, 40), small_chexfound(96, 14)
-    load_init(whole, golden / "chexfound")
-    report = load_init(adapted, golden / "chexfound")
-    assert all(torch.equal(tensor, released[name]) for name, tensor in whole.state_dict().items() if "glori" in name)
+    complete, adapted = small_chexfound(96, 40), small_chexfound(96, 14)
+    load_init(CHEXFOUND, complete, golden / "chexfound")
+    report = load_init(CHEXFOUND, adapted, golden / "chexfound")
+    assert all(torch.equal(tensor, released[name]) for name, tensor in complete.state_dict().items() if "glori" in name)
     assert "head of 40 classes" in report
     assert torch.equal(adapted.glori.duplicate_pooling_bias, torch.zeros(14))
     assert torch.equal(adapted.glori.query_embed.weight, released["glori.query_embed.weight"])
     assert torch.equal(adapted.glori.duplicate_pooling, released["glori.duplicate_pooling"])
 
 
-def test_teacher_alone_starts_with_a_fresh_head_and_a_head_alone_is_refused(golden, small_chexfound, pattern):
+def test_more_labels_than_the_released_head_has_queries_start_with_a_fresh_head(golden, small_chexfound):
+    model = small_chexfound(96, 41, num_queries=41)
+    head = {name: tensor.clone() for name, tensor in model.glori.state_dict().items()}
+    report = load_init(CHEXFOUND, model, golden / "chexfound")
+    assert "head of 40 classes left out: too few for 41" in report
+    assert "fresh head" in report
+    assert all(torch.equal(head[name], tensor) for name, tensor in model.glori.state_dict().items())
+    with pytest.raises(UserError, match="missing: glori"):
+        load_init(CHEXFOUND, model, golden / "chexfound", complete=True)
+
+
+@fast
+def test_only_a_teacher_starts_with_a_fresh_head_and_only_a_head_is_refused(golden, small_chexfound, pattern):
     files = golden / "chexfound"
-    alone, pair, backbone = small_chexfound(96), small_chexfound(96), small_chexfound(96)
-    head = {name: tensor.clone() for name, tensor in alone.glori.state_dict().items()}
-    assert "fresh head" in load_init(alone, files / "teacher_checkpoint.pth")
-    assert all(torch.equal(head[name], tensor) for name, tensor in alone.glori.state_dict().items())
-    load_init(pair, Path(f"{files}/glori.pth,{files}/teacher_checkpoint.pth"))
-    load_backbone(backbone, files / "teacher_checkpoint.pth")
+    single, pair, backbone = small_chexfound(96), small_chexfound(96), small_chexfound(96)
+    head = {name: tensor.clone() for name, tensor in single.glori.state_dict().items()}
+    assert "fresh head" in load_init(CHEXFOUND, single, files / "teacher_checkpoint.pth")
+    assert all(torch.equal(head[name], tensor) for name, tensor in single.glori.state_dict().items())
+    load_init(CHEXFOUND, pair, Path(f"{files}/glori.pth,{files}/teacher_checkpoint.pth"))
+    load_backbone(CHEXFOUND, backbone, files / "teacher_checkpoint.pth")
     images = pattern(96, 96)
-    assert torch.equal(alone.features(images), pair.features(images))
+    assert torch.equal(single.features(images), pair.features(images))
     assert torch.equal(backbone.features(images), pair.features(images))
     with pytest.raises(UserError, match=r"missing: backbone\..*teacher_checkpoint\.pth"):
-        load_init(small_chexfound(96), files / "glori.pth")
+        load_init(CHEXFOUND, small_chexfound(96), files / "glori.pth")
     with pytest.raises(UserError, match="missing: glori"):
-        load_init(small_chexfound(96), files / "teacher_checkpoint.pth", complete=True)
+        load_init(CHEXFOUND, small_chexfound(96), files / "teacher_checkpoint.pth", complete=True)
 
 
 @fast
@@ -155,9 +173,9 @@ def test_published_epoch_can_be_continued(golden, small_chexfound):
     file = golden / "chexfound" / "model3_finetuned.pth"
     found, stored = read_weights(file), raw(file)
     model = small_chexfound(96)
-    load_init(model, file, complete=True)
+    load_init(CHEXFOUND, model, file, complete=True)
     assert found.epoch == 3
-    assert list(found.optimizer) == trainable_names(model)
+    assert list(found.optimizer) == CHEXFOUND.trainable_names(model)
     assert found.ema.keys() == found.tensors.keys() == model.state_dict().keys()
     released = read_weights(golden / "chexfound" / "glori.pth").tensors
     for number, (name, parameter) in enumerate(model.glori.named_parameters()):
@@ -173,7 +191,7 @@ def test_published_epoch_can_be_continued(golden, small_chexfound):
             moved = (parameter - released[f"glori.{name}"]).abs()
             assert 1e-5 < moved.max() < 2.1 * 2e-4
     optimizer = torch.optim.AdamW(model.glori.parameters(), lr=2e-4, weight_decay=1e-5)
-    numbered = {number: found.optimizer[name] for number, name in enumerate(trainable_names(model))}
+    numbered = {number: found.optimizer[name] for number, name in enumerate(CHEXFOUND.trainable_names(model))}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
     model(torch.randn(2, 3, 96, 96)).sum().backward()
     optimizer.step()
@@ -206,9 +224,9 @@ def test_published_eva_x_pair_comes_together_in_either_order(golden, tmp_path, s
         for name, state in found.optimizer.items():
             assert torch.equal(state["exp_avg"], ema[f"backbone.{name}"] * 2)
     model = small_eva_x("base", 448)
-    load_init(model, Path(f"{best},{averaged}"), weights="ema")
+    load_init(EVA_X, model, Path(f"{best},{averaged}"), weights="ema")
     assert torch.equal(model.head.bias, ema["backbone.head.bias"])
-    load_init(model, best)
+    load_init(EVA_X, model, best)
     assert torch.equal(model.head.bias, weights["backbone.head.bias"])
     other, _, _, _ = published_eva_x(golden, tmp_path, epoch=6)
     with pytest.raises(UserError, match="of epochs 6 and 5"):
@@ -233,9 +251,9 @@ def test_an_optimizer_state_of_other_parameters_is_refused(golden, tmp_path):
 LOADS = {
     "safe_torch_load": lambda path, model, out: safe_torch_load(path),
     "read_weights": lambda path, model, out: read_weights(path),
-    "load_init": lambda path, model, out: load_init(model, path),
-    "load_init, a pair": lambda path, model, out: load_init(model, Path(f"{path},{path}")),
-    "load_backbone": lambda path, model, out: load_backbone(model, path),
+    "load_init": lambda path, model, out: load_init(CHEXFOUND, model, path),
+    "load_init, a pair": lambda path, model, out: load_init(CHEXFOUND, model, Path(f"{path},{path}")),
+    "load_backbone": lambda path, model, out: load_backbone(CHEXFOUND, model, path),
     "convert": lambda path, model, out: convert.main([str(path), "--out", str(out)]),
 }
 
@@ -274,7 +292,7 @@ def test_a_hostile_file_in_a_folder_of_weights_is_refused(name, golden, tmp_path
         shutil.copy(golden / "chexfound" / file, tmp_path)
     save_hostile(tmp_path / name, "zip", tmp_path / "canary")
     with pytest.raises(UserError, match=rf"{name}: refused"):
-        load_init(small_chexfound(96), tmp_path)
+        load_init(CHEXFOUND, small_chexfound(96), tmp_path)
     assert not (tmp_path / "canary").exists()
 
 
@@ -282,12 +300,12 @@ def test_a_hostile_file_in_a_folder_of_weights_is_refused(name, golden, tmp_path
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_a_truncated_file_is_named(kind, share, load, golden, tmp_path, small_chexfound):
-    whole = golden / "chexfound" / "teacher_checkpoint.pth"
+    intact = golden / "chexfound" / "teacher_checkpoint.pth"
     if kind == "safetensors":
-        write_safetensors(tmp_path / "whole.safetensors", read_weights(whole).tensors)
-        whole = tmp_path / "whole.safetensors"
+        write_safetensors(tmp_path / "intact.safetensors", read_weights(intact).tensors)
+        intact = tmp_path / "intact.safetensors"
     path = tmp_path / f"cut.{kind}"
-    content = whole.read_bytes()
+    content = intact.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=rf"cut\.{kind}"):
         LOADS[load](path, small_chexfound(96), tmp_path / "out.safetensors")
@@ -312,23 +330,27 @@ def test_a_file_of_something_else_is_named(content, message, tmp_path):
 
 def test_weights_of_another_model_size_or_project_are_named(golden, tmp_path, small_eva_x, small_chexfound):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match=r"resnet\.pth: holds no weights of EVA-X or CheXFound.*conv1\.weight"):
+    with pytest.raises(UserError, match=r"resnet\.pth: holds no weights of eva_x, .*chexfound; .*conv1\.weight"):
         read_weights(tmp_path / "resnet.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         read_weights(tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds weights of eva_x, but the model is chexfound"):
-        load_init(small_chexfound(96), golden / "evax" / "base_mim.pt")
+        load_init(CHEXFOUND, small_chexfound(96), golden / "evax" / "base_mim.pt")
     with pytest.raises(UserError, match="holds weights of chexfound, but the model is eva_x"):
-        load_init(small_eva_x("base", 224), golden / "chexfound" / "model3_finetuned.pth")
+        load_init(EVA_X, small_eva_x("base", 224), golden / "chexfound" / "model3_finetuned.pth")
     with pytest.raises(UserError, match="two different models"):
         read_weights(golden / "evax" / "base_mim.pt", golden / "chexfound" / "glori.pth")
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn\.q_bias.*unexpected: blocks\.0\.attn\.k_proj"):
-        load_init(small_eva_x("tiny", 224), golden / "evax" / "base_mim.pt")
-    small = build_model("eva_x_small", 224, depth=1)
+        load_init(architecture_of("eva_x_tiny"), small_eva_x("tiny", 224), golden / "evax" / "base_mim.pt")
+    small = architecture_of("eva_x_small").build(224, 14, depth=1)
     write_safetensors(tmp_path / "small.safetensors", small.state_dict())
-    with pytest.raises(UserError, match="width 384 is that of --model eva_x_small"):
-        load_init(build_model("eva_x_tiny", 224, depth=1), tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match="its sizes are those of --model eva_x_small"):
+        load_init(
+            architecture_of("eva_x_tiny"),
+            architecture_of("eva_x_tiny").build(224, 14, depth=1),
+            tmp_path / "small.safetensors",
+        )
 
 
 @fast
@@ -347,7 +369,7 @@ def test_missing_unexpected_and_non_finite_tensors_are_listed_before_anything_is
         r"\(47,\), model \(48,\); not finite floating point: blocks\.0\.norm1\.weight"
     )
     with pytest.raises(UserError, match=message):
-        load_init(model, tmp_path / "odd.pth")
+        load_init(EVA_X, model, tmp_path / "odd.pth")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -366,6 +388,7 @@ def test_converted_files_give_the_same_logits_bit_for_bit(
     files, model, size, golden, tmp_path, pattern, request, capsys
 ):
     fixture, *variant = model.split()
+    name = {"small_eva_x base": "eva_x", "small_eva_x tiny": "eva_x_tiny", "small_chexfound": "chexfound"}[model]
     build = functools.partial(request.getfixturevalue(fixture), *variant, size)
     sources, out = [golden / file for file in files], tmp_path / "converted.safetensors"
     convert.main([*map(str, sources), "--out", str(out)])
@@ -374,7 +397,7 @@ def test_converted_files_give_the_same_logits_bit_for_bit(
     for path in (Path(",".join(map(str, sources))), out):
         torch.manual_seed(3)  # a fresh head is drawn alike
         built = build()
-        load_init(built, path, weights="ema")
+        load_init(architecture_of(name), built, path, weights="ema")
         with torch.no_grad():
             logits.append(built(pattern(size, size)))
     assert torch.equal(logits[0], logits[1])
@@ -388,9 +411,9 @@ def test_our_own_checkpoint_and_backbone_file_are_read_back(tmp_path, small_chex
     parts = {part: {n: t for n, t in state.items() if n.startswith(part)} for part in ("backbone.", "glori.")}
     for part, tensors in parts.items():
         write_safetensors(tmp_path / f"{part}safetensors", tensors)
-    load_init(again, Path(f"{tmp_path}/glori.safetensors,{tmp_path}/backbone.safetensors"), complete=True)
+    load_init(CHEXFOUND, again, Path(f"{tmp_path}/glori.safetensors,{tmp_path}/backbone.safetensors"), complete=True)
     assert torch.equal(model(pattern(96, 96)), again(pattern(96, 96)))
-    load_trained_state_dict(again, read_weights(tmp_path / "glori.safetensors").tensors, "glori.safetensors")
+    CHEXFOUND.load_trained_state_dict(again, read_weights(tmp_path / "glori.safetensors").tensors, "glori.safetensors")
 
 
 def test_convert_writes_nothing_when_it_fails(golden, tmp_path, capsys):
@@ -398,7 +421,7 @@ def test_convert_writes_nothing_when_it_fails(golden, tmp_path, capsys):
     write_safetensors(source, {"cls_token": torch.zeros(1)})
     out.write_bytes(b"kept")
     for arguments, message in [
-        ([str(source), "--out", str(out)], "no weights of EVA-X"),
+        ([str(source), "--out", str(out)], "no weights of eva_x"),
         ([str(source), "--out", str(source)], "is one of the files to read"),
         ([str(golden / "evax" / "base_mim.pt"), "--out", str(tmp_path / "c.pth")], "name it .safetensors"),
         ([str(tmp_path / "none.pt"), "--out", str(out)], "there is no such file"),
@@ -415,17 +438,24 @@ def test_convert_writes_nothing_when_it_fails(golden, tmp_path, capsys):
 def test_without_init_the_missing_file_and_its_source_are_named(golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"eva_x_base_patch16_merged520k_mim\.pt in weights/.*MapleF/eva_x.*licen"):
-        default_init_path("eva_x")
+        default_init_path(EVA_X)
     with pytest.raises(UserError, match=r"teacher_checkpoint\.pth and glori\.pth in weights/.*RPIDIAL/CheXFound"):
-        default_init_path("chexfound")
+        default_init_path(CHEXFOUND)
     (tmp_path / "weights").mkdir()
     shutil.copy(golden / "chexfound" / "teacher_checkpoint.pth", "weights")
     with pytest.raises(UserError, match=r"needs glori\.pth.*fresh head"):
-        default_init_path("chexfound")
+        default_init_path(CHEXFOUND)
     shutil.copy(golden / "chexfound" / "glori.pth", "weights")
-    assert default_init_path("chexfound") == Path("weights")
-    assert [path.name for path in init_files("chexfound", None)] == ["teacher_checkpoint.pth", "glori.pth"]
+    assert default_init_path(CHEXFOUND) == Path("weights")
+    assert [path.name for path in init_files(CHEXFOUND, None)] == ["teacher_checkpoint.pth", "glori.pth"]
     Path("weights/eva_x_base_patch16_merged520k_mim.pt").touch()
-    assert default_init_path("eva_x") == Path("weights/eva_x_base_patch16_merged520k_mim.pt")
+    assert default_init_path(EVA_X) == Path("weights/eva_x_base_patch16_merged520k_mim.pt")
     with pytest.raises(UserError, match="no such file"):
-        init_files("eva_x", Path("weights/nothing.pt"))
+        init_files(EVA_X, Path("weights/nothing.pt"))
+
+
+def test_a_plain_vision_transformer_is_not_taken_for_eva_x(tmp_path):
+    plain = timm.create_model("vit_tiny_patch16_224", depth=1)
+    write_safetensors(tmp_path / "vit.safetensors", plain.state_dict())
+    with pytest.raises(UserError, match="holds no weights of eva_x"):
+        read_weights(tmp_path / "vit.safetensors")

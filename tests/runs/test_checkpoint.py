@@ -6,14 +6,17 @@ import torch
 
 from cxrdist.errors import CheckpointError, UserError
 from cxrdist.files import folder_lock
-from cxrdist.runs import checkpoint
+from cxrdist.runs import checkpoint, member
+from cxrdist.runs.documents import FileEntry, Manifest
+from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
 
 
 def write(run, name, value=1.0):
     folder = run / "checkpoints" / name
-    checkpoint.write_checkpoint(folder, {"model": {"w": torch.full((3,), value)}}, {"state": {"step": name}})
+    manifest = Manifest(files={name: FileEntry(bytes=1, sha256="")})  # any document will do
+    checkpoint.write_checkpoint(folder, {"model": {"w": torch.full((3,), value)}}, {"state": manifest})
     return folder
 
 
@@ -21,7 +24,7 @@ def test_what_was_written_comes_back(tmp_path):
     folder = write(tmp_path, "step_7", 2.5)
     checkpoint.check(folder)
     assert torch.equal(checkpoint.read_tensors(folder, "model")["w"], torch.full((3,), 2.5))
-    assert checkpoint.read_document(folder, "state") == {"step": "step_7"}
+    assert list(Manifest.read(folder / "state.json").files) == ["step_7"]
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors", "state.json"]
 
 
@@ -102,8 +105,9 @@ def test_a_missing_epoch_names_those_that_are_there(tmp_path):
     from cxrdist import recipes
 
     (tmp_path / "recipe.json").write_text(recipes.to_json(recipes.eva_x("b")))
+    (tmp_path / "task.json").write_text(TASKS["b"].to_json())
     write(tmp_path, "epoch_01")
     with pytest.raises(UserError, match="has epochs: 1"):
-        checkpoint.load_member(tmp_path, 5)
+        member.load_member(tmp_path, 5)
     with pytest.raises(UserError, match="not a run folder"):
-        checkpoint.load_member(tmp_path / "nothing", 5)
+        member.load_member(tmp_path / "nothing", 5)

@@ -77,17 +77,6 @@ def test_macro_of_a_resample_is_over_the_labels_it_kept():
     np.testing.assert_allclose(metrics.macro_samples(samples), [[0.6, 0.5, np.nan]])
 
 
-def test_temperature_recovers_an_overconfidence_and_reliability_sees_it():
-    rng = np.random.default_rng(1)
-    logit = rng.normal(size=20000) * 1.5
-    truth = rng.random(20000) < 1 / (1 + np.exp(-logit))
-    probs = 1 / (1 + np.exp(-3 * logit))
-    assert metrics.temperature(truth, probs) == pytest.approx(3, rel=0.08)
-    honest = metrics.reliability(truth, 1 / (1 + np.exp(-logit)))
-    assert honest.expected_error < 0.02 < metrics.reliability(truth, probs).expected_error
-    assert honest.count.sum() == 20000
-
-
 def test_a_nan_prob_gives_nan_and_wrong_shapes_or_targets_are_refused():
     truth, probs = np.array([[0.0, 1], [1, 0]]), np.array([[0.1, np.nan], [0.9, 0.5]])
     np.testing.assert_array_equal(metrics.auroc_per_label(truth, probs), [1.0, np.nan])

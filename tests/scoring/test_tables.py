@@ -1,28 +1,39 @@
 """Score tables: what goes in comes out, averages are the golden ones, and what does not belong together is refused."""
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from cxrdist.errors import UserError
-from cxrdist.labels import LABELS, read_template
 from cxrdist.scoring import tables as ensemble
 from cxrdist.scoring.metrics import macro_auroc
-from cxrdist.scoring.submission import check_template, write_submission
-from cxrdist.scoring.tables import ScoreTable
+from cxrdist.scoring.submission import check_template, template_of, write_submission
+from cxrdist.scoring.tables import ScoreTable, TableMeta
+from cxrdist.tables import read_template
+from cxrdist.task import TASKS, Columns, Task
 
 pytestmark = pytest.mark.fast
+TASK = TASKS["b"]
+LABELS = TASK.labels
+VERSION_1 = Path(__file__).parent.parent / "golden" / "version1"
 GOLDEN = Path(__file__).parent.parent / "golden" / "recipe" / "ensemble.npz"
 
 
-def make_table(num: int = 6, seed: int = 0, **meta: object) -> ScoreTable:
+def make_table(num: int = 6, seed: int = 0, task: Task | None = TASK, shards: str = "s", **meta: Any) -> ScoreTable:
     rng = np.random.default_rng(seed)
     names = np.array([f"{i // 2:08d}_001_{i % 2:03d}.jpg" for i in range(num)], dtype=object)
-    probs = (rng.random((num, 14)) ** 8).astype(np.float32)
-    return ScoreTable(names, probs, {"member": f"m{seed}", "div": "b", "split": "test", "shards": "s"} | meta)
+    probs = (rng.random((num, 14 if task is None else task.num_labels)) ** 8).astype(np.float32)
+    return ScoreTable(names, probs, TableMeta(member=f"m{seed}", task=task, split="test", shards=shards, **meta))
+
+
+def studies_of(table: ScoreTable) -> list[tuple[str, str] | None]:
+    return [TASK.ids_in_name(name) for name in table.image_names]
 
 
 def test_average_of_views_epochs_and_members_is_the_golden_one():
@@ -62,7 +73,7 @@ def test_a_table_survives_the_file_bit_for_bit_with_names_that_look_like_numbers
     again = ensemble.read_table(tmp_path / "scores" / "m.csv")
     assert again.image_names.tolist() == names.tolist()
     np.testing.assert_array_equal(again.probs, table.probs)
-    assert again.meta["div"] == "b"
+    assert dataclasses.replace(again.meta, sha256="") == table.meta
 
 
 def test_a_table_with_other_label_order_values_or_a_changed_file_is_named(tmp_path):
@@ -87,7 +98,7 @@ def test_a_table_with_other_label_order_values_or_a_changed_file_is_named(tmp_pa
             ensemble.read_table(path)
 
 
-def test_tables_over_other_images_shards_or_divisions_are_not_averaged_and_row_order_does_not_matter():
+def test_tables_over_other_images_shards_or_tasks_are_not_averaged_and_row_order_does_not_matter():
     one, two = make_table(6, 0), make_table(6, 1)
     mixed = ScoreTable(two.image_names[::-1].copy(), two.probs[::-1].copy(), two.meta)
     np.testing.assert_array_equal(
@@ -97,17 +108,21 @@ def test_tables_over_other_images_shards_or_divisions_are_not_averaged_and_row_o
         ensemble.average_tables([one, make_table(4, 1)])
     with pytest.raises(UserError, match="differ in shards: s and t"):
         ensemble.average_tables([one, make_table(6, 1, shards="t")])
-    with pytest.raises(UserError, match="differ in div"):
-        ensemble.average_tables([one, make_table(6, 1, div="a")])
+    with pytest.raises(UserError, match="differ in task b and a"):
+        ensemble.average_tables([one, make_table(6, 1, task=TASKS["a"])])
+    with pytest.raises(UserError, match="differ in their labels"):
+        ensemble.average_tables([one, make_table(6, 1, task=None, labels=LABELS[::-1])])
 
 
 def test_study_average_gives_all_images_of_a_study_their_mean():
     table = make_table(6)
-    averaged = ensemble.average_studies(table)
+    averaged = ensemble.average_studies(table, studies_of(table))
     np.testing.assert_allclose(averaged.probs[0], table.probs[:2].mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(averaged.probs[0], averaged.probs[1])
-    with pytest.raises(UserError, match=r"scan\.jpg"):
-        ensemble.average_studies(ScoreTable(np.array(["scan.jpg"], dtype=object), table.probs[:1], {}))
+    assert averaged.meta.study_averaged
+    one = ScoreTable(np.array(["scan.jpg"], dtype=object), table.probs[:1], table.meta)
+    with pytest.raises(UserError, match=r"study of image 'scan\.jpg' is not known"):
+        ensemble.average_studies(one, studies_of(one))
 
 
 def test_weight_search_finds_the_better_member_and_refuses_tables_that_are_not_out_of_fold():
@@ -125,12 +140,15 @@ def test_weight_search_finds_the_better_member_and_refuses_tables_that_are_not_o
 
 
 def test_out_of_fold_parts_of_a_member_join_and_overlapping_ones_do_not():
-    whole = make_table(6, out_of_fold=True)
-    parts = [ScoreTable(whole.image_names[s], whole.probs[s], whole.meta) for s in (slice(0, 2), slice(2, 6))]
+    table = make_table(6, out_of_fold=True)
+    parts = [ScoreTable(table.image_names[s], table.probs[s], table.meta) for s in (slice(0, 2), slice(2, 6))]
     (joined,) = ensemble.join_parts(parts)
-    np.testing.assert_array_equal(joined.probs, whole.probs)
+    np.testing.assert_array_equal(joined.probs, table.probs)
     with pytest.raises(UserError, match="both hold image"):
-        ensemble.join_parts([whole, parts[0]])
+        ensemble.join_parts([table, parts[0]])
+    other = dataclasses.replace(table.meta, shards="t")
+    with pytest.raises(UserError, match="two parts of member 'm0' differ in shards: s and t"):
+        ensemble.join_parts([parts[0], dataclasses.replace(parts[1], meta=other)])
 
 
 def test_submission_has_the_templates_columns_and_order_each_row_once_and_class_means_for_the_unreadable(tmp_path):
@@ -139,7 +157,7 @@ def test_submission_has_the_templates_columns_and_order_each_row_once_and_class_
     columns = ["Image_name", *reversed(LABELS)]
     template_path = tmp_path / "template.csv"
     pd.DataFrame([[name, *[0] * 14] for name in order], columns=columns).to_csv(template_path, index=False)
-    fallback = write_submission(table, read_template(template_path), tmp_path / "submission.csv")
+    fallback = write_submission(table, read_template(template_path, TASK), tmp_path / "submission.csv")
     assert fallback == {"00000009_001_001.jpg": "cannot identify image file"}
     result = pd.read_csv(tmp_path / "submission.csv")
     assert result.columns.tolist() == columns
@@ -151,7 +169,7 @@ def test_submission_has_the_templates_columns_and_order_each_row_once_and_class_
 
 def test_a_template_of_other_images_is_named_and_nothing_is_written(tmp_path):
     table = make_table(2)
-    template = pd.DataFrame({"image_name": ["00000000_001_000.jpg", "other.jpg"]} | dict.fromkeys(LABELS, 0))
+    template = template_of(TASK, ["00000000_001_000.jpg", "other.jpg"])
     with pytest.raises(UserError, match=r"1 of 2 images that the shards do not hold, e\.g\. 'other\.jpg'"):
         check_template(template, list(table.image_names), {})
     with pytest.raises(UserError, match=r"'other\.jpg'"):
@@ -162,6 +180,90 @@ def test_a_template_of_other_images_is_named_and_nothing_is_written(tmp_path):
 def test_json_beside_a_table_of_another_format_version_is_refused(tmp_path):
     ensemble.write_table(tmp_path / "m.csv", make_table())
     meta = json.loads((tmp_path / "m.json").read_text())
-    (tmp_path / "m.json").write_text(json.dumps(meta | {"format_version": 2}))
-    with pytest.raises(UserError, match="format version 2"):
+    (tmp_path / "m.json").write_text(json.dumps(meta | {"format_version": 3}))
+    with pytest.raises(UserError, match="format version 3"):
         ensemble.read_table(tmp_path / "m.csv")
+
+
+def test_a_table_of_three_labels_with_commas_and_quotes_survives_the_file_and_becomes_a_submission(tmp_path):
+    columns = Columns(image="path")
+    task = Task(name="own", labels=("mass, left", 'so-called "nodule"', "débris"), columns=columns)
+    names = np.array(["b/2.png", "a/1.png", "c.png"], dtype=object)
+    table = ScoreTable(names, make_table(3, task=task).probs, TableMeta(member="m", task=task, split="valid"))
+    ensemble.write_table(tmp_path / "m.csv", table)
+    again = ensemble.read_table(tmp_path / "m.csv")
+    np.testing.assert_array_equal(again.probs, table.probs)
+    assert (again.labels, again.meta.task, again.image_names.tolist()) == (task.labels, task, names.tolist())
+    write_submission(again, template_of(task, ["c.png", "a/1.png", "b/2.png"]), tmp_path / "submission.csv")
+    frame = pd.read_csv(tmp_path / "submission.csv")
+    assert frame.columns.tolist() == ["path", *task.labels]
+    np.testing.assert_array_equal(frame[list(task.labels)].to_numpy(np.float32), table.probs[[2, 1, 0]])
+    submission = ensemble.read_table(tmp_path / "submission.csv", task)
+    assert submission.meta.task == task
+    averaged = ensemble.average_tables([again, submission])
+    np.testing.assert_allclose(averaged.probs, table.probs, rtol=1e-6)
+
+
+def test_version_1_tables_are_read_as_tasks_and_come_back_with_the_same_bytes(tmp_path):
+    for path in sorted(VERSION_1.glob("o*/**/*.csv")):
+        if path.stem == "submission":
+            continue
+        table = ensemble.read_table(path)
+        old = json.loads(path.with_suffix(".json").read_text())
+        assert old["format_version"] == 1
+        assert (table.meta.task, table.meta.split, table.meta.shards) == (TASKS["b"], old["split"], old["shards"])
+        assert (table.meta.out_of_fold, table.meta.unreadable) == (old["out_of_fold"], old["unreadable"])
+        assert [item.source for item in table.meta.checkpoints] == [item["source"] for item in old["checkpoints"]]
+        assert [item.views for item in table.meta.checkpoints] == [item["views"] for item in old["checkpoints"]]
+        ensemble.write_table(tmp_path / "again.csv", table)
+        assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+        assert ensemble.read_table(tmp_path / "again.csv").meta == dataclasses.replace(table.meta)
+
+
+def test_a_version_1_average_of_tables_without_origin_keeps_its_members_and_the_headers_labels(tmp_path):
+    ensemble.write_table(tmp_path / "m.csv", make_table())
+    sha256 = hashlib.sha256((tmp_path / "m.csv").read_bytes()).hexdigest()
+    members = [{"member": "one", "weight": 2.0}, {"member": "two", "weight": 1}]
+    old = {"format_version": 1, "member": "ensemble", "members": members, "average": "prob", "unreadable": {}}
+    (tmp_path / "m.json").write_text(json.dumps(old | {"out_of_fold": False, "sha256": sha256}))
+    table = ensemble.read_table(tmp_path / "m.csv")
+    assert (table.meta.task, table.labels) == (None, LABELS)
+    assert table.meta.members == {"one": 2.0, "two": 1.0}
+    assert ensemble.task_of(table, None).labels == LABELS
+
+
+def test_a_table_without_json_says_so_and_takes_its_labels_from_the_header(tmp_path, capsys):
+    path = tmp_path / "m.csv"
+    path.write_text("image_name,mass,nodule\na.png,0.5,0.25\n")
+    table = ensemble.read_table(path)
+    assert "m.csv: no JSON beside it says its split, shards and models" in capsys.readouterr().out
+    assert (table.name, table.labels, table.meta.task) == ("m", ("mass", "nodule"), None)
+    with pytest.raises(UserError, match="name theirs with --task"):
+        ensemble.task_of(table, None)
+    task = Task(name="own", labels=("mass", "nodule"))
+    assert ensemble.task_of(table, task) == ensemble.task_of(ensemble.read_table(path, task), None) == task
+    with pytest.raises(UserError, match="column 2 is 'mass' where 'nodule' belongs"):
+        ensemble.read_table(path, Task(name="own", labels=("nodule", "mass")))
+    for header in ("image_name", "image_name,mass,mass", "patient,mass,nodule"):
+        path.write_text(header + "\n")
+        with pytest.raises(UserError, match="is not a score table"):
+            ensemble.read_table(path)
+
+
+def test_a_damaged_json_or_another_task_than_the_one_given_is_named(tmp_path):
+    path = tmp_path / "m.csv"
+    ensemble.write_table(path, make_table())
+    with pytest.raises(UserError, match="of another task than --task: task a and b"):
+        ensemble.read_table(path, TASKS["a"])
+    good = json.loads(path.with_suffix(".json").read_text())
+    for content, message in (
+        (b'{"format_ver', "is damaged; score again"),
+        (b"\xff\xfe", "is damaged; score again"),
+        (b"[]", "is damaged; score again"),
+        (json.dumps(good | {"weight": "two"}).encode(), "weight: .*; score again, or delete it"),
+        (json.dumps(good | {"format_version": 1, "div": "z"}).encode(), "is damaged; score again"),
+        (json.dumps({key: value for key, value in good.items() if key != "sha256"}).encode(), "is damaged"),
+    ):
+        path.with_suffix(".json").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            ensemble.read_table(path)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from cxrdist import recipes
-from cxrdist.training.losses import effective_pos_weight, focal_bce
+from cxrdist.errors import UserError
+from cxrdist.training.losses import effective_pos_weight, focal_bce, make_criterion, part_names
 
 pytestmark = pytest.mark.fast
 
@@ -30,16 +31,16 @@ def golden() -> dict[str, torch.Tensor]:
 def test_the_published_loss_and_its_gradient_to_the_digit(golden, weighted):
     logits = golden["logits"].clone().requires_grad_()
     loss = focal_bce(logits, golden["targets"], golden["pos_weight"] if weighted else None, **NUMBERS)
-    loss.total.backward()
+    loss["total"].backward()
     suffix = "" if weighted else "_nopw"
-    torch.testing.assert_close(loss.total.detach(), golden[f"total{suffix}"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss["total"].detach(), golden[f"total{suffix}"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.grad, golden[f"total{suffix}_grad"], rtol=0, atol=1e-6)
 
 
 def test_its_two_parts_and_their_gradients(golden):
     for part in ("focal", "bce"):
         logits = golden["logits"].clone().requires_grad_()
-        loss = getattr(focal_bce(logits, golden["targets"], golden["pos_weight"], **NUMBERS), part)
+        loss = focal_bce(logits, golden["targets"], golden["pos_weight"], **NUMBERS)[part]
         loss.backward()
         torch.testing.assert_close(loss.detach(), golden[part], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logits.grad, golden[f"{part}_grad"], rtol=0, atol=1e-6)
@@ -47,7 +48,7 @@ def test_its_two_parts_and_their_gradients(golden):
 
 def test_half_precision_logits_are_summed_in_float32(golden):
     half = golden["logits"].half()
-    total = focal_bce(half, golden["targets"], golden["pos_weight"], **NUMBERS).total
+    total = focal_bce(half, golden["targets"], golden["pos_weight"], **NUMBERS)["total"]
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, golden["total_from_half_logits"], rtol=1e-5, atol=1e-6)
 
@@ -56,7 +57,7 @@ def test_focal_at_gamma_0_is_scaled_cross_entropy():
     torch.manual_seed(0)
     logits, targets = torch.randn(5, 14), (torch.rand(5, 14) < 0.3).float()
     loss = focal_bce(logits, targets, None, focal_weight=1.0, focal_alpha=0.25, focal_gamma=0.0, bce_weight=0.0)
-    torch.testing.assert_close(loss.total, 0.25 * F.binary_cross_entropy_with_logits(logits, targets))
+    torch.testing.assert_close(loss["total"], 0.25 * F.binary_cross_entropy_with_logits(logits, targets))
 
 
 def test_class_weights_from_effective_numbers_as_published():
@@ -70,3 +71,11 @@ def test_class_weights_from_effective_numbers_as_published():
 def test_an_impossible_count_is_refused():
     with pytest.raises(ValueError, match=r"13.0"):
         effective_pos_weight(torch.tensor([1.0, 13.0]), 12)
+
+
+def test_the_published_loss_names_its_parts_in_order_and_an_unknown_one_is_refused():
+    targets = (np.random.default_rng(0).random((30, 5)) < 0.4).astype(np.float32)
+    criterion = make_criterion(RECIPE, targets, torch.device("cpu"))
+    assert part_names(criterion, 5) == ("total", "focal", "bce")
+    with pytest.raises(UserError, match="loss='hinge' is unknown; one of focal_bce"):
+        make_criterion(recipes.with_overrides(RECIPE, ["loss=hinge"]), targets, torch.device("cpu"))

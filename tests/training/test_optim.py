@@ -9,7 +9,7 @@ from torch import nn
 
 from cxrdist import recipes
 from cxrdist.errors import UserError
-from cxrdist.models import build_model
+from cxrdist.models import architecture_of
 from cxrdist.recipes import Group
 from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
 
@@ -30,7 +30,7 @@ def weights(model: nn.Module) -> torch.Tensor:
 def test_eva_x_groups_are_the_published_ones_on_the_real_model():
     golden = json.loads((GOLDEN / "evax_param_groups.json").read_text())
     with torch.device("meta"):
-        model = build_model("eva_x", 448)
+        model = architecture_of("eva_x").build(448, 14)
     assert sum(parameter.numel() for parameter in model.parameters()) == golden["total_parameters"]
     found = param_groups(model, recipes.eva_x("b").groups)
     ours = {name: (group.lr, group.weight_decay) for group, members in found for name in members}
@@ -52,7 +52,7 @@ def names(entries) -> list[str]:
 def test_chexfound_trains_what_the_published_run_trained():
     golden = json.loads((GOLDEN / "chexfound_trainable.json").read_text())
     with torch.device("meta"):
-        model = build_model("chexfound", 512)
+        model = architecture_of("chexfound").build(512, 14)
     param_groups(model, recipes.chexfound("b").groups)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)

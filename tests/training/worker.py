@@ -19,24 +19,25 @@ from typing import Any
 import torch
 
 from cxrdist import recipes, train
-from cxrdist.errors import run_entry
-from cxrdist.models import weights
-from cxrdist.recipes import Group, Recipe
+from cxrdist.cli import run_entry
+from cxrdist.recipes import Group, Inference, Recipe
+from cxrdist.runs import checkpoint
+from cxrdist.runs.folder import RunFolder
 
 TINY = (("depth", 12), ("embed_dim", 24), ("num_heads", 2))
 TINY_CHEXFOUND = (("decoder_dim", 16), ("depth", 4), ("embed_dim", 32), ("init_values", 1.0), ("num_heads", 2))
 
 
-def tiny_eva_x(div: str) -> Recipe:
+def tiny_eva_x(task: str) -> Recipe:
     """EVA-X with the published layer-wise rows at 300 times their rates, constant, no clipping."""
-    base = recipes.eva_x(div)
+    base = recipes.eva_x(task)
     groups = tuple(Group(pattern=g.pattern, lr=g.lr and g.lr * 300, weight_decay=g.weight_decay) for g in base.groups)
     return dataclasses.replace(
         base,
         name="tiny_eva_x",
         image_size=32,
         epochs=4,
-        member_epochs=(3, 4),
+        inference=Inference(member_epochs=(3, 4)),
         global_batch_size=10,
         groups=groups,
         ema_decay=0.9,
@@ -44,15 +45,15 @@ def tiny_eva_x(div: str) -> Recipe:
     )
 
 
-def tiny_chexfound(div: str) -> Recipe:
+def tiny_chexfound(task: str) -> Recipe:
     """CheXFound with warm-up, cosine, clipping and an EMA that ramps."""
-    base = recipes.chexfound(div)
+    base = recipes.chexfound(task)
     return dataclasses.replace(
         base,
         name="tiny_chexfound",
         image_size=32,
         epochs=4,
-        member_epochs=(3, 4),
+        inference=Inference(member_epochs=(3, 4)),
         global_batch_size=10,
         groups=(Group(pattern=r"^backbone\.", lr=None), Group(pattern=r"^glori\.", lr=1e-2, weight_decay=0.1)),
         ema_decay=0.9,
@@ -80,10 +81,10 @@ def inject(fault: dict[str, Any]) -> None:
 
         owner, name = {
             "step": (train.Control, "after_step"),
-            "save_epoch": (train.Training, "save_epoch"),
-            "validate": (train.Training, "validate"),
-            "file": (weights, "write_safetensors"),
-            "document": (train.checkpoint, "write_atomically"),  # state.json, meta.json, manifest.json
+            "save_epoch": (RunFolder, "save_epoch"),
+            "validate": (train, "validate"),
+            "file": (checkpoint, "write_safetensors"),
+            "document": (checkpoint, "write_atomically"),  # state.json, meta.json, manifest.json
         }[kill["at"]]
         original = getattr(owner, name)
 

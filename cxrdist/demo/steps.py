@@ -1,0 +1,131 @@
+"""The demo's steps: commands that a person could type, each with a stamp, so that what is finished is reused."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cxrdist.documents import Document
+from cxrdist.errors import UserError
+from cxrdist.files import write_atomically
+
+GRACE_S = 60  # a stopped training writes its checkpoint within this time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command of the demo. `needs` names the steps whose results it reads; `inputs` are further files and texts."""
+
+    name: str
+    words: tuple[str, ...]  # the command as a person types it; empty for a step of the demo's own
+    call: Callable[[], None] | None = None
+    needs: tuple[str, ...] = ()
+    inputs: tuple[Path | str, ...] = ()
+    results: tuple[Path, ...]
+    folder: Path | None = None  # what to remove when the step must start again; None: it overwrites its results
+    resume: bool = False  # the command takes --resume when the same step was interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp(Document):
+    """How far a step is. key: hash of all that it depends on; finished: time in ns, 0 while it is not."""
+
+    key: str = ""
+    finished: int = 0
+    seconds: float = 0.0
+    command: str = ""
+
+
+def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict[str, tuple[float, bool]]:
+    """Run what is not finished yet; returns step -> (seconds it took, reused). Raises UserError for a failed command.
+
+    A step's stamp holds a hash of its command, its inputs and when the steps that it needs were finished, so whatever
+    changes or is done again repeats everything that depends on it, and nothing else.
+    """
+    stamps = out / "steps"
+    stamps.mkdir(parents=True, exist_ok=True)
+    finished: dict[str, int] = {}
+    seconds: dict[str, tuple[float, bool]] = {}
+    for number, step in enumerate(steps, 1):
+        contents = [path_hash(item) if isinstance(item, Path) else item for item in step.inputs]
+        identity = json.dumps([step.name, step.words, contents, [finished[need] for need in step.needs]])
+        key = hashlib.sha256(identity.encode()).hexdigest()
+        stamp = stamps / f"{step.name.replace(' ', '_')}.json"
+        before = read_stamp(stamp)
+        title = f"[{number}/{len(steps)}] {step.name}"
+        same = before.key == key
+        if same and before.finished and all(path.exists() for path in step.results):
+            print(f"{title}: finished before in {before.seconds:.0f} s, reused", flush=True)
+            seconds[step.name] = (before.seconds, True)
+            finished[step.name] = before.finished
+            continue
+        words = list(step.words)
+        spent = 0.0
+        if same and not before.finished:
+            print(f"{title}: interrupted before, resumed", flush=True)
+            words += ["--resume"] if step.resume and step.folder is not None and step.folder.exists() else []
+            spent = before.seconds
+        else:
+            print(title, flush=True)
+            if step.folder is not None and step.folder.exists():
+                print(f"  {step.folder} is of another input or command: it is made again", flush=True)
+                shutil.rmtree(step.folder)
+        begun = time.monotonic()
+        command = shlex.join(words)
+        write_atomically(stamp, Stamp(key=key, seconds=spent, command=command).to_json())
+        try:
+            if step.call is not None:
+                step.call()
+            else:
+                run_command(step.name, words, environment)
+        except BaseException:
+            took = spent + time.monotonic() - begun
+            write_atomically(stamp, Stamp(key=key, seconds=took, command=command).to_json())
+            raise
+        missing = [str(path) for path in step.results if not path.exists()]
+        if missing:
+            raise UserError(f"step {step.name!r} ended well but did not write {', '.join(missing)}")
+        took = spent + time.monotonic() - begun
+        finished[step.name] = time.time_ns()
+        write_atomically(stamp, Stamp(key=key, finished=finished[step.name], seconds=took, command=command).to_json())
+        seconds[step.name] = (took, False)
+    return seconds
+
+
+def path_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_stamp(path: Path) -> Stamp:
+    """The stamp at `path`; an empty one when there is none or it is damaged."""
+    try:
+        return Stamp.read(path)
+    except UserError:
+        return Stamp()
+
+
+def run_command(name: str, words: list[str], environment: dict[str, str]) -> None:
+    """Run one command with this Python; its output and bars pass through. Raises UserError when it fails."""
+    print(f"  $ {shlex.join(words)}", flush=True)
+    program = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"]}
+    process = subprocess.Popen([*program[words[0]], *words[1:]], env=os.environ | environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        print(f"\nstopping {name!r}: it saves what it has", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code != 0:
+        raise UserError(f"step {name!r} ended with exit code {code}: see its message above; then run the demo again")

@@ -1,0 +1,80 @@
+"""When all ranks save a checkpoint or stop, agreed without waiting."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cxrdist.distributed.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step."""
+
+    save: bool = False
+    stop: str = ""
+
+
+class Control:
+    """Saving and stopping, agreed by all ranks at the same step, one step after the cause.
+
+    Each rank's wish travels in a small all-reduce on the host that is started after one step and read after the next,
+    so it costs no waiting.
+    """
+
+    def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None, max_steps: int | None) -> None:
+        self._ranks = ranks
+        self._max_steps = max_steps
+        self._checkpoint_s = checkpoint_s
+        self._max_s = max_s
+        self._started = self._saved = time.monotonic()
+        self._signal = 0
+        self._slowest_s = 0.0
+        self._last = self._started
+        self._pending: tuple[Any, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGUSR1 mean: checkpoint at the next step boundary, then stop."""
+
+        def note(number: int, _: object) -> None:
+            self._signal = number
+
+        kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def after_step(self, global_step: int) -> Decision:
+        """Send this rank's wishes and return what was agreed on the wishes sent one step ago."""
+        if global_step == self._max_steps:
+            return Decision(stop="--max-steps")
+        now = time.monotonic()
+        self._slowest_s, self._last = max(self._slowest_s, now - self._last), now
+        due = self._ranks.rank == 0 and now - self._saved >= self._checkpoint_s
+        over = self._max_s is not None and now + 2 * self._slowest_s - self._started >= self._max_s
+        wishes = torch.tensor([float(due), float(self._signal), float(over)])
+        if self._ranks.world_size == 1:
+            return self._decide(wishes)
+        agreed = self._pending
+        self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True), wishes)
+        if agreed is None:
+            return Decision()
+        agreed[0].wait()
+        return self._decide(agreed[1])
+
+    def _decide(self, agreed: Tensor) -> Decision:
+        due, signal_number, over = agreed.tolist()
+        if due:
+            self._saved = time.monotonic()
+        stop = "--max-hours" if over else ""
+        return Decision(bool(due), signal.Signals(int(signal_number)).name if signal_number else stop)

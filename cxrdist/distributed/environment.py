@@ -1,0 +1,67 @@
+"""What the launcher, Slurm and the machine say of this process, read from the environment here only. No torch."""
+
+import os
+from collections.abc import Mapping
+
+from cxrdist.errors import UserError
+
+# A core decodes about 1,000 images/s and today's fastest GPU trains on 800: more threads only take cores from others.
+MAX_DECODE_THREADS = 8
+SHARERS = (  # who may have started several processes that share the work: rank, count, first rank
+    ("torchrun or accelerate", "RANK", "WORLD_SIZE", ""),
+    ("a Slurm array", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("a Slurm step", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
+)
+
+
+def rank() -> int:
+    """This process's rank as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def cpu_wanted() -> bool:
+    """Whether accelerate was told to use the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_threads() -> int:
+    """Decode threads for this rank: the cores it may use, shared with the node's other ranks, 1 to 8."""
+    ranks_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(MAX_DECODE_THREADS, usable_cores() // ranks_here))
+
+
+def check_processes(expected: int | None) -> None:
+    """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
+    if expected is not None and world_size() != expected:
+        raise UserError(
+            f"{world_size()} processes were started, {expected} expected (--expect-processes): start them with "
+            "accelerate launch and a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one), or use "
+            "./launch.sh"
+        )
+
+
+def node_of(
+    node_rank: int | None, num_nodes: int | None, environ: Mapping[str, str] = os.environ
+) -> tuple[int, int, str]:
+    """(rank, count, who said so) of this process among those that share a work: flags, else a launcher or Slurm."""
+    source = "flags"
+    if num_nodes is None and node_rank is None:
+        for name, own, count, first in SHARERS:
+            if own in environ and count in environ:
+                source, num_nodes = name, int(environ[count])
+                node_rank = int(environ[own]) - int(environ.get(first, "0"))
+                break
+    node_rank, num_nodes = node_rank or 0, num_nodes or 1
+    if not 0 <= node_rank < num_nodes:
+        raise UserError(f"--node-rank {node_rank} with --num-nodes {num_nodes}: ranks run from 0 to {num_nodes - 1}")
+    return node_rank, num_nodes, source

@@ -1,0 +1,126 @@
+"""What one image of a recipe costs: FLOPs and memory, counted on its own model with fake tensors.
+
+Fake tensors have shapes and no values, so nothing is computed and every recipe field counts.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cxrdist.errors import UserError
+from cxrdist.models import architecture_of
+from cxrdist.recipes import Recipe
+from cxrdist.shards.convert import SIZE_PX
+
+GB = 1e9
+RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
+TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
+DECODED_BATCHES = 3  # in flight
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image of a recipe costs; counted, not measured."""
+
+    forward_flops: float  # a multiplication and an addition are two
+    step_flops: float  # forward and backward
+    activation_bytes: float  # kept for the backward pass, with autocast unless fp32
+    image_bytes: float  # decoded, uint8
+    num_parameters: int
+    num_trained: int
+
+
+@functools.cache
+def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", size_px: int = SIZE_PX) -> Cost:
+    """Count FLOPs and saved activations of one image on the recipe's model; takes seconds and no memory to speak of.
+
+    size_px: side of the shard set's images.
+    """
+    architecture = architecture_of(recipe.model)
+    with torch.device("meta"):
+        model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+    num_images = 2
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {
+        attention: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        images = torch.empty(num_images, 3, recipe.image_size, recipe.image_size)
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        with counter, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(images)
+            forward = counter.get_total_flops()
+            logits.float().sum().backward()
+        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return Cost(
+        forward_flops=forward / num_images,
+        step_flops=counter.get_total_flops() / num_images,
+        activation_bytes=sum(size for key, size in saved.items() if key not in parameters) / num_images,
+        image_bytes=float(size_px * size_px),
+        num_parameters=sum(counts.values()),
+        num_trained=sum(counts[name] for name in architecture.trainable_names(model)),
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:
+    """Peak memory of one device: weights, gradients (twice under DDP, which copies them into buckets), two Adam
+    moments and the EMA in float32, activations of a device batch, decoded images, and the runtime itself.
+    """
+    gradients = 2 if num_devices > 1 else 1
+    weights = 4 * (cost.num_parameters + cost.num_trained * (gradients + 3))
+    images = DECODED_BATCHES * device_batch_size * cost.image_bytes
+    return weights + TRANSIENT * cost.activation_bytes * device_batch_size + images + RUNTIME_BYTES[kind]
+
+
+def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
+    """(one epoch checkpoint: model and EMA; one step checkpoint: with both Adam moments), float32."""
+    return 8.0 * cost.num_trained, 16.0 * cost.num_trained
+
+
+def best_device_batch(cost: Cost, global_batch_size: int, kind: str, num_devices: int, free_bytes: float) -> int:
+    """The largest device batch that fits and divides a device's share of the global batch; 0 when nothing fits."""
+    share = math.ceil(global_batch_size / num_devices)
+    sizes = (share // parts for parts in range(1, share + 1) if share % parts == 0)
+    return next((size for size in sizes if memory_bytes(cost, size, kind, num_devices) <= free_bytes), 0)
+
+
+def fitting_batch(
+    recipe: Recipe, num_labels: int, precision: str, free_bytes: float, world_size: int, size_px: int = SIZE_PX
+) -> int:
+    """The largest device batch of a training that fits a GPU's free memory. Raises UserError when not even one does."""
+    cost = count_cost(recipe, num_labels, cast(Precision, precision), size_px)
+    batch = best_device_batch(cost, recipe.global_batch_size, "cuda", world_size, free_bytes)
+    if batch == 0:
+        need = memory_bytes(cost, 1, "cuda", world_size)
+        raise UserError(
+            f"{recipe.name} needs about {need / GB:.1f} GB for one image, and the GPU with the least free memory has "
+            f"{free_bytes / GB:.1f} GB: end what else runs there, or try --grad-checkpointing --device-batch-size 1"
+        )
+    return batch

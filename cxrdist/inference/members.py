@@ -1,0 +1,193 @@
+"""Members of an ensemble: what `--member` says, loaded and known by the content of their weights."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from cxrdist.augment.views import distinct_views
+from cxrdist.data.folds import read_split
+from cxrdist.errors import UserError
+from cxrdist.inference.passes import Member
+from cxrdist.models import architecture_of
+from cxrdist.models.weights.fit import load_init
+from cxrdist.models.weights.layouts import architecture_of_file, read_weights
+from cxrdist.models.weights.safetensors import tensors_sha256
+from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe, recipe_for
+from cxrdist.runs.documents import Facts
+from cxrdist.runs.member import build_model, load_member, read_recipe
+from cxrdist.scoring.tables import Checkpoint
+from cxrdist.task import Task
+
+VIEW_SETS = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
+MEMBER = re.compile(
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>\w+))?"
+    r"(:(?P<views>[^:/\\*]+))?(\*(?P<weight>[^*]+))?"
+)
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """What `--member` asks for: epochs and views are None where the recipe decides; recipe is of a weight file only."""
+
+    name: str
+    source: Path  # run folder, or a weight file
+    epochs: tuple[int, ...] | None = None
+    views: tuple[str, ...] | None = None
+    weight: float | None = None
+    recipe: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from; run (folder) and facts (the data it was trained on) are None for a bare file."""
+
+    label: str
+    run: Path | None = None
+    facts: Facts | None = None
+
+
+@dataclass
+class Ensemble:
+    """Members as asked for, and the models by checkpoint hash; a frozen backbone is one module in all that share it."""
+
+    members: list[Member] = field(default_factory=list)
+    models: dict[str, nn.Module] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)  # by checkpoint hash
+
+
+def parse_member(text: str) -> MemberSpec:
+    """`NAME=RUN[@EPOCHS][:VIEWS][*WEIGHT]` or `NAME=FILE[#RECIPE][:VIEWS][*WEIGHT]`.
+
+    VIEWS is tta, plain or view names with commas. Raises UserError for a text of another form.
+    """
+    form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
+    found = MEMBER.fullmatch(text)
+    if found is None:
+        raise UserError(f"{form}; a name has letters, digits, '.', '_', '-'")
+    try:
+        weight = None if found["weight"] is None else float(found["weight"])
+    except ValueError:
+        raise UserError(f"{form}; {found['weight']!r} is not a number") from None
+    if weight is not None and not 0 <= weight < float("inf"):
+        raise UserError(f"{form}; a weight is 0 or more")
+    views = VIEW_SETS.get(found["views"]) or tuple(view for view in (found["views"] or "").split(",") if view)
+    if unknown := [view for view in views if view not in PUBLISHED_VIEWS]:
+        raise UserError(f"{form}; view {unknown[0]!r} is unknown: tta, plain or of {', '.join(PUBLISHED_VIEWS)}")
+    epochs = tuple(int(epoch) for epoch in (found["epochs"] or "").split(",") if epoch)
+    if len(set(epochs)) < len(epochs):
+        raise UserError(f"{form}; an epoch is named twice")
+    if found["recipe"] is not None and found["recipe"] not in RECIPES:
+        raise UserError(f"{form}; recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}")
+    return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
+
+
+def default_members(task: Task) -> list[MemberSpec]:
+    return [MemberSpec(name, Path("runs") / f"{name}_{task.name}") for name in ("eva_x", "chexfound")]
+
+
+def load_ensemble(specs: Sequence[MemberSpec], task: Task) -> Ensemble:
+    """Load every checkpoint once, on the CPU. UserError for another task, or two weights of one member."""
+    checkpoints: dict[str, list[Checkpoint]] = {}
+    weights: dict[str, float] = {}
+    ensemble = Ensemble()
+    backbones: dict[str, nn.Module] = {}
+    for spec in specs:
+        for origin, recipe, model in load_checkpoints(spec, task):
+            item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
+            if item.backbone_sha256 is not None:
+                first = backbones.setdefault(f"{item.model} {item.backbone_sha256} {item.image_size}", model)
+                architecture_of(item.model).share_frozen(model, first)
+            ensemble.models.setdefault(item.sha256, model.eval())
+            ensemble.origins[item.sha256] = origin
+            checkpoints.setdefault(spec.name, []).append(item)
+        weight = 1.0 if spec.weight is None else spec.weight
+        if weights.setdefault(spec.name, weight) != weight:
+            raise UserError(f"--member {spec.name} has two weights ({weights[spec.name]}, {weight}); give one")
+    if sum(weights.values()) <= 0:
+        raise UserError("the members' weights sum to 0; give at least one a weight above 0")
+    ensemble.members = [Member(name, tuple(items), weights[name]) for name, items in checkpoints.items()]
+    return ensemble
+
+
+def load_checkpoints(spec: MemberSpec, task: Task) -> Iterator[tuple[Origin, Recipe, nn.Module]]:
+    """(origin, recipe, model) of every checkpoint that one `--member` names."""
+    if spec.source.is_dir():
+        for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
+            loaded = load_member(spec.source, epoch)
+            label = f"{spec.source}@{epoch}"
+            if found := task.differences(loaded.task):
+                raise UserError(
+                    f"{label} was trained for another task than the shards' ({'; '.join(found)}); its scores would "
+                    "land in wrong columns: use a run of that task"
+                )
+            yield Origin(label, spec.source, loaded.meta.data), loaded.recipe, loaded.model
+        return
+    files = [Path(part) for part in str(spec.source).split(",")]
+    if not all(path.is_file() for path in files):
+        raise UserError(
+            f"--member {spec.name}: {spec.source} is neither a run folder nor a weight file; check the path"
+        )
+    if spec.epochs is not None:
+        raise UserError(f"--member {spec.name}: {spec.source} is one weight file; @epochs belongs to a run folder")
+    recipe = recipe_of_file(spec, architecture_of_file(read_weights(*files)), task)
+    model = build_model(recipe, task)
+    load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
+    yield Origin(str(spec.source)), recipe, model
+
+
+def recipe_of_file(spec: MemberSpec, model: str, task: Task) -> Recipe:
+    """The recipe that a weight file of architecture `model` is scored by: the one asked for, else the published one."""
+    recipes = {name: recipe_for(name, task.name) for name in RECIPES}
+    own = [name for name, recipe in recipes.items() if recipe.model == model]
+    if not own or (spec.recipe is not None and spec.recipe not in own):
+        raise UserError(
+            f"--member {spec.name}: {spec.source} holds weights of {model}, and recipes of that are "
+            f"{', '.join(own) or 'not known'}; name one as FILE#RECIPE"
+        )
+    return recipes[spec.recipe or own[0]]
+
+
+def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence[str]) -> Checkpoint:
+    """The identity of a model's weights, by content, and the views that it is scored with."""
+    state, frozen = model.state_dict(), architecture_of(recipe.model).frozen_names(model)
+    backbone = tensors_sha256(state, frozen) if frozen else None
+    trained = tensors_sha256(state, [name for name in state if name not in set(frozen)])
+    sha256 = hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest()
+    return Checkpoint(
+        source=source,
+        model=recipe.model,
+        sha256=sha256,
+        backbone_sha256=backbone,
+        image_size=recipe.image_size,
+        views=distinct_views(views),
+        num_views=len(views),
+    )
+
+
+def common_split(ensemble: Ensemble, task: Task) -> dict[str, int]:
+    """The fold of each patient, on which the runs of all members must agree."""
+    runs = [origin.run for origin in ensemble.origins.values()]
+    if None in runs:
+        raise UserError(
+            "--fold needs members from run folders: a weight file does not say which patients were held out"
+        )
+    splits = {run: read_split(run / "split.csv", task) for run in runs if run is not None}
+    first = next(iter(splits))
+    for run, split in splits.items():
+        if split != splits[first]:
+            raise UserError(
+                f"{run} and {first} have different splits (split.csv); --fold needs one split for all members"
+            )
+    return splits[first]
+
+
+def held_out(ensemble: Ensemble, member: Member, fold: int | None, shards: str) -> bool:
+    """True when every run of the member kept `fold` of these very shards (by fingerprint) out of training."""
+    facts = [ensemble.origins[item.sha256].facts for item in member.checkpoints]
+    return fold is not None and all(
+        item is not None and (item.validate_fold, item.shards) == (fold, shards) for item in facts
+    )

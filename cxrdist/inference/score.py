@@ -1,0 +1,166 @@
+"""Batches of images -> float32 logits of every pass -> parts on the disk -> a score table per member."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cxrdist.augment.views import make_views
+from cxrdist.data.loader import Loader
+from cxrdist.distributed.precision import autocast
+from cxrdist.errors import UserError
+from cxrdist.inference.parts import Part
+from cxrdist.inference.passes import Member, Pass
+from cxrdist.models import architecture_of
+from cxrdist.scoring.tables import ScoreTable, TableMeta, average, sigmoid
+
+HELD_BATCHES = 32  # decoded batches kept while models that do not fit together take turns on the device
+RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
+
+
+def score(
+    loader: Loader,
+    batches: Sequence[NDArray[np.int64]],
+    passes: Sequence[Pass],
+    models: dict[str, nn.Module],
+    precision: str,
+) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
+    """(place in `batches`, rows (n,), logits (P, n, K) float32 on the device) of every batch, in order.
+
+    Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
+    turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once.
+    """
+    device = loader.device
+    if fits(models.values(), device):
+        stages, held = [list(passes)], 1
+    else:
+        stages, held = [list(group) for _, group in itertools.groupby(passes, lambda item: item.heads)], HELD_BATCHES
+    if held == 1:
+        for model in models.values():
+            model.to(device)
+    decoded = loader.batches(batches)
+    while group := list(itertools.islice(decoded, held)):
+        logits: list[list[Tensor]] = [[] for _ in group]
+        for stage in stages:
+            used = [models[head.sha256] for head in stage[0].heads] if held > 1 else []
+            for model in used:
+                model.to(device)
+            for place, batch in enumerate(group):
+                logits[place] += run_passes(batch.images, stage, models, precision)
+            for model in used:
+                model.to("cpu")
+        for batch, columns in zip(group, logits, strict=True):
+            yield batch.step, batch.rows, torch.stack(columns)
+
+
+@torch.no_grad()
+def run_passes(images: Tensor, passes: Sequence[Pass], models: dict[str, nn.Module], precision: str) -> list[Tensor]:
+    """(B, K) float32 logits for every column of `columns_of(passes)`, of uint8 images (B, C, S, S).
+
+    A view is resized once for all models of its size; a shared frozen backbone gives its features once to all heads.
+    """
+    columns: list[list[Tensor]] = [[] for _ in passes]
+    for size in dict.fromkeys(item.image_size for item in passes):
+        views = list(dict.fromkeys(item.view for item in passes if item.image_size == size))
+        for view, inputs in make_views(images, views, size):
+            for place, item in enumerate(passes):
+                if (item.image_size, item.view) != (size, view):
+                    continue
+                heads = [models[head.sha256] for head in item.heads]
+                architecture = architecture_of(item.heads[0].model)
+                with autocast(precision, images.device):
+                    if architecture.features is not None and architecture.head_logits is not None:
+                        features = architecture.features(heads[0], inputs)
+                        logits = [architecture.head_logits(head, features) for head in heads]
+                    else:
+                        logits = [head(inputs) for head in heads]
+                columns[place] = [value.float() for value in logits]
+    return [column for group in columns for column in group]
+
+
+def fits(models: Iterable[nn.Module], device: torch.device) -> bool:
+    """Whether all weights may stay on the device at once (always on a CPU: they are in its memory already)."""
+    if device.type != "cuda":
+        return True
+    weights = {tensor.data_ptr(): tensor.nbytes for model in models for tensor in model.state_dict().values()}
+    free, _ = torch.cuda.mem_get_info(device)
+    return bool(sum(weights.values()) < RESIDENT_SHARE * free)
+
+
+def in_parts(
+    scored: Iterable[tuple[int, NDArray[np.int64], Tensor]],
+    loader: Loader,
+    numbers: Sequence[int],
+    batches: Sequence[NDArray[np.int64]],
+    shape: tuple[int, int],
+    save_every_s: float,
+    show: Any,
+) -> Iterator[Part]:
+    """Collect scores into parts of about `save_every_s`. The host waits for the device only where a part ends.
+
+    shape: columns of the passes and labels. show: a progress bar that counts images.
+    """
+    rows: list[NDArray[np.int64]] = []
+    logits: list[Tensor] = []
+    first, saved = 0, time.monotonic()
+    nothing = torch.zeros(shape[0], 0, shape[1])
+
+    def close(end: int) -> Part:
+        wanted = np.concatenate(batches[first:end])
+        reasons = {item.row: item.reason for item in loader.skipped}
+        return Part(
+            batches=np.array(numbers[first:end], dtype=np.int64),
+            rows=np.concatenate([*rows, wanted[:0]]),
+            logits=torch.cat([*logits, nothing.to(loader.device)], dim=1).cpu().numpy(),
+            unreadable={int(row): reasons[int(row)] for row in wanted if int(row) in reasons},
+        )
+
+    for place, batch_rows, batch_logits in scored:
+        rows.append(batch_rows)
+        logits.append(batch_logits)
+        show.update(len(batches[place]))
+        if time.monotonic() - saved >= save_every_s:
+            yield close(place + 1)
+            first, rows, logits, saved = place + 1, [], [], time.monotonic()
+    if first < len(batches):
+        yield close(len(batches))
+
+
+def check_finite(
+    logits: NDArray[np.float32], passes: Sequence[Pass], image_names: NDArray[np.object_], precision: str
+) -> None:
+    """UserError that names checkpoint, view and image of the first non-finite score of logits (P, n, K)."""
+    bad = np.argwhere(~np.isfinite(logits).all(axis=2))
+    if len(bad):
+        head, view = [(head, item.view) for item in passes for head in item.heads][bad[0, 0]]
+        remedy = "use --precision bf16 or fp32" if precision == "fp16" else "train again or use another epoch"
+        raise UserError(
+            f"{head.source} produces non-finite scores for {len(set(bad[:, 1])):,} images, e.g. "
+            f"{image_names[bad[0, 1]]!r} (view {view}, {precision}); {remedy}"
+        )
+
+
+def member_table(
+    member: Member,
+    logits: NDArray[np.float32],
+    columns: Sequence[tuple[str, int, str]],
+    image_names: NDArray[np.object_],
+    meta: TableMeta,
+) -> ScoreTable:
+    """A member's probabilities: the mean of each checkpoint's views, then of the checkpoints, as `meta` averages.
+
+    Args: logits: (P, n, K) with the P `columns` (see `passes.columns_of`); meta: what all members have in common.
+    """
+    place = {name: number for number, name in enumerate(columns)}
+    per_checkpoint = []
+    for item in member.checkpoints:
+        views = [sigmoid(logits[place[item.sha256, item.image_size, view]]) for view in item.views]
+        per_checkpoint.append(average(views, list(item.views.values()), meta.average))
+    meta = dataclasses.replace(meta, member=member.name, weight=member.weight, checkpoints=member.checkpoints)
+    return ScoreTable(image_names, average(per_checkpoint, None, meta.average), meta)

@@ -1,0 +1,139 @@
+"""Weights into a model: the files that a training starts from, adapted to the model's input size and labels."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cxrdist.errors import UserError
+from cxrdist.models import ARCHITECTURES
+from cxrdist.models.architecture import Architecture, Tensors
+from cxrdist.models.weights.layouts import WeightFile, listed, read_weights, size_of_file
+
+WEIGHTS_FOLDER = Path("weights")
+
+
+def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...]:
+    """The files that `--init` stands for: FILE, several as FILE,FILE, a folder with the official files, or None.
+
+    None looks into `weights/`. Raises UserError that says which file to get, from where, when one is missing.
+    """
+    if init is not None and not init.is_dir():
+        files = (init,) if init.is_file() else tuple(Path(part) for part in str(init).split(","))
+        for path in files:
+            if not path.is_file():
+                raise UserError(f"--init {path}: there is no such file")
+        return files
+    folder, official = WEIGHTS_FOLDER if init is None else init, architecture.official
+    if official is None:
+        raise UserError(f"{architecture.name} has no official weights: use --init FILE, or --init random")
+    missing = [name for name in official.names if not (folder / name).is_file()]
+    if missing:
+        beside = "".join(f", with {official.beside[name]} beside it" for name in missing if name in official.beside)
+        first = folder / official.names[0]
+        hint = f" (--init {first} starts with a fresh head)" if first.is_file() else ""
+        raise UserError(
+            f"{architecture.name} needs {' and '.join(missing)} in {folder}/{beside}: get it from {official.source}"
+            f"{hint}; --init FILE takes other weights, --init random none"
+        )
+    return tuple(folder / name for name in official.names)
+
+
+def default_init_path(architecture: Architecture) -> Path:
+    """What `load_init` takes when `--init` is not given: the official file, or the folder of several.
+
+    Raises UserError that says which file to get and from where.
+    """
+    files = init_files(architecture, None)
+    return files[0] if len(files) == 1 else files[0].parent
+
+
+def load_init(
+    architecture: Architecture,
+    model: nn.Module,
+    path: Path,
+    *,
+    weights: Literal["model", "ema"] = "model",
+    complete: bool = False,
+) -> str:
+    """Copy a weight file into `model` and return a line that says what was found, adapted and left fresh.
+
+    The architecture's own rule (`fit`) brings position embedding and head to the model's input size and classes.
+
+    Args:
+        path: FILE, FILE,FILE, or a folder with the official files (see `init_files`).
+        weights: "ema" takes the EMA's weights where the file holds both.
+        complete: refuse a file without a head; otherwise a backbone leaves the model's head as it is.
+    Raises UserError, before anything is copied, that lists what is missing, unexpected or of another shape.
+    """
+    found = read_weights(*init_files(architecture, path), architecture=architecture)
+    chosen = ""
+    if weights == "ema" and found.ema is not None:
+        found, chosen = replace(found, tensors=found.ema), ", EMA weights"
+    fitted, notes = _fit(architecture, model.state_dict(), model, found, complete)
+    model.load_state_dict(fitted, strict=False)
+    return "; ".join([found.report + chosen, *notes])
+
+
+def load_backbone(architecture: Architecture, model: nn.Module, path: Path) -> str:
+    """Copy only the frozen backbone of a file (any layout that holds one) into `model`; as `load_init` otherwise."""
+    found = read_weights(path, architecture=architecture)
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name.startswith(architecture.frozen)}
+    state = model.state_dict()
+    own = {name: state[name] for name in architecture.frozen_names(model)}
+    fitted, notes = _fit(architecture, own, model, replace(found, tensors=tensors), complete=True)
+    model.load_state_dict(fitted, strict=False)
+    return "; ".join([found.report, "backbone only", *notes])
+
+
+def _fit(
+    architecture: Architecture, own: Mapping[str, Tensor], model: nn.Module, found: WeightFile, complete: bool
+) -> tuple[Tensors, list[str]]:
+    """The tensors as the model takes them for `own`, and notes on what was adapted; UserError lists what cannot be."""
+    source = ", ".join(str(path) for path in found.paths)
+    family = ARCHITECTURES.get(found.family, architecture)
+    if family.recognise is not architecture.recognise:
+        raise UserError(
+            f"{source}: holds weights of {found.family}, but the model is {architecture.name}; check --model and --init"
+        )
+    tensors = dict(found.tensors)
+    notes = [] if architecture.fit is None else architecture.fit(model, tensors, source)
+    missing = own.keys() - tensors.keys()
+    head = {name for name in own if name.startswith(architecture.head)}
+    if not complete and head and head <= missing:
+        missing -= head
+        notes.append(f"fresh head ({listed(sorted(head))})")
+    problems = _problems(own, tensors, missing)
+    if problems:
+        size = size_of_file(found) if "of another shape" in problems else None
+        hint = f"; its sizes are those of --model {size}" if size not in (None, architecture.name) else ""
+        if architecture.frozen and missing and all(name.startswith(architecture.frozen) for name in missing):
+            backbone = architecture.official.names[0] if architecture.official else "BACKBONE"
+            hint += f"; name the backbone's file too: --init FILE,{backbone}"
+        text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items())
+        raise UserError(f"{source}: does not fit the model; {text}{hint}")
+    return tensors, notes
+
+
+def _problems(own: Mapping[str, Tensor], tensors: Tensors, missing: Iterable[str]) -> dict[str, list[str]]:
+    """What keeps tensors from being loaded: kind of problem -> names."""
+    shared = sorted(own.keys() & tensors.keys())
+    problems = {
+        "missing": sorted(missing),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)}, model {tuple(own[name].shape)}"
+            for name in shared
+            if own[name].shape != tensors[name].shape
+        ],
+        "not finite floating point": [
+            name
+            for name in shared
+            if own[name].is_floating_point()
+            and not (tensors[name].is_floating_point() and bool(torch.isfinite(tensors[name]).all()))
+        ],
+    }
+    return {what: names for what, names in problems.items() if names}

@@ -1,0 +1,261 @@
+"""Weight files of any layout, recognised by their content, not their name, and turned into our modules' names.
+
+What a layout is and how its names become ours is said by the architectures (`recognise`); theirs are tried in turn.
+
+| layout | file | what is in it |
+|---|---|---|
+| eva_x_mim | official `eva_x_*_mim.pt` | backbone in EVA-02 names; `norm` becomes `fc_norm`; the head is new |
+| eva_x_finetuned | official fine-tuned EVA-X | as above, with a head for another data set's labels, left out |
+| chexfound_teacher | `teacher_checkpoint.pth` | backbone in block chunks; the self-supervision heads are left out |
+| glori | `glori.pth` + `results_eval_linear.json` | one head per learning rate; the JSON names the best |
+| published_eva_x, published_chexfound | the competition solution's epochs | weights, EMA, optimizer state |
+| cxrdist | our safetensors | anything `write_safetensors` wrote |
+
+Nothing is unpickled but tensors, containers, numbers and the few data classes in `_SAFE_GLOBALS`.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cxrdist.errors import UserError
+from cxrdist.models import ARCHITECTURES
+from cxrdist.models.architecture import Architecture, Recognised, Tensors
+from cxrdist.models.weights.safetensors import check_readable, is_safetensors, read_safetensors
+
+# What official files hold beside tensors, all of it data: the run's arguments, and numbers that numpy wrote.
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]
+
+
+def safe_torch_load(path: Path) -> Any:
+    """What `torch.save` wrote, without running code from the file: tensors, containers, numbers, argparse.Namespace.
+
+    Raises UserError for anything else (named), for a file cut short, and for a file that is no torch file.
+    """
+    check_readable(path)
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), path.open("rb") as file:
+            # Mapped into memory where torch can: ranks share the pages, and what is not used is not read.
+            # torch would choose a reader by the suffix .safetensors; we go by content.
+            mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a damaged or foreign pickle provokes inside torch's reader
+        code = re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise UserError(
+                f"{path}: refused, reading it could run code ({code[1]}); use the file from its official source"
+            ) from None
+        reason = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else str(error)[:80].split("\n")[0]
+        raise UserError(
+            f"{path}: cut short, altered, or not a torch file ({reason or type(error).__name__}); get it again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What one weight file, or several that belong together, holds, in our names. Tensors are on the CPU, as stored.
+
+    Attributes:
+        family: the first architecture that reads such files; its other sizes read them too (`architecture_of_file`).
+        tensors: the weights; where a file holds nothing but an EMA, the EMA's.
+        ema: the EMA's weights, None where there are none.
+        optimizer: AdamW's state by parameter name (`step`, `exp_avg`, `exp_avg_sq`), None where there is none.
+        epoch: the published run's epoch, from 1.
+        report: one line that says what was found, chosen and left out.
+    """
+
+    paths: tuple[Path, ...]
+    layout: str
+    family: str
+    tensors: Tensors
+    report: str
+    ema: Tensors | None = None
+    optimizer: dict[str, Tensors] | None = None
+    epoch: int | None = None
+
+
+def read_weights(path: Path, *more: Path, architecture: Architecture | None = None) -> WeightFile:
+    """Read a weight file of any layout the module's table lists, or several that complete each other.
+
+    Several: a backbone and a head, or the weights and the EMA of one published epoch.
+    architecture: the model the file should be of; one that recognises no layouts takes the tensors as they are named.
+    Raises UserError when a file is missing, cut short, hostile, of no known layout, or does not belong to the others.
+    """
+    found = _read_one(path, architecture)
+    for other in more:
+        found = _together(found, _read_one(other, architecture))
+    return found
+
+
+def architecture_of_file(found: WeightFile) -> str:
+    """Name of the architecture whose names and shapes a file has; the first of its family where no size fits."""
+    return size_of_file(found) or found.family
+
+
+def size_of_file(found: WeightFile) -> str | None:
+    """Name of the architecture in whose own sizes every tensor of a file fits, head and position embedding aside."""
+    family = ARCHITECTURES.get(found.family)
+    if family is None or family.recognise is None:
+        return None
+    for architecture in (item for item in ARCHITECTURES.values() if item.recognise is family.recognise):
+        with torch.device("meta"):
+            own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
+        sized = [name for name in found.tensors if not name.startswith(architecture.head)]
+        if all(
+            name == architecture.position or (name in own and own[name].shape == found.tensors[name].shape)
+            for name in sized
+        ):
+            return architecture.name
+    return None
+
+
+def _read_one(path: Path, expected: Architecture | None) -> WeightFile:
+    check_readable(path)
+    if is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+        where = f"made from {metadata['layout']}, " if "layout" in metadata else ""
+        return _from_tensors(path, tensors, where, expected)
+    raw = safe_torch_load(path)
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, not weights; give a file of weights")
+    if "model_state_dict" in raw or "ema_state_dict" in raw:
+        return _published_epoch(path, raw, expected)
+    where, state = "", raw
+    for container in ("teacher", "model_ema", "model", "module", "state_dict"):
+        if isinstance(state.get(container), Mapping):
+            where, state = f"{where}{container} ", state[container]
+    return _from_tensors(path, _flat(path, state), f"under {where.strip()}, " if where else "", expected)
+
+
+def _from_tensors(path: Path, state: Tensors, where: str, expected: Architecture | None) -> WeightFile:
+    architecture, found = _recognised(path, state, expected)
+    report = _report(path, found.layout, architecture, where, found)
+    return WeightFile((path,), found.layout, architecture.name, found.tensors, report)
+
+
+def _published_epoch(path: Path, raw: Mapping[str, Any], expected: Architecture | None) -> WeightFile:
+    states = {key: _flat(path, raw[key]) for key in ("model_state_dict", "ema_state_dict") if key in raw}
+    ours = {key: _recognised(path, state, expected) for key, state in states.items()}
+    architecture, found = next(iter(ours.values()))
+    layout = f"published_{architecture.name}"
+    epoch = int(raw["epoch"]) if isinstance(raw.get("epoch"), int) else None
+    parts = [key.removesuffix("_state_dict") for key in states]
+    optimizer = None
+    if "optimizer_state_dict" in raw and "model_state_dict" in ours:
+        optimizer = _named_optimizer(path, architecture, found.tensors, raw["optimizer_state_dict"])
+        parts.append("optimizer")
+    return WeightFile(
+        paths=(path,),
+        layout=layout,
+        family=architecture.name,
+        tensors=found.tensors,
+        report=_report(path, layout, architecture, f"epoch {epoch}, {' + '.join(parts)}, ", found),
+        ema=ours["ema_state_dict"][1].tensors if "ema_state_dict" in ours else None,
+        optimizer=optimizer,
+        epoch=epoch,
+    )
+
+
+def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tuple[Architecture, Recognised]:
+    if expected is not None and expected.recognise is None:
+        return expected, Recognised("cxrdist", state)
+    known = list(ARCHITECTURES.values())
+    if expected is not None:  # its own kind first
+        known.sort(key=lambda item: item.recognise is not expected.recognise)
+    for architecture in known:
+        if architecture.recognise is not None and (found := architecture.recognise(path, state)) is not None:
+            return architecture, found
+    sources = "; ".join(dict.fromkeys(item.official.source for item in known if item.official))
+    raise UserError(
+        f"{path}: holds no weights of {', '.join(item.name for item in known)}; its tensors are {listed(state)}; "
+        f"official files: {sources}"
+    )
+
+
+def _together(first: WeightFile, second: WeightFile) -> WeightFile:
+    names = ", ".join(str(path) for path in (*first.paths, *second.paths))
+    if first.family != second.family:
+        raise UserError(f"{names}: hold two different models ({first.family}, {second.family}); give files of one")
+    report = f"{first.report}; {second.report}"
+    paths = (*first.paths, *second.paths)
+    layouts = f"{first.layout} + {second.layout}"
+    if first.layout == second.layout and first.epoch is not None:
+        if first.epoch != second.epoch:
+            raise UserError(f"{names}: are of epochs {first.epoch} and {second.epoch}; give files of one epoch")
+        weights, ema = (second, first) if first.ema is first.tensors else (first, second)
+        if ema.ema is None or weights.ema is not None:
+            raise UserError(f"{names}: do not complete each other; give the weights and the EMA of one epoch")
+        return replace(weights, paths=paths, report=report, ema=ema.ema)
+    both = first.tensors.keys() & second.tensors.keys()
+    if both:
+        raise UserError(f"{names}: all hold {listed(both)}; give one file for each part")
+    return WeightFile(paths, layouts, first.family, first.tensors | second.tensors, report)
+
+
+def _flat(path: Path, state: Mapping[Any, Any]) -> Tensors:
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors under {listed(map(str, state))}; it is not a file of weights")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _named_optimizer(
+    path: Path, architecture: Architecture, tensors: Tensors, raw: Mapping[str, Any]
+) -> dict[str, Tensors]:
+    """AdamW state by our names: the published optimizers number the trained parameters in the state dict's order."""
+    skipped = set(architecture.not_in_optimizer)
+    names = [
+        name
+        for name in tensors
+        if name not in skipped and not (architecture.frozen and name.startswith(architecture.frozen))
+    ]
+    try:
+        numbers = [number for group in raw["param_groups"] for number in group["params"]]
+        state = {
+            number: {key: torch.as_tensor(value) for key, value in raw["state"][number].items()} for number in numbers
+        }
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: its optimizer state is not AdamW's; start from the weights only") from None
+    fits = len(numbers) == len(names) and all(
+        state[number].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        and state[number]["exp_avg"].shape == tensors[name].shape
+        for number, name in zip(numbers, names, strict=True)
+    )
+    if not fits:
+        raise UserError(
+            f"{path}: its optimizer state is for {len(numbers)} parameters that do not match the {len(names)} trained "
+            "ones in shape and order; start from the weights only"
+        )
+    return {name: state[number] for number, name in zip(numbers, names, strict=True)}
+
+
+def _report(path: Path, layout: str, architecture: Architecture, where: str, found: Recognised) -> str:
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    summary = f"{path}: {layout} ({architecture.name}), {where}{len(found.tensors)} tensors, {count:,} values"
+    return "; ".join([summary, *found.notes])
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,96 @@
+"""Safetensors files: written atomically, read whatever is wrong with them, compared by content."""
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cxrdist import files
+from cxrdist.errors import UserError
+from cxrdist.models.architecture import Tensors
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes; UserError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def tensors_sha256(state: dict[str, Tensor], names: Iterable[str]) -> str:
+    """Hash of names, types, shapes and bytes: equal weights are equal whichever file they came from."""
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors atomically: to a temporary file beside `path`, synced, then renamed over it.
+
+    UserError names the path and the free bytes when the disk is full; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # safetensors refuses tensors that share memory, and writes nothing but contiguous ones
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        with files.disk_errors_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's own; save_file leaves files that only their owner can read
+            try:
+                save_file(contiguous, temporary, metadata or {})
+            except SafetensorError as error:  # its text ends with "(os error 28)"
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+            temporary.chmod(mode)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            files.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Tensors (CPU) and metadata of a safetensors file; UserError when it is missing, cut short or another format."""
+    check_readable(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not an intact safetensors file ({error}); get it or make it again") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as a safetensors file does, whatever it is called."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def check_readable(path: Path) -> None:
+    """UserError for a file that is missing, unreadable, empty, a web page or a Git LFS pointer."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: is a web page, not weights; download the file itself")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
+    if not start:
+        raise UserError(f"{path}: is empty; get it again")

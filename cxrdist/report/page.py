@@ -1,0 +1,109 @@
+"""An evaluation as one self-contained HTML page: styles and pictures (PNG) are inside, no address is fetched."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from cxrdist.files import write_atomically
+
+WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on this page."
+STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --soft: #5b6776; --line: #dfe4ea; --accent: #1f3a5f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f3f5f8; color: var(--ink); line-height: 1.5;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+header { background: var(--accent); color: #fff; padding: 28px 0 22px; }
+header h1 { margin: 0 0 4px; font-size: 27px; font-weight: 650; letter-spacing: -.01em; }
+header p { margin: 0; color: #cfdae8; }
+.wrap { max-width: 1120px; margin: 0 auto; padding: 0 28px; }
+nav { background: #fff; border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 1; }
+nav .wrap { display: flex; flex-wrap: wrap; gap: 4px 22px; padding-top: 10px; padding-bottom: 10px; }
+nav a { color: var(--accent); text-decoration: none; font-size: 14px; }
+nav a:hover { text-decoration: underline; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 22px 0; padding: 22px 26px; }
+section h2 { margin: 0 0 4px; font-size: 20px; font-weight: 650; }
+section > p.about { margin: 0 0 16px; color: var(--soft); max-width: 86ch; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 16px 0 4px; }
+.card { border: 1px solid var(--line); border-left: 5px solid var(--accent); border-radius: 8px; padding: 12px 16px; }
+.card b { display: block; font-size: 28px; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: 13.5px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; }
+th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+tr.total td { font-weight: 650; border-top: 2px solid var(--ink); border-bottom: 0; }
+table.text td, table.text th { text-align: left; }
+td small, th small { color: var(--soft); font-weight: 400; white-space: nowrap; }
+.scroll { overflow-x: auto; }
+img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
+code { background: #eef1f5; border-radius: 4px; padding: 1px 5px; font-size: 13px; word-break: break-all; }
+.warning { background: #fff4e5; border: 1px solid #f0c48a; border-radius: 8px; padding: 10px 16px; margin: 20px 0 0; }
+footer { color: var(--soft); font-size: 13.5px; padding: 6px 0 40px; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled block of the page. `body` is HTML, the other texts are not."""
+
+    title: str
+    about: str
+    body: str
+
+
+def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
+    """Write the page atomically."""
+    links = "".join(f'<a href="#s{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections))
+    blocks = "".join(
+        f'<section id="s{i}"><h2>{html.escape(section.title)}</h2><p class="about">{html.escape(section.about)}</p>'
+        f"{section.body}</section>"
+        for i, section in enumerate(sections)
+    )
+    write_atomically(
+        path,
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<style>{STYLE}</style></head><body><header><div class="wrap"><h1>{html.escape(title)}</h1>'
+        f'<p>{html.escape(subtitle)}</p></div></header><nav><div class="wrap">{links}</div></nav><div class="wrap">'
+        f'<div class="warning">{html.escape(WARNING)}</div>{blocks}<footer>{html.escape(WARNING)}</footer></div>'
+        "</body></html>\n",
+    )
+
+
+def figure_html(figure: Figure, alt: str) -> str:
+    """The figure as an <img> with its PNG inside."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140, facecolor="white")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False, text: bool = False) -> str:
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = []
+    for place, row in enumerate(rows):
+        kind = ' class="total"' if total and place == len(rows) - 1 else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
+    kind = ' class="text"' if text else ""
+    body = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table{kind}>{body}</table></div>'
+
+
+def number_text(value: float, digits: int = 3, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+
+
+def interval_text(interval: tuple[float, float], form: str = ".3f") -> str:
+    return "-" if math.isnan(interval[0]) else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,142 @@
+"""Sections with images: what training saw, and where each model looked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
+
+from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.views import make_views, resize
+from cxrdist.data.loader import Loader
+from cxrdist.errors import UserError
+from cxrdist.models.architecture import Architecture
+from cxrdist.recipes import Recipe
+from cxrdist.report.page import Section, figure_html
+from cxrdist.scoring.evaluation import Evaluation
+from cxrdist.scoring.tables import ScoreTable
+
+NUM_EXAMPLES = 6  # images with saliency maps
+NUM_AUGMENTED = 4  # training images, each in as many epochs
+NOTHING = ("no ", "normal")  # beginnings of labels that say that nothing was found, so there is nothing to look at
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scored image, and the label whose map is shown (its place) with its probability."""
+
+    image_name: str
+    label: int
+    prob: float
+
+
+def augmented_section(loader: Loader, recipe: Recipe) -> Section:
+    """Stored training images, and what training made of them in four epochs."""
+    index = loader.index
+    rows = np.linspace(0, len(index) - 1, min(NUM_AUGMENTED, len(index))).astype(np.int64)
+    images = read_images(loader, rows)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
+    plain = resize(images, recipe.image_size)
+    stages = [plain, *(augment.levels(images, index.keys[rows], epoch) for epoch in range(4))]
+    pictures = [[_picture(stage[place]) for stage in stages] for place in range(len(rows))]
+    titles = ["as stored", *(f"epoch {epoch + 1}" for epoch in range(4))]
+    return images_section([(index.image_names[row], found) for row, found in zip(rows, pictures, strict=True)], titles)
+
+
+def images_section(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], titles: Sequence[str]) -> Section:
+    """A grid: per image its name, then pictures (H, W) or (H, W, 3) uint8 under the column titles."""
+    figure = Figure(figsize=(11, 11 / len(titles) * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    for row, (name, pictures) in zip(axes, rows, strict=True):
+        row[0].set_ylabel(name, fontsize=7)
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    return Section(
+        "Training images",
+        "Stored images and what training made of them in four epochs; the draws depend only on seed, epoch and image.",
+        figure_html(figure, "augmented training images"),
+    )
+
+
+def choose_examples(
+    asked: Sequence[str], table: ScoreTable, targets: NDArray[np.float64], result: Evaluation
+) -> list[Example]:
+    """The images asked for with their highest-scored true label, else for each of the labels with the best AUROC its
+    positive image with the highest score. Labels are not repeated, nor images.
+    """
+    row_of = {name: row for row, name in enumerate(table.image_names)}
+    finding = np.array([not label.lower().startswith(NOTHING) for label in table.labels])
+    if asked:
+        unknown = [name for name in asked if name not in row_of]
+        if unknown:
+            raise UserError(f"--show {unknown[0]}: not among the scored images")
+        scores = np.where((targets > 0) & finding, 1 + table.probs, table.probs)
+        chosen = {name: int(np.argmax(scores[row_of[name]])) for name in asked}
+    else:
+        auroc = np.where(finding, np.nan_to_num(np.array(result.scores[0].auroc), nan=-1.0), -1.0)
+        chosen = {}
+        for label in np.argsort(-auroc, kind="stable"):
+            for row in np.argsort(-table.probs[:, label], kind="stable"):
+                name = str(table.image_names[row])
+                if targets[row, label] and auroc[label] >= 0 and name not in chosen:
+                    chosen[name] = int(label)
+                    break
+            if len(chosen) == NUM_EXAMPLES:
+                break
+    return [Example(name, label, float(table.probs[row_of[name], label])) for name, label in chosen.items()]
+
+
+def saliency_section(
+    name: str,
+    architecture: Architecture,
+    model: nn.Module,
+    image_size: int,
+    images: torch.Tensor,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+) -> Section:
+    """Maps of the model called `name` over stored images (B, C, S, S); its architecture must make some."""
+    assert architecture.saliency is not None
+    _, inputs = next(make_views(images, ("plain",), image_size))
+    maps = architecture.saliency(model, inputs, np.array([example.label for example in examples], dtype=np.int64))
+    per_row = 3  # pairs: the image, and the image under its map
+    num_rows = -(-len(examples) // per_row)
+    figure = Figure(figsize=(11, num_rows * 2.3), layout="constrained")
+    axes = figure.subplots(num_rows, 2 * per_row, squeeze=False).reshape(num_rows * per_row, 2)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    for pair, image, heat, example in zip(axes, images, maps, examples, strict=False):
+        picture = _picture(image[:1])
+        extent = (0, picture.shape[1], picture.shape[0], 0)
+        for axis in pair:
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
+        heat = heat - heat.min()
+        heat = heat / max(float(heat.max()), 1e-12)
+        alpha = 0.25 + 0.45 * np.sqrt(heat)
+        pair[1].imshow(heat, cmap="inferno", alpha=alpha, extent=extent, interpolation="bilinear")
+        pair[0].set_title(labels[example.label].replace("$", r"\$"), fontsize=8.5, loc="left", fontweight="bold")
+        caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
+        pair[0].set_xlabel(caption, fontsize=7.5, loc="left", color="#5b6776")
+    note = " Images with the finding and a high ensemble score. A map shows what moved the score, not the disease."
+    title = f"{architecture.saliency_title} of {name}"
+    return Section(title, architecture.saliency_about + note, figure_html(figure, title))
+
+
+def read_images(loader: Loader, rows: NDArray[np.int64]) -> torch.Tensor:
+    """(B, C, S, S) uint8 of the given rows, on the loader's device."""
+    return next(loader.batches([rows])).images
+
+
+def _picture(levels: torch.Tensor) -> NDArray[np.uint8]:
+    """(C, H, W) grey levels -> (H, W) uint8, or (H, W, 3) for colour."""
+    pixels = levels.round().clamp(0, 255).to(torch.uint8).numpy() if levels.is_floating_point() else levels.numpy()
+    return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)

@@ -1,0 +1,162 @@
+"""What a run folder says: documents that training writes, and that resume, inference and averaging read.
+
+Version 1 named its task by the division alone; `upgraded` turns its documents into today's.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cxrdist.documents import Document, read_bounded
+from cxrdist.errors import UserError
+from cxrdist.task import TASKS, Task
+
+FORMAT_VERSION = 2
+READABLE = (1, FORMAT_VERSION)
+D = TypeVar("D", bound=Document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(Document):
+    """The data that a run is trained on: what resume and out-of-fold scoring compare."""
+
+    task: str
+    split: str
+    shards: str  # fingerprint of the shard set
+    images: int
+    positives: dict[str, int]  # by label
+    folds: int | None
+    validate_fold: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Document):
+    """A frozen backbone: the SHA-256 (hex) of its file, and where that was last seen (relative: to the run folder)."""
+
+    sha256: str
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDocument(Document):
+    """`run.json`: an id drawn at the start, which ties everything written later to this folder, and the data."""
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    data: Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Document):
+    """Where one session of a run took place."""
+
+    cxrdist: str
+    commit: str
+    python: str
+    packages: dict[str, str]
+    device: str
+    world_size: int
+    device_batch_size: int
+    precision: str
+    started: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sessions(Document):
+    """`environment.json`: every session of a run, oldest first."""
+
+    format_version: int = FORMAT_VERSION
+    sessions: tuple[Environment, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepState(Document):
+    """`state.json` of a step checkpoint: where the run stood, and on what."""
+
+    format_version: int = FORMAT_VERSION
+    epoch: int
+    step: int
+    global_step: int
+    metrics_bytes: int
+    world_size: int
+    device_batch_size: int
+    precision: str
+    parts: tuple[str, ...] = ("total", "focal", "bce")  # of the loss, in the order of the stored sums
+    data: Facts
+    frozen: Frozen | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMeta(Document):
+    """`meta.json` of an epoch checkpoint: what the weights are of. averaged: the checkpoints they are the mean of."""
+
+    format_version: int = FORMAT_VERSION
+    epoch: int
+    global_step: int = 0
+    recipe: str = ""
+    model: str = ""
+    task: Task
+    data: Facts | None = None
+    validation: dict[str, float | str | None] | None = None
+    frozen: Frozen | None
+    averaged: tuple[str, ...] = ()
+    weights: Literal["model", "ema"] = "ema"  # of the averaged checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry(Document):
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Document):
+    """`manifest.json`, written last: a checkpoint counts when every file listed is there with its hash."""
+
+    format_version: int = FORMAT_VERSION
+    files: dict[str, FileEntry]
+
+
+def read_versioned(kind: type[D], path: Path) -> D:
+    """The document at `path`, of version 1, too; UserError that names the path and what is wrong."""
+    content = read_bounded(path)
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    version = data.get("format_version", 1) if isinstance(data, dict) else 1
+    if version not in READABLE:
+        raise UserError(f"{path}: format version {version!r}, this cxrdist reads {FORMAT_VERSION}")
+    if version == FORMAT_VERSION:
+        return kind.from_json(content, path)
+    try:
+        return kind.from_json(json.dumps(upgraded(kind, data), allow_nan=False), path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not the document it should be ({type(error).__name__}: {error})") from None
+
+
+def upgraded(kind: type[Document], data: Any) -> Any:
+    """A version-1 document's JSON value in the form of today's `kind`."""
+    if kind is Sessions:
+        return {"sessions": data}
+    if kind is Facts:
+        return {("task" if name == "div" else name): value for name, value in data.items()}
+    found = {name: value for name, value in data.items() if name not in ("div", "labels")}
+    if found.get("data") is not None:
+        found["data"] = upgraded(Facts, found["data"])
+    if kind is EpochMeta:
+        task = TASKS[data["div"]]
+        if tuple(data.get("labels", task.labels)) != task.labels:
+            raise UserError(f"its outputs are {', '.join(data['labels'])}: not the labels of task {task.name} in order")
+        found["task"] = json.loads(task.to_json())
+        if found.get("validation") is not None:
+            found["validation"] = {k: None if _nan(v) else v for k, v in found["validation"].items()}
+    return found
+
+
+def _nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

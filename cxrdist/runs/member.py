@@ -1,0 +1,117 @@
+"""A run's model, rebuilt from its folder: recipe, task, weights and the frozen backbone, found by its content."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from cxrdist import recipes
+from cxrdist.documents import read_bounded
+from cxrdist.errors import CheckpointError, UserError
+from cxrdist.models import Architecture, architecture_of
+from cxrdist.models.weights.fit import WEIGHTS_FOLDER, load_backbone
+from cxrdist.models.weights.safetensors import file_sha256, is_safetensors, read_safetensors, write_safetensors
+from cxrdist.recipes import Recipe
+from cxrdist.runs import checkpoint
+from cxrdist.runs.documents import EpochMeta, Frozen, read_versioned
+from cxrdist.task import TASKS, Task
+
+BACKBONE_FILE = "backbone.safetensors"  # of a run that began with --init random
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedMember:
+    """A run's model after one epoch, in eval mode on the CPU, and what it was trained as."""
+
+    recipe: Recipe
+    task: Task
+    architecture: Architecture
+    model: nn.Module
+    meta: EpochMeta
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe that a run folder was trained with; UserError when there is none."""
+    return recipes.from_json(_read(run, "recipe.json"), run / "recipe.json")
+
+
+def read_task(run: Path) -> Task:
+    """The task that a run folder was trained for; UserError when it does not say."""
+    if (run / "task.json").exists():
+        return Task.read(run / "task.json")
+    name = recipes.task_of_version_1(_read(run, "recipe.json"), run / "recipe.json")
+    if name is None:
+        raise UserError(f"{run / 'task.json'}: no such file; {run} is not a complete run folder")
+    return TASKS[name]
+
+
+def _read(run: Path, name: str) -> bytes:
+    if not (run / name).is_file():
+        raise UserError(f"{run / name}: no such file; {run} is not a run folder of cxrdist.train")
+    return read_bounded(run / name)
+
+
+def build_model(recipe: Recipe, task: Task) -> nn.Module:
+    """The model of a recipe for a task's labels with random weights, on the CPU."""
+    architecture = architecture_of(recipe.model)
+    return architecture.build(recipe.image_size, task.num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+
+
+def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path | None = None) -> LoadedMember:
+    """A run's model after `epoch` (from 1), checked file by file.
+
+    backbone: where to look first for a frozen backbone. Raises UserError when the epoch is not there (naming those
+    that are) and CheckpointError when it is damaged.
+    """
+    recipe, task = read_recipe(run), read_task(run)
+    folder = checkpoint.epoch_folder(run, epoch)
+    if not folder.is_dir():
+        there = ", ".join(map(str, checkpoint.epochs_of(run)))
+        raise UserError(f"{folder} is not there; {run} has epochs: {there or 'none yet'}; train on with --resume")
+    try:
+        checkpoint.check(folder)
+        meta = read_versioned(EpochMeta, folder / "meta.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; copy it again, or train again from an earlier checkpoint") from None
+    if changed := task.differences(meta.task):
+        raise UserError(f"{folder} is of another task than {run}: {'; '.join(changed)}")
+    architecture, model = architecture_of(recipe.model), build_model(recipe, task)
+    if meta.frozen is not None:
+        load_frozen(architecture, model, run, meta.frozen, backbone)
+    architecture.load_trained_state_dict(model, checkpoint.read_tensors(folder, weights), str(folder))
+    return LoadedMember(recipe, task, architecture, model.eval(), meta)
+
+
+def write_frozen(architecture: Architecture, model: nn.Module, run: Path) -> Frozen:
+    """Write the frozen backbone of a model that began at random into the run folder and name it."""
+    own = model.state_dict()
+    write_safetensors(run / BACKBONE_FILE, {name: own[name] for name in architecture.frozen_names(model)}, {})
+    return Frozen(file=BACKBONE_FILE, sha256=file_sha256(run / BACKBONE_FILE))
+
+
+def load_frozen(
+    architecture: Architecture, model: nn.Module, run: Path, frozen: Frozen, backbone: Path | None = None
+) -> Path:
+    """Load the frozen backbone that a run names from wherever its bytes are, and return that path.
+
+    Looked at in turn: `backbone`, where the run saw it last, the run folder, `weights/`. UserError when none is it.
+    """
+    candidates = [*([backbone] if backbone is not None else []), run / frozen.file, run / BACKBONE_FILE]
+    candidates += sorted(path for path in WEIGHTS_FOLDER.glob("*") if path.is_file())
+    there = [path for path in dict.fromkeys(candidates) if path.is_file()]
+    path = next((path for path in there if file_sha256(path) == frozen.sha256), None)
+    if path is None:
+        looked = ", ".join(map(str, there)) or "no file"
+        raise UserError(
+            f"{run / frozen.file}: the frozen backbone that {run} was trained on is not there, and {looked} is another "
+            f"(SHA-256 {frozen.sha256[:12]}...); put it back, name it with --backbone FILE, or train again"
+        )
+    if not is_safetensors(path) or (tensors := read_safetensors(path)[0]).keys() != set(
+        architecture.frozen_names(model)
+    ):
+        load_backbone(architecture, model, path)
+        return path
+    model.load_state_dict(tensors, strict=False)
+    return path

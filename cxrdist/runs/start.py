@@ -1,0 +1,164 @@
+"""How a run begins: on which rows, in which folder, from which weights, or from where it is resumed."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import secrets
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import cxrdist
+from cxrdist import recipes
+from cxrdist.errors import UserError
+from cxrdist.files import write_atomically
+from cxrdist.models import architecture_of
+from cxrdist.models.weights import fit, layouts
+from cxrdist.models.weights.safetensors import file_sha256
+from cxrdist.recipes import Recipe
+from cxrdist.runs import checkpoint, member
+from cxrdist.runs.documents import Environment, Facts, Frozen, RunDocument, Sessions, StepState, read_versioned
+from cxrdist.task import Task
+
+SHOWN_PACKAGES = ("torch", "timm", "accelerate", "kornia", "numpy", "safetensors", "simplejpeg")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run folder offers to begin with: a step checkpoint to restore and its state, or nothing."""
+
+    folder: Path | None = None
+    state: StepState | None = None
+    finished: bool = False
+
+
+def read_facts(run: Path) -> Facts:
+    """What the run in a folder is trained on; UserError when it cannot be read."""
+    try:
+        if (run / "run.json").exists():
+            return RunDocument.read(run / "run.json").data
+        return read_versioned(Facts, run / "data.json")  # version 1
+    except UserError as error:
+        raise UserError(f"{error}: {run} is not a complete run folder; give another --out") from None
+
+
+def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Callable[[str], None]) -> Start:
+    """What to begin with. Raises UserError when the folder is taken, or holds a run that differs in any way."""
+    if not (run / "recipe.json").exists():
+        if any((run / "checkpoints").glob("*")):
+            raise UserError(f"{run} has checkpoints but no recipe.json: not a complete run folder; give another --out")
+        return Start()
+    last_epoch = checkpoint.epoch_folder(run, recipe.epochs)
+    if not resume:
+        state = "holds a finished run" if last_epoch.exists() else "holds an unfinished run: --resume continues it"
+        raise UserError(f"{run} {state}; give another --out for a new one")
+    changed = recipes.differences(member.read_recipe(run), recipe)
+    if changed:
+        raise UserError(
+            f"{run} was started with another recipe: {'; '.join(changed)}; undo that, or give another --out"
+        )
+    compare_facts(run, read_facts(run), facts)
+    if checkpoint.is_complete(last_epoch):
+        return Start(finished=True)
+    folder, warnings = checkpoint.newest_step(run)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    if folder is None:
+        say(f"{run} has no complete checkpoint yet: starting from the beginning")
+        return Start()
+    say(f"resuming from {folder}")
+    return Start(folder, read_versioned(StepState, folder / "state.json"))
+
+
+def compare_facts(run: Path, before: Facts, now: Facts) -> None:
+    """UserError that says in what the data of a run and those given now differ."""
+    for name, shown in (
+        ("task", "task"),
+        ("split", "split"),
+        ("folds", "--folds"),
+        ("validate_fold", "--validate-fold"),
+    ):
+        if getattr(before, name) != getattr(now, name):
+            raise UserError(
+                f"{run} was started with {shown} {getattr(before, name)}, not {getattr(now, name)}; give another --out "
+                "for that"
+            )
+    if before.shards != now.shards:
+        labels = [
+            f"{label} {count} -> {now.positives.get(label)}"
+            for label, count in before.positives.items()
+            if count != now.positives.get(label)
+        ]
+        differs = f"positives differ: {', '.join(labels)}" if labels else "same counts, other images or labels"
+        raise UserError(
+            f"{run} was started on another shard set ({before.images:,} -> {now.images:,} images; {differs}); "
+            "give the same shards, or another --out"
+        )
+
+
+def build(
+    recipe: Recipe, task: Task, init: str | None, run: Path, start: Start, backbone: Path | None
+) -> tuple[nn.Module, Frozen | None, str]:
+    """The model with its starting weights, the file its frozen backbone was read from (None if it was not), and a line
+    that says what was read.
+    """
+    architecture, model = architecture_of(recipe.model), member.build_model(recipe, task)
+    if start.state is not None:
+        frozen = start.state.frozen
+        if frozen is not None:
+            member.load_frozen(architecture, model, run, frozen, backbone)
+        return model, frozen, f"weights of {start.folder}"
+    if init == "random":
+        return model, None, "weights: random"
+    path = Path(init) if init is not None else fit.default_init_path(architecture)
+    report = fit.load_init(architecture, model, path)
+    if not architecture.frozen_names(model):
+        return model, None, report
+    for file in fit.init_files(architecture, path):
+        if any(
+            name.startswith(architecture.frozen)
+            for name in layouts.read_weights(file, architecture=architecture).tensors
+        ):
+            return model, Frozen(file=str(file.resolve()), sha256=file_sha256(file)), report
+    raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
+
+
+def write_start(run: Path, recipe: Recipe, task: Task, facts: Facts, session: Environment) -> None:
+    """What the run is and where it runs; a resumed run adds its session to the list. recipe.json comes last.
+
+    The split of a run with folds must be written before.
+    """
+    checkpoint.remove_unfinished(run)
+    path = run / "environment.json"
+    sessions = read_versioned(Sessions, path).sessions if path.exists() else ()
+    write_atomically(path, Sessions(sessions=(*sessions, session)).to_json())
+    if (run / "recipe.json").exists():
+        return
+    write_atomically(run / "task.json", task.to_json())
+    write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts).to_json())
+    write_atomically(run / "recipe.json", recipes.to_json(recipe))
+
+
+def describe_session(device: torch.device, world_size: int, device_batch_size: int, precision: str) -> Environment:
+    """Versions, commit and hardware of this session."""
+    commit = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    cuda = device.type == "cuda"
+    return Environment(
+        cxrdist=cxrdist.__version__,
+        commit=commit,
+        python=platform.python_version(),
+        packages={name: importlib.metadata.version(name) for name in SHOWN_PACKAGES},
+        device=torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
+        world_size=world_size,
+        device_batch_size=device_batch_size,
+        precision=precision,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
