@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Several nodes under Slurm: one launcher a node, which starts one process a GPU. Run from the checkout, on a shared disk:
-#   sbatch --nodes=2 accel_configs/slurm.sh train --div b
-#   sbatch --nodes=2 accel_configs/slurm.sh train --div b --model chexfound --set global_batch_size=128
-#   sbatch --nodes=1 accel_configs/slurm.sh infer --div b
-# Before the time limit and on preemption, training writes a checkpoint; the job is then queued again and goes on.
+#   sbatch --nodes=2 accel_configs/slurm.sh train --task b
+#   sbatch --nodes=2 accel_configs/slurm.sh train --task b --model chexfound --set global_batch_size=128
+#   sbatch --nodes=1 accel_configs/slurm.sh infer --task b
+# Before the time limit and on preemption, training writes a checkpoint; the job is then queued again and continues.
 #SBATCH --job-name=cxrdist
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,7 +18,7 @@ set -euo pipefail
 
 # Slurm runs a copy of this script from its spool folder; the checkout is where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:-.}"
-entry=${1:?"say what to run: sbatch accel_configs/slurm.sh train --div b"}
+entry=${1:?"say what to run: sbatch accel_configs/slurm.sh train --task b"}
 shift
 case "$entry" in
   train) set -- "$@" --resume ;; # a first start finds no checkpoint and begins

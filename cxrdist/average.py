@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cxrdist import recipes
-from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
 from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
-from cxrdist.runs.documents import FORMAT_VERSION, EpochMeta, Frozen, RunDocument
+from cxrdist.runs.documents import EpochMeta, Frozen, RunDocument
 from cxrdist.runs.member import LoadedMember, load_member
 
 # what may not differ between checkpoints that are averaged: what they are, not how they were trained
@@ -28,14 +28,9 @@ SAME = ("model", "image_size", "model_kwargs")
 def main(argv: list[str] | None = None) -> None:
     """Check that the checkpoints are of one kind, average them in float64 and write them as the last one's epoch."""
     parser = Parser(prog="cxrdist.average", description=__doc__)
-    parser.add_argument(
-        "--from",
-        action="append",
-        required=True,
-        dest="sources",
-        metavar="RUN@EPOCHS",
-        help="run folder and epochs, e.g. runs/eva_x_b@5,6 (repeatable)",
-    )
+    about = "run folder and epochs, e.g. runs/eva_x_b@5,6 (repeatable)"
+    sources = flag(str, "RUN@EPOCHS", about, action="append", required=True, dest="sources")
+    parser.add_argument("--from", **sources)
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of each checkpoint")
     add_flags(parser, "--out", out={"required": True, "help": "run folder to write"})
     args = parser.parse_args(argv)
@@ -66,7 +61,8 @@ def average(sources: list[tuple[Path, list[int]]], out: Path, weights: Literal["
     for run, epoch in names:
         member = load_member(run, epoch, weights)
         first = first or member
-        _check_same(first, member, names[0][0], run)
+        if found := _differences(first, member):
+            raise UserError(f"{names[0][0]} and {run} cannot be averaged: {'; '.join(found)}")
         metas.append(member.meta)
         for name, tensor in member.architecture.trained_state_dict(member.model).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
@@ -74,7 +70,6 @@ def average(sources: list[tuple[Path, list[int]]], out: Path, weights: Literal["
     described = [f"{run.resolve()}@{epoch}" for run, epoch in names]
     meta = dataclasses.replace(
         first.meta,
-        format_version=FORMAT_VERSION,  # the checkpoints may be of an older one
         epoch=epoch,
         data=first.meta.data if all(meta.data == first.meta.data for meta in metas) else None,
         validation=None,
@@ -100,13 +95,12 @@ def _frozen_from(meta: EpochMeta, run: Path, out: Path) -> Frozen | None:
     return dataclasses.replace(meta.frozen, file=os.path.relpath((run / meta.frozen.file).resolve(), out.resolve()))
 
 
-def _check_same(first: LoadedMember, other: LoadedMember, first_run: Path, run: Path) -> None:
-    changed = [text for text in recipes.differences(first.recipe, other.recipe) if text.split(":")[0] in SAME]
-    changed += first.task.differences(other.task)
-    if (first.meta.frozen and first.meta.frozen.sha256) != (other.meta.frozen and other.meta.frozen.sha256):
-        changed.append("they were trained on different frozen backbones")
-    if changed:
-        raise UserError(f"{first_run} and {run} cannot be averaged: {'; '.join(changed)}")
+def _differences(one: LoadedMember, other: LoadedMember) -> list[str]:
+    found = [text for text in recipes.differences(one.recipe, other.recipe) if text.split(":")[0] in SAME]
+    found += one.task.differences(other.task)
+    if (one.meta.frozen and one.meta.frozen.sha256) != (other.meta.frozen and other.meta.frozen.sha256):
+        found.append("they were trained on different frozen backbones")
+    return found
 
 
 if __name__ == "__main__":

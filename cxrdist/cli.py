@@ -53,77 +53,74 @@ def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[s
     return parse
 
 
+def task_argument(text: str) -> Task:
+    """`load_task` as an argparse type."""
+    try:
+        return load_task(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"--task {text}: ")) from None
+
+
+def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> dict[str, Any]:
+    """Keywords of `add_argument` for a flag with a value."""
+    return {
+        "type": kind,
+        "metavar": metavar,
+        "help": text + (" (default %(default)s)" if "default" in more else ""),
+    } | more
+
+
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--task": {
-        "metavar": "NAME|FILE",
-        "help": "a built-in task (a, b: the competition's divisions) or a .toml or .json file; --div means the same",
-    },
-    "--data": {"type": Path, "metavar": "DIR", "help": "folder in the competition's layout (train1.csv, train1/, ...)"},
-    "--images": {"type": Path, "metavar": "DIR", "help": "folder of images"},
-    "--csv": {"type": Path, "metavar": "FILE", "help": "label CSV (train) or sample submission (test)"},
-    "--shards": {
-        "type": Path,
-        "metavar": "DIR",
-        "help": "shard set made by cxrdist.preprocess (default: shards/<task>, of a and b shards/div_<task>)",
-    },
-    "--shards-url": {
-        "metavar": "URL",
-        "help": "copy the shard set from s3://, https:// or hf:// into --shards first, checking every hash",
-    },
-    "--out": {"type": Path, "metavar": "DIR", "help": "where to write"},
-    "--init": {
-        "metavar": "FILE|random",
-        "help": "weights to start from; without it the official file is looked for in weights/",
-    },
+    "--task": flag(
+        task_argument, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"
+    ),
+    "--data": flag(Path, "DIR", "folder in the competition's layout (train1.csv, train1/, ...)"),
+    "--images": flag(Path, "DIR", "folder of images"),
+    "--csv": flag(Path, "FILE", "label CSV (train) or sample submission (test)"),
+    "--shards": flag(Path, "DIR", "shard set made by cxrdist.preprocess; it says its task (default: shards/<task>)"),
+    "--shards-url": flag(
+        str, "URL", "copy the shards from s3://, https:// or hf:// into --shards first, checking all hashes"
+    ),
+    "--out": flag(Path, "DIR", "where to write"),
+    "--init": flag(str, "FILE|random", "weights to start from (default: the official file in weights/)"),
+    "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
-    "--set": {
-        "action": "append",
-        "default": [],
-        "metavar": "FIELD=VALUE",
-        "dest": "overrides",
-        "help": "override one recipe field, e.g. --set ema_decay=0.9995 (repeatable)",
-    },
-    "--device-batch-size": {
-        "type": at_least(1),
-        "metavar": "N",
-        "help": "images per device and forward pass: for speed and memory; rounding and dropout masks change with it",
-    },
+    "--set": flag(
+        str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)", dest="overrides"
+    )
+    | {"action": "append", "default": []},
+    "--device-batch-size": flag(
+        at_least(1),
+        "N",
+        "images per device and forward pass: for speed and memory; rounding and dropout masks change with it",
+    ),
     "--precision": {
         "choices": ("auto", "bf16", "fp16", "fp32"),
         "default": "auto",
         "help": "auto: what accelerate was told, else the best the hardware has",
     },
-    "--expect-processes": {
-        "type": at_least(1),
-        "metavar": "N",
-        "help": "stop at once unless exactly N processes were started",
+    "--expect-processes": flag(at_least(1), "N", "stop at once unless exactly N processes were started"),
+    "--max-hours": flag(at_least(0, float), "H", "checkpoint and stop before this many hours are over"),
+    "--checkpoint-minutes": flag(
+        at_least(0, float), "M", "save this often, also in mid-epoch; 0: each step", default=15.0
+    ),
+    "--timeout-s": flag(
+        at_least(1, float), "S", "seconds without a response before a process counts as lost", default=600.0
+    ),
+    "--max-unreadable": flag(at_least(0), "N", "stop when a process meets more unreadable images", default=100),
+    "--scores": flag(Path, "FILE", "score tables", nargs="+", required=True),
+    "--template": flag(Path, "FILE", "sample submission"),
+    "--weights": flag(float, "W", "of the members (default: as scored)", nargs="+"),
+    "--average": {
+        "choices": ("prob", "logit", "rank"),
+        "default": "prob",
+        "help": "average probabilities (default, as published), logits, or members' ranks",
     },
-    "--max-hours": {
-        "type": at_least(0, float),
-        "metavar": "H",
-        "help": "checkpoint and stop before this many hours are over",
-    },
-    "--backbone": {"type": Path, "metavar": "FILE", "help": "where to look first for a run's frozen backbone"},
-    "--checkpoint-minutes": {
-        "type": at_least(0, float),
-        "default": 15.0,
-        "metavar": "M",
-        "help": "save this often, also in the middle of an epoch; 0: each step (default %(default)s)",
-    },
-    "--timeout-s": {
-        "type": at_least(1, float),
-        "default": 600.0,
-        "metavar": "S",
-        "help": "seconds without a response before a process counts as lost (default %(default)s)",
-    },
-    "--max-unreadable": {
-        "type": at_least(0),
-        "default": 100,
-        "metavar": "N",
-        "help": "stop when a process meets more unreadable images than this (default %(default)s)",
-    },
+    "--average-studies": {"action": "store_true", "help": "give all images of a study their mean"},
+    "--blank": {"choices": ("error", "zero"), "help": "what a blank label means (default: as the task says)"},
+    "--uncertain": {"choices": ("error", "zero", "one"), "help": "what a label -1 means (default: as the task says)"},
     "--dry-run": {"action": "store_true", "help": "say what it would need (memory, hours, disk) and stop"},
-    "--json": {"type": Path, "metavar": "FILE", "help": "also write the result as JSON"},
+    "--json": flag(Path, "FILE", "also write the result as JSON"),
 }
 
 
@@ -131,17 +128,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **changes: dict[str,
     """Add shared flags by name; `changes` maps a flag (as its attribute name) to keyword arguments that differ."""
     for name in names:
         options = SHARED_FLAGS[name] | changes.get(name[2:].replace("-", "_"), {})
-        if name == "--task":
-            options = {"type": task_argument} | options
         parser.add_argument(*((name, "--div") if name == "--task" else (name,)), **options)
-
-
-def task_argument(text: str) -> Task:
-    """`load_task` as an argparse type."""
-    try:
-        return load_task(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(f"--task {text}: ")) from None
 
 
 def shards_of(args: argparse.Namespace) -> Path:

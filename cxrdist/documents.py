@@ -20,17 +20,20 @@ MAX_BYTES = 2**29  # of a document: a split's JSON lists every image left out, 1
 class Document:
     """Base of a frozen dataclass that is stored as JSON. Numbers are finite; floats survive the round trip exactly."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def to_json(self) -> str:
         """The document as JSON text that ends with a line break."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # type: ignore[call-overload]
 
     @classmethod
-    def from_json(cls, content: bytes | str, source: object) -> Self:
-        """The document in JSON `content`; UserError names `source`, the key and what is wrong there."""
+    def from_json(cls, content: bytes | str, source: object, *, strict: bool = True) -> Self:
+        """The document in JSON `content`; UserError names `source`, the key and what is wrong there.
+
+        strict: a text is not taken for the number or truth value that it spells.
+        """
         try:
-            return _adapter(cls).validate_json(content)  # type: ignore[no-any-return, arg-type]
+            return _adapter(cls).validate_json(content, strict=strict)  # type: ignore[no-any-return, arg-type]
         except ValidationError as error:
             raise UserError(f"{source}: {problem(error)}") from None
 

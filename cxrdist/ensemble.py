@@ -11,42 +11,29 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
+from cxrdist.scoring import tables as score_tables
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.submission import write_submission
-from cxrdist.scoring.tables import (
-    ScoreTable,
-    average_studies,
-    average_tables,
-    join_parts,
-    member_weights,
-    read_table,
-    search_weights,
-    study_ids,
-    task_of,
-    write_table,
-)
+from cxrdist.scoring.tables import ScoreTable, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
 from cxrdist.tables import read_label_csv, read_template
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    tables = join_parts([read_table(path, args.task) for path in args.scores])
-    weights = member_weights(tables, args.weights)
+    tables, weights = read_members(args.scores, args.task, args.weights)
     if args.search_with:
         weights = searched_weights(args, tables)
     final = average_tables(tables, weights, args.average)
     if args.average_studies:
-        final = average_studies(final, studies_of(args, final))
+        final = score_tables.average_studies(final, studies_of(args, final))
     for table, weight in zip(tables, weights, strict=True):
         print(f"{table.name:<16} weight {weight:.3g}")
     if args.template is None:
-        write_table(args.out, final)
+        score_tables.write_table(args.out, final)
         print(f"score table: {args.out}, {len(final.image_names):,} images; with --template it is a submission")
         return
     fallback = write_submission(final, read_template(args.template, task_of(final, args.task)), args.out)
@@ -56,26 +43,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.ensemble", description=__doc__)
-    parser.add_argument("--scores", type=Path, nargs="+", required=True, metavar="FILE", help="score tables")
-    parser.add_argument("--template", type=Path, metavar="FILE", help="sample submission (default: write a table)")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the members (default: as scored)")
-    parser.add_argument("--average", choices=("prob", "logit", "rank"), default="prob", help="how members are averaged")
-    parser.add_argument("--average-studies", action="store_true", help="give all images of a study their mean")
     about = "out-of-fold tables of the same members to search the weights on (needs --csv)"
-    parser.add_argument("--search-with", type=Path, nargs="+", default=[], metavar="FILE", help=about)
+    parser.add_argument("--search-with", **flag(Path, "FILE", about, nargs="+") | {"default": []})
     add_flags(
         parser,
-        "--csv",
-        "--out",
-        "--shards",
+        *("--scores", "--template", "--weights", "--average", "--average-studies", "--csv", "--out", "--shards"),
         "--task",
+        template={"help": "sample submission (default: write a table)"},
         csv={"help": "label CSV of the images in --search-with"},
-        out={"metavar": "FILE", "help": "what to write (default: submission.csv)"},
+        out={"metavar": "FILE", "help": "what to write (default %(default)s)", "default": Path("submission.csv")},
         shards={"help": "shard set that says the studies, for --average-studies (default: the images' names say them)"},
         task={"help": "task of the tables: a built-in one or a .toml or .json file (default: what they say)"},
     )
     args = parser.parse_args(argv)
-    args.out = args.out or Path("submission.csv")
     if args.search_with and args.weights is not None:
         raise UserError("--weights and --search-with exclude each other: give the weights, or have them searched")
     if bool(args.search_with) != (args.csv is not None):
@@ -90,27 +70,22 @@ def studies_of(args: argparse.Namespace, table: ScoreTable) -> Sequence[tuple[st
         return [task.ids_in_name(name) for name in table.image_names]
     index = open_index(args.shards, table.meta.split or "test", args.task or table.meta.task)
     rows = index.rows_of(table.image_names)
-    if (rows < 0).any():
-        name = table.image_names[int((rows < 0).argmax())]
-        raise UserError(f"{args.shards}: split {index.split!r} does not hold {name!r}, which was scored; other shards?")
-    return study_ids(index.patients[rows], index.studies[rows])
+    if len(unknown := table.image_names[rows < 0]):
+        raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {index.split!r}; other shards?")
+    return score_tables.study_ids(index.patients[rows], index.studies[rows])
 
 
 def searched_weights(args: argparse.Namespace, tables: Sequence[ScoreTable]) -> list[float]:
     """Weights for `tables`, found on the out-of-fold tables of the members with the same names."""
-    by_name = {table.name: table for table in join_parts([read_table(path, args.task) for path in args.search_with])}
+    by_name = {table.name: table for table in read_members(args.search_with, args.task)[0]}
     names = [table.name for table in tables]
     if sorted(names) != sorted(by_name):
-        raise UserError(
-            f"--search-with holds members {', '.join(by_name)}, --scores {', '.join(names)}; weights can be searched "
-            "for the same members only"
-        )
+        both = f"--search-with holds members {', '.join(by_name)}, --scores {', '.join(names)}"
+        raise UserError(f"{both}; weights can be searched for the same members only")
     folds = [by_name[name] for name in names]
-    truth = match_labels(folds[0], read_label_csv(args.csv, task_of(folds[0], args.task)), str(args.csv))
-    targets = truth.targets.astype(np.float64)
-    weights = search_weights(folds, targets)
-    equal = macro_auroc(targets, average_tables(folds, None, "prob").probs)[0]
-    found = macro_auroc(targets, average_tables(folds, weights, "prob").probs)[0]
+    targets = match_labels(folds[0], read_label_csv(args.csv, task_of(folds[0], args.task)), args.csv).targets
+    weights = score_tables.search_weights(folds, targets)
+    found, equal = (macro_auroc(targets, average_tables(folds, way).probs)[0] for way in (weights, None))
     print(
         f"weights searched on {len(targets):,} out-of-fold images: macro AUROC {found:.4f}, equal weights {equal:.4f} "
         "(the first is optimistic by the search)"

@@ -8,7 +8,6 @@ patients, paired comparisons, calibration, subgroups by view, sex and age.
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist import __version__
-from cxrdist.cli import Parser, add_flags, at_least, run_entry
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
@@ -27,29 +26,20 @@ from cxrdist.report.page import Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
-from cxrdist.scoring.tables import ScoreTable, align, average_tables, join_parts, member_weights, read_table, task_of
+from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
 from cxrdist.tables import read_label_csv
-from cxrdist.task import ALL
 
 AVERAGES = {"prob": "probabilities", "logit": "logits", "rank": "ranks"}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    tables = join_parts([read_table(path, args.task) for path in args.scores])
-    weights = member_weights(tables, args.weights)
+    tables, weights = read_members(args.scores, args.task, args.weights)
     if len(tables) > 1:
-        names, aligned = tables[0].image_names, zip(tables, align(tables), strict=True)
-        members = [ScoreTable(names, probs, table.meta) for table, probs in aligned]
-        tables = [average_tables(tables, weights, args.average), *members]
-    task = task_of(tables[0], args.task)
-    task = dataclasses.replace(
-        task,
-        blank=task.blank if args.blank is None else {ALL: args.blank},
-        uncertain=task.uncertain if args.uncertain is None else {ALL: args.uncertain},
-    )
-    truth = match_labels(tables[0], read_label_csv(args.csv, task), str(args.csv))
+        tables = [average_tables(tables, weights, args.average), *align(tables)]
+    task = task_of(tables[0], args.task).with_readings(args.blank, args.uncertain)
+    truth = match_labels(tables[0], read_label_csv(args.csv, task), args.csv)
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
     write_atomically(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
@@ -57,20 +47,19 @@ def main(argv: list[str] | None = None) -> None:
     sections = [
         figures.summary_section(result, notes(tables)),
         figures.label_section(result),
-        figures.roc_section(tables, targets, result),
-        figures.precision_section(tables, targets, result),
+        *(figures.curves_section(kind, tables, targets, result) for kind in (figures.ROC, figures.PRECISION)),
         figures.calibration_section(tables, targets, result),
         figures.comparison_section(result),
     ]
     if args.run:
         rows = {run.name: read_metrics(run) for run in args.run}
-        sections.append(figures.curves_section(rows, colours_of_runs(args.run, tables)))
+        sections.append(figures.training_section(rows, colours_of_runs(args.run, tables)))
     if args.shards is not None:
         sections += picture_sections(args, tables[0], targets, result)
     paths = {"scores": ", ".join(map(str, args.scores)), "labels": str(args.csv), "this report": str(args.out)}
     paths |= {f"run {run.name}": str(run) for run in args.run}
     paths |= {} if args.shards is None else {"shards": str(args.shards)}
-    sections.append(figures.files_section(paths, read_timings(args.timings)))
+    sections.append(figures.files_section(paths, {} if args.timings is None else read_timings(args.timings)))
     write_report(args.out / "report.html", args.title, subtitle(tables[0], result), sections)
     for score in result.scores:
         low, high = score.macro_interval
@@ -81,41 +70,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.evaluate", description=__doc__)
-    parser.add_argument("--scores", type=Path, nargs="+", required=True, metavar="FILE", help="score tables")
+    flags = ("--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average")
     add_flags(
         parser,
-        "--csv",
-        "--out",
-        "--shards",
-        "--task",
+        *("--scores", *flags),
         csv={"required": True, "help": "label CSV of the scored images"},
-        out={"help": "folder of the report (default: report)"},
+        out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images, for pictures (default: none)"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
     )
-    parser.add_argument(
-        "--blank", choices=("error", "zero"), help="what a blank label means (default: as the task says)"
-    )
-    parser.add_argument("--uncertain", choices=("error", "zero", "one"), help="what a label -1 means (likewise)")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the members (default: as scored)")
-    parser.add_argument("--average", choices=("prob", "logit", "rank"), default="prob", help="how members are averaged")
-    about = "bootstrap resamples of the patients (default 1000)"
-    parser.add_argument("--resamples", type=at_least(1), default=1000, metavar="N", help=about)
-    about = "run folder of a member (repeatable)"
-    parser.add_argument("--run", type=Path, action="append", default=[], metavar="RUN", help=about)
-    about = "images for the saliency maps (default: a choice)"
-    parser.add_argument("--show", nargs="+", default=[], metavar="IMAGE", help=about)
-    parser.add_argument("--timings", type=Path, metavar="FILE", help='JSON {"step": seconds} to list in the report')
-    parser.add_argument("--title", default="Chest X-ray findings: evaluation", help="of the report")
-    args = parser.parse_args(argv)
-    args.out = args.out or Path("report")
-    return args
+    own = {
+        "--resamples": flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000),
+        "--run": flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []},
+        "--show": flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []},
+        "--timings": flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'),
+        "--title": flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"),
+    }
+    for name, options in own.items():
+        parser.add_argument(name, **options)
+    return parser.parse_args(argv)
 
 
 def notes(tables: Sequence[ScoreTable]) -> list[str]:
     """What a reader must know of the tables: averaging, images without a score, images that were trained on."""
-    found = []
-    first = tables[0].meta
+    found, first = [], tables[0].meta
     if len(tables) > 1:
         members = [f"{name} (weight {weight:g})" for name, weight in first.members.items()]
         found.append(f"ensemble: {AVERAGES[first.average]} averaged over {', '.join(members)}")
@@ -135,11 +113,11 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
 
 def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[str, str]:
     """The colour of each run's table, so that a member looks the same in every picture; others get the next ones."""
-    sources = [[item.source for item in table.meta.checkpoints] for table in tables]
+    sources = [(item.source, place) for place, table in enumerate(tables) for item in table.meta.checkpoints]
     colours = {}
-    for number, run in enumerate(runs):
-        places = [place for place, names in enumerate(sources) if any(name.startswith(f"{run}@") for name in names)]
-        colours[run.name] = figures.COLOURS[(places[0] if places else len(tables) + number) % len(figures.COLOURS)]
+    for number, run in enumerate(runs, start=len(tables)):
+        place = next((place for source, place in sources if source.startswith(f"{run}@")), number)
+        colours[run.name] = figures.COLOURS[place % len(figures.COLOURS)]
     return colours
 
 
@@ -159,9 +137,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged; resume the run, which repairs it, or leave --run out") from None
 
 
-def read_timings(path: Path | None) -> dict[str, float]:
-    if path is None:
-        return {}
+def read_timings(path: Path) -> dict[str, float]:
     try:
         return {str(name): float(seconds) for name, seconds in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -178,21 +154,20 @@ def picture_sections(
             yield saliency.augmented_section(loader, read_recipe(args.run[0]))
     index = open_index(args.shards, split, task)
     examples = saliency.choose_examples(args.show, table, targets, result)
-    rows = index.rows_of([example.image_name for example in examples])
-    for row, example in zip(rows, examples, strict=True):
-        if row < 0:
-            name = example.image_name
-            raise UserError(f"{args.shards}: split {split!r} does not hold {name!r}, which was scored; other shards?")
+    names = np.array([example.image_name for example in examples], dtype=object)
+    rows = index.rows_of(names)
+    if len(unknown := names[rows < 0]):
+        raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {split!r}; other shards?")
     if not examples:
         return
     with Loader(index, num_threads=1) as loader:
         images = saliency.read_images(loader, rows)
     for run in args.run:
-        epochs = epochs_of(run)
-        found = load_member(run, epochs[-1] if epochs else 0)
-        name, size = f"{run.name}@{found.meta.epoch}", found.recipe.image_size
-        if found.architecture.saliency is not None:
-            yield saliency.saliency_section(name, found.architecture, found.model, size, images, examples, table.labels)
+        member = load_member(run, max(epochs_of(run), default=0))
+        if member.architecture.saliency is not None:
+            name, size = f"{run.name}@{member.meta.epoch}", member.recipe.image_size
+            shown = (size, images, examples, table.labels)
+            yield saliency.saliency_section(name, member.architecture, member.model, *shown)
 
 
 if __name__ == "__main__":

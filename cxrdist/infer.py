@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags, at_least, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.folds import rows_of_fold
 from cxrdist.data.loader import Loader
@@ -41,7 +41,7 @@ from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passe
 from cxrdist.inference.score import check_finite, in_parts, member_table, score
 from cxrdist.scoring.submission import check_template, template_of, write_submission
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
-from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.shards.index import ShardIndex, open_index, task_of
 from cxrdist.shards.verify import verify
 from cxrdist.tables import Template, read_template
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     shards = shards_of(args)
     if args.dry_run:
         if environment.rank() == 0:
-            print(infer_dry_run(args.task, shards, args.precision))
+            print(infer_dry_run(args.task or task_of(shards), shards, args.precision, args.split))
         return
     check_gpus_seen()
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
@@ -92,27 +92,27 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     size = job.basis.device_batch_size
     done = batches_done(job.store.read_all(), ranks)
     own = [number for number in range(len(job.batches)) if number not in done][ranks.rank :: ranks.world_size]
-    own_batches = [job.batches[number] for number in own]
+    batches = [job.batches[number] for number in own]
     ranks.say(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
     ranks.say(f"  {ranks.world_size} processes on {ranks.device.type}, {job.basis.precision}, {size} images a batch")
     if done:
         ranks.say(f"resuming: {len(done):,} of {len(job.batches):,} batches are scored already")
     show = tqdm(
-        total=sum(len(batch) for batch in own_batches),
+        total=sum(len(batch) for batch in batches),
         unit=" images",
         desc=f"infer, process 1 of {ranks.world_size}",
         disable=ranks.rank != 0,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
         maxinterval=60,
     )
-    shape = len(columns_of(job.passes)), job.index.task.num_labels
+    shape = len(job.basis.columns), job.index.task.num_labels
     with (
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
         Loader(job.index, ranks.device, on_bad="skip", max_bad=args.max_unreadable) as loader,
         show,
     ):
-        scored = score(loader, own_batches, job.passes, job.ensemble.models, job.basis.precision)
-        for part in in_parts(scored, loader, own, own_batches, shape, args.checkpoint_minutes * 60, show):
+        scored = score(loader, batches, job.passes, job.ensemble.models, job.basis.precision)
+        for part in in_parts(scored, loader, own, batches, shape, args.checkpoint_minutes * 60, show):
             job.store.write(part, ranks.rank)
 
 
@@ -148,8 +148,8 @@ def choose_template(args: argparse.Namespace, index: ShardIndex) -> Template | N
     if index.targets is not None:
         return None
     left_out = [(entry.key, entry.image_name) for entry in index.meta.left_out]
-    named = sorted([*zip(index.keys.tolist(), index.image_names, strict=True), *left_out])  # by key
-    return template_of(index.task, [name for _, name in named])
+    by_key = sorted([*zip(index.keys.tolist(), index.image_names, strict=True), *left_out])
+    return template_of(index.task, [name for _, name in by_key])
 
 
 def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> None:
@@ -161,7 +161,7 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
         unreadable = index.left_out | unreadable
     image_names = np.array(index.image_names[kept].to_list(), dtype=object)
     check_finite(logits, job.passes, image_names, basis.precision)
-    meta = TableMeta(
+    shared = TableMeta(
         task=index.task,
         split=args.split,
         shards=index.fingerprint,
@@ -172,12 +172,11 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
     )
     tables = []
     for member in job.ensemble.members:
-        meta = dataclasses.replace(meta, out_of_fold=held_out(job.ensemble, member, args.fold, index.fingerprint))
+        meta = dataclasses.replace(shared, out_of_fold=held_out(job.ensemble, member, args.fold, index.fingerprint))
         tables.append(member_table(member, logits, basis.columns, image_names, meta))
-    for table in tables:
-        path = job.out / "scores" / f"{table.name}.csv"
-        write_table(path, table)
-        print(f"scores of {table.name}: {path}")
+        path = job.out / "scores" / f"{member.name}.csv"
+        write_table(path, tables[-1])
+        print(f"scores of {member.name}: {path}")
     for name, reason in unreadable.items():
         print(f"unreadable: {name}: {reason}")
     if job.template is None:
@@ -192,30 +191,23 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="accelerate launch -m cxrdist.infer", description=__doc__)
-    out = {"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"}
-    add_flags(parser, "--task", "--shards", "--shards-url", "--out", out=out)
-    parser.add_argument(
-        "--member",
-        action="append",
-        default=[],
-        metavar="NAME=RUN@5,6[:tta]",
-        help="whose scores (repeatable); also NAME=FILE[#RECIPE] (recipe: else the published one of the file's "
-        "architecture); default: runs/eva_x_<task> and runs/chexfound_<task>, as their recipes say",
+    member = (
+        "whose scores (repeatable); also NAME=FILE[#RECIPE] (default: the published recipe of its architecture); "
+        "default: runs/eva_x_<task> and runs/chexfound_<task>, as their recipes say"
     )
-    parser.add_argument("--template", type=Path, metavar="FILE", help="sample submission (default: the shards' order)")
-    parser.add_argument("--split", default="test", metavar="NAME", help="what to score (default test)")
-    parser.add_argument(
-        "--fold", type=at_least(0), metavar="K", help="with --split train: only patients of this fold of the runs"
-    )
-    ways, about = ("prob", "logit", "rank"), "average probabilities (default, as published), logits, or members' ranks"
-    parser.add_argument("--average", choices=ways, default="prob", help=about)
-    parser.add_argument("--average-studies", action="store_true", help="give all images of a study their mean")
+    parser.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
+    parser.add_argument("--split", **flag(str, "NAME", "what to score", default="test"))
+    fold = "with --split train: only patients of this fold of the runs"
+    parser.add_argument("--fold", **flag(at_least(0), "K", fold))
     add_flags(
         parser,
+        *("--task", "--shards", "--shards-url", "--out", "--template", "--average", "--average-studies"),
         *("--device-batch-size", "--precision", "--expect-processes", "--dry-run"),
         *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
-        max_unreadable={"default": 20, "help": "stop when a process meets more bad images than this (default 20)"},
-        checkpoint_minutes={"default": 0.5, "help": "save scores this often (default 0.5)"},
+        out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
+        template={"help": "sample submission (default: the shards' order)"},
+        max_unreadable={"default": 20},
+        checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
         timeout_s={"default": 1800.0},
     )
     args = parser.parse_args(argv)

@@ -8,13 +8,11 @@ Source of every number: the published solution of Grand X-Ray Slam (2nd place di
 
 import dataclasses
 import json
-import math
-import re
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
@@ -22,9 +20,14 @@ from cxrdist.task import TASKS
 
 FORMAT_VERSION = 2
 DEFAULT_SEED = 22  # of the published recipes for every task without a published seed: division B's EVA-X
-MAX_IMAGE_SIZE = 4096  # px
 PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
-PUBLISHED_VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
+View = Literal["plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05"]
+PUBLISHED_VIEWS: tuple[View, ...] = get_args(View)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,10 @@ class Group(Document):
 class Inference(Document):
     """What inference takes from a run unless it is told otherwise; it changes nothing that is learned."""
 
-    views: tuple[str, ...] = ("plain",)  # test-time views
-    member_epochs: tuple[int, ...] = (5, 6)  # epochs (from 1) whose EMA weights are averaged
+    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("plain",)  # test-time views
+    member_epochs: tuple[Count, ...] = (5, 6)  # epochs (from 1) whose EMA weights are averaged
 
     def __post_init__(self) -> None:
-        if not self.views or not set(self.views) <= set(PUBLISHED_VIEWS):
-            raise UserError(f"views={','.join(self.views)} is not valid: name some of {', '.join(PUBLISHED_VIEWS)}")
         if len(set(self.member_epochs)) < len(self.member_epochs):
             raise UserError(f"member_epochs={self.member_epochs} is not valid: an epoch is there twice")
 
@@ -54,64 +55,35 @@ class Inference(Document):
 class Recipe(Document):
     """One training run, and what inference takes from it. Raises UserError on an invalid combination."""
 
-    name: str
-    model: str  # an Architecture's name
-    image_size: int  # px, after augmentation
-    epochs: int
-    seed: int
-    global_batch_size: int  # images per optimizer step, over all GPUs and accumulation
-    groups: tuple[Group, ...]
-    ema_decay: float
+    name: Name
+    model: Name  # an Architecture's name
+    image_size: Annotated[int, Field(ge=1, le=4096)]  # px, after augmentation
+    epochs: Count
+    seed: Annotated[int, Field(ge=0)]
+    global_batch_size: Count  # images per optimizer step, over all GPUs and accumulation
+    groups: Annotated[tuple[Group, ...], Field(min_length=1)]
+    ema_decay: Share
     ema_ramp: bool = False  # decay of step t is min(ema_decay, (1 + t) / (10 + t)): for short runs
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    clip_grad_norm: float | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_grad_norm: Positive | None = None
     loss: str = "focal_bce"  # a name in training.losses.LOSSES
-    focal_weight: float = 0.7
-    focal_alpha: float = 0.25  # a plain factor, not class-dependent
-    focal_gamma: float = 2.0
-    bce_weight: float = 0.3
-    pos_weight_beta: float = 0.9999
-    pos_weight_cap: float = 10.0
+    focal_weight: Weight = 0.7
+    focal_alpha: Weight = 0.25  # a plain factor, not class-dependent
+    focal_gamma: Weight = 2.0
+    bce_weight: Weight = 0.3
+    pos_weight_beta: Share = 0.9999
+    pos_weight_cap: Positive = 10.0
     augment: Literal["published", "crop_flip", "none"] = "published"
     holes: Literal["as_run", "as_asked"] = "as_run"  # coarse dropout: what the library cut, or the one hole asked for
-    drop_rate: float = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
+    drop_rate: Share = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
     model_kwargs: tuple[tuple[str, int | float], ...] = ()  # size overrides for a small variant, sorted by name
     inference: Inference = field(default=Inference(), compare=False)
 
     def __post_init__(self) -> None:
-        checks = {
-            "name": re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name) is not None,
-            "model": re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.model) is not None,
-            "image_size": 0 < self.image_size <= MAX_IMAGE_SIZE,
-            "epochs": self.epochs >= 1,
-            "global_batch_size": self.global_batch_size >= 1,
-            "ema_decay": 0.0 <= self.ema_decay < 1.0,
-            "warmup_steps": self.warmup_steps >= 0,
-            "clip_grad_norm": self.clip_grad_norm is None or self.clip_grad_norm > 0,
-            "groups": len(self.groups) > 0,
-            "seed": self.seed >= 0,
-            "betas": len(self.betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.betas),
-            "focal_weight": 0.0 <= self.focal_weight < math.inf,
-            "focal_alpha": 0.0 <= self.focal_alpha < math.inf,
-            "focal_gamma": 0.0 <= self.focal_gamma < math.inf,
-            "bce_weight": 0.0 <= self.bce_weight < math.inf,
-            "pos_weight_beta": 0.0 <= self.pos_weight_beta < 1.0,
-            "pos_weight_cap": 0.0 < self.pos_weight_cap < math.inf,
-            "lr_schedule": self.lr_schedule in ("constant", "cosine"),
-            "augment": self.augment in ("published", "crop_flip", "none"),
-            "holes": self.holes in ("as_run", "as_asked"),
-            "drop_rate": 0.0 <= self.drop_rate < 1.0,
-        }
-        for name, good in checks.items():
-            if not good:
-                raise UserError(f"recipe {self.name}: {name}={getattr(self, name)!r} is not valid")
         if not all(1 <= epoch <= self.epochs for epoch in self.inference.member_epochs):
-            raise UserError(
-                f"recipe {self.name}: member_epochs={self.inference.member_epochs!r} is not valid (epochs run from 1 "
-                f"to {self.epochs})"
-            )
+            raise UserError(f"member_epochs={self.inference.member_epochs!r}: epochs run from 1 to {self.epochs}")
 
 
 def eva_x(task: str) -> Recipe:
@@ -305,52 +277,32 @@ def _read(content: bytes | str, source: object) -> tuple[Recipe, str | None]:
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """The recipe with `field=value` texts applied, each typed from its field.
+    """The recipe with `field=value` texts applied, each typed from its field; tuples are written with commas.
 
     `global_batch_size` also scales `ema_decay` (see `with_global_batch_size`) unless that is set too.
     Raises UserError for an unknown field, a value of another type, or a field that is not one value.
     """
-    own, of_inference = typing.get_type_hints(Recipe), typing.get_type_hints(Inference)
-    kinds = {name: kind for name, kind in (own | of_inference).items() if name in SETTABLE}
-    values: dict[str, Any] = {}
+    data: dict[str, Any] = dataclasses.asdict(recipe)
+    homes = {name: data for name in data if name not in ("groups", "inference")}
+    homes |= dict.fromkeys(data["inference"], data["inference"])
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. --set ema_decay=0.9995")
-        if name not in kinds:
-            raise UserError(f"--set {name}: no such recipe field; one of {', '.join(sorted(kinds))}")
-        values[name] = _parse(name, value, kinds[name])
-    if "global_batch_size" in values and "ema_decay" not in values and values["global_batch_size"] >= 1:
-        recipe = with_global_batch_size(recipe, values.pop("global_batch_size"))
-    inference = {name: values.pop(name) for name in of_inference if name in values}
-    return dataclasses.replace(recipe, **values, inference=dataclasses.replace(recipe.inference, **inference))
-
-
-SETTABLE = {item.name for kind in (Recipe, Inference) for item in dataclasses.fields(kind)} - {"groups", "inference"}
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    try:
-        if origin is Literal:
-            if text not in args:
-                raise ValueError(f"one of {', '.join(args)}")
-            return text
-        if origin is types.UnionType:
-            return None if text.lower() == "none" else _parse(name, text, args[0])
-        if origin is tuple and name != "model_kwargs":
-            return tuple(_parse(name, part, args[0]) for part in text.split(","))
+        if name not in homes:
+            raise UserError(f"--set {name}: no such recipe field; one of {', '.join(sorted(homes))}")
+        parts: Any = value
         if name == "model_kwargs":
-            pairs = (part.split("=" if "=" in part else ":", 1) for part in text.split(",") if part)
-            return tuple(sorted((key, float(v) if "." in v or "e" in v else int(v)) for key, v in pairs))
-        if kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise ValueError("true or false")
-            return text.lower() == "true"
-        return kind(text)
-    except ValueError as error:
-        wanted = getattr(kind, "__name__", str(kind))
-        raise UserError(f"--set {name}={text}: needs {wanted} ({error})") from None
+            parts = sorted(part.split("=" if "=" in part else ":", 1) for part in value.split(",") if part)
+        elif isinstance(homes[name][name], tuple | list):  # a list where it was overridden before
+            parts = value.split(",")
+        homes[name][name] = None if value.lower() == "none" else parts
+    changed = Recipe.from_json(json.dumps(data), " ".join(f"--set {text}" for text in overrides), strict=False)
+    names = {text.partition("=")[0] for text in overrides}
+    if "global_batch_size" in names and "ema_decay" not in names:
+        decay = with_global_batch_size(recipe, changed.global_batch_size).ema_decay
+        changed = dataclasses.replace(changed, ema_decay=decay)
+    return changed
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -91,6 +91,14 @@ class Task(Document):
         found: Reading | float = readings.get(label, readings.get(ALL, "error"))
         return found
 
+    def with_readings(self, blank: Reading | None, uncertain: Reading | float | None) -> "Task":
+        """The task with all blank or uncertain cells read in one way; None leaves the task's own."""
+        return dataclasses.replace(
+            self,
+            blank=self.blank if blank is None else {ALL: blank},
+            uncertain=self.uncertain if uncertain is None else {ALL: uncertain},
+        )
+
     def differences(self, other: "Task") -> list[str]:
         """What keeps two tasks' data, models and tables from being used together; empty when nothing does."""
         found = []

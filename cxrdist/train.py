@@ -17,11 +17,11 @@ from torch import nn
 
 from cxrdist import recipes
 from cxrdist.augment.training import TrainingAugment
-from cxrdist.cli import Parser, add_flags, at_least, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.selection import Selection, select
+from cxrdist.data.selection import Selection, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -35,7 +35,7 @@ from cxrdist.models import architecture_of
 from cxrdist.models.weights import fit, layouts
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
-from cxrdist.runs.documents import Environment, Facts
+from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
 from cxrdist.runs.folder import RunFolder, run_id
 from cxrdist.shards.index import ShardIndex, open_index, task_of
 from cxrdist.shards.verify import verify
@@ -53,49 +53,38 @@ NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 
 
+OWN_FLAGS = {
+    "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
+    "--validate-fold": flag(at_least(0), "K", "hold out fold K (from 0) and validate on it"),
+    "--log-every": flag(at_least(1), "N", "optimizer steps between logged rows", default=50),
+    "--keep-steps": flag(at_least(1), "K", "step checkpoints that are kept", default=2),
+    "--threads": flag(at_least(0), "N", "decode threads per process (default: its share of cores)"),
+    "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
+    "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
+}
+
+
 def parser() -> Parser:
     """The command line of `cxrdist.train`."""
     flags = Parser(prog="cxrdist.train", description=__doc__)
-    flags.add_argument("--model", default="eva_x", help="a recipe: eva_x (default), chexfound, eva_x_small, ...")
+    flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable")
-    flags.add_argument(
-        "--continue-init",
-        action="store_true",
-        help="continue after the epoch of --init's file (a published modelN.pth): its EMA and optimizer state too",
+    for name, options in OWN_FLAGS.items():
+        flags.add_argument(name, **options)
+    switch = functools.partial(flags.add_argument, action="store_true")
+    switch(
+        "--continue-init", help="continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
     )
-    flags.add_argument(
-        "--folds", type=at_least(2), default=5, metavar="N", help="patient-grouped folds (with --validate-fold)"
-    )
-    flags.add_argument(
-        "--validate-fold", type=at_least(0), metavar="K", help="hold out fold K (from 0) and validate on it"
-    )
-    flags.add_argument(
-        "--log-every", type=at_least(1), default=50, metavar="N", help="optimizer steps between logged rows"
-    )
-    flags.add_argument("--keep-steps", type=at_least(1), default=2, metavar="K", help="step checkpoints that are kept")
+    switch("--grad-checkpointing", help="less memory, about a third more compute")
+    switch("--compile", help="torch.compile the model")
     flags.add_argument(
         "--wandb", choices=("auto", "online", "offline", "off"), default="auto", help="auto: if logged in"
     )
-    flags.add_argument(
-        "--threads", type=at_least(0), metavar="N", help="decode threads per process (default: its share of cores)"
-    )
-    flags.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more compute")
-    flags.add_argument("--compile", action="store_true", help="torch.compile the model")
-    flags.add_argument(
-        "--max-skips", type=at_least(1), default=20, metavar="N", help="stop after N skipped steps in a row"
-    )
-    flags.add_argument(
-        "--max-steps", type=at_least(1), metavar="N", help="checkpoint and stop after N steps, to try things out"
-    )
-    flags.add_argument(
-        "--scale-lr",
-        choices=("none", "sqrt", "linear"),
-        default="none",
-        help="scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)",
-    )
     flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an unreadable image does")
+    scaled = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
+    flags.add_argument("--scale-lr", choices=("none", "sqrt", "linear"), default="none", help=scaled)
     return flags
 
 
@@ -137,8 +126,7 @@ def train(
     ranks.on_main(verify, shards, "train", task)  # every tar header, by one reader
     with ranks.agree():
         facts, rows = choose_data(index, recipe, run, args)
-        assert index.targets is not None
-        targets = index.targets[rows.train]
+        targets = targets_of(index)[rows.train]
     with ranks.agree():
         if ranks.rank == 0:
             stack.enter_context(folder_lock(run))
@@ -202,16 +190,16 @@ def train(
     loader = stack.enter_context(
         Loader(index, ranks.device, num_threads=threads, on_bad=args.on_bad, max_bad=args.max_unreadable)
     )
-    folder = RunFolder(
-        path=run,
-        id=ranks.on_main(run_id, run),
-        recipe=recipe,
-        task=task,
-        facts=facts,
+    step_state = StepState(
+        data=facts,
         frozen=frozen,
-        session=session,
-        keep_steps=args.keep_steps,
+        parts=parts,
+        world_size=ranks.world_size,
+        device_batch_size=device_batch_size,
+        precision=precision,
     )
+    meta = EpochMeta(data=facts, frozen=frozen, recipe=recipe.name, model=recipe.model, task=task)
+    folder = RunFolder(path=run, id=ranks.on_main(run_id, run), state=step_state, meta=meta, keep_steps=args.keep_steps)
     meter = Meter(
         ranks,
         optimizer,
@@ -298,14 +286,9 @@ def train(
                         precision=precision,
                     )
             meter.log_epoch(validation)
-            shown = None if validation is None else validation.summary()
-            ranks.on_main(
-                folder.save_epoch,
-                learner.weights(),
-                epoch=epoch + 1,
-                global_step=state.global_step,
-                validation=shown,
-            )
+            scores = None if validation is None else validation.summary()
+            place = {"epoch": epoch + 1, "global_step": state.global_step}
+            ranks.on_main(folder.save_epoch, learner.weights(), **place, validation=scores)
             state.epoch, state.step = epoch + 1, 0
             state.epoch_sums.zero_()
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
@@ -313,26 +296,22 @@ def train(
 
 def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -> tuple[Facts, Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
-    selection = select(index, args.validate_fold, args.folds, recipe.seed)
-    assert index.targets is not None
-    counts = zip(index.task.labels, index.targets.sum(axis=0), strict=True)
+    targets = targets_of(index)
     facts = Facts(
         task=index.task.name,
         split=index.split,
         shards=index.fingerprint,
         images=len(index),
-        positives={label: int(count) for label, count in counts},
+        positives=dict(zip(index.task.labels, map(int, targets.sum(axis=0)), strict=True)),
         folds=None if args.validate_fold is None else args.folds,
         validate_fold=args.validate_fold,
     )
-    if args.resume and args.validate_fold is not None:
-        before = None
-        with contextlib.suppress(UserError):  # named by find_start
-            before = start.read_facts(run)
-        if before == facts:
-            recorded = folds.read_split(run / "split.csv", index.task)
-            selection = Selection(*folds.rows_of_fold(index.patients, recorded, args.validate_fold))
-    return facts, selection
+    before, recorded = None, None
+    with contextlib.suppress(UserError):  # named by find_start
+        before = start.read_facts(run) if args.resume and args.validate_fold is not None else None
+    if before == facts:
+        recorded = folds.read_split(run / "split.csv", index.task)
+    return facts, select(index, args.validate_fold, args.folds, recipe.seed, recorded)
 
 
 def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks) -> int:
@@ -382,15 +361,9 @@ def write_start(
 def save_step(folder: RunFolder, learner: Learner, tracker: Tracker | None, ranks: Ranks) -> None:
     """Write all that resume needs as `step_<N>`. Collective: every rank calls, rank 0 writes."""
     state = learner.state
-    ranks.on_main(
-        folder.save_step,
-        learner.tensors(ranks),
-        epoch=state.epoch,
-        step=state.step,
-        global_step=state.global_step,
-        parts=state.parts,
-        metrics_bytes=tracker.metrics_bytes() if tracker else 0,
-    )
+    place = {"epoch": state.epoch, "step": state.step, "global_step": state.global_step}
+    logged = tracker.metrics_bytes() if tracker else 0
+    ranks.on_main(folder.save_step, learner.tensors(ranks), **place, metrics_bytes=logged)
 
 
 if __name__ == "__main__":

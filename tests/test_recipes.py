@@ -74,23 +74,34 @@ def test_overrides_take_the_type_of_their_field():
     ("text", "message"),
     [
         ("ema_deacy=0.9", "no such recipe field"),
-        ("epochs=six", "needs int"),
+        ("epochs=six", "--set epochs=six: epochs: .*valid integer"),
+        ("epochs=2.5", "--set epochs=2.5: epochs: .*valid integer"),
         ("epochs", "FIELD=VALUE"),
-        ("image_size=160000", "image_size=160000 is not valid"),
-        ("views=plain,sideways", "views=plain,sideways is not valid"),
+        ("image_size=160000", "image_size: .*less than or equal to 4096"),
+        ("image_size=0", "image_size: .*greater than or equal to 1"),
+        ("views=plain,sideways", "inference.views.1: .*'plain', 'hflip'"),
+        ("views=", "inference.views.0: .*'plain', 'hflip'"),
         ("epochs=3", "epochs run from 1 to 3"),
-        ("lr_schedule=linear", "constant"),
+        ("lr_schedule=linear", "lr_schedule: .*'constant' or 'cosine'"),
         ("groups=1", "no such recipe field"),
-        ("ema_ramp=1", "true or false"),
-        ("name=../../tmp/evil", "name='../../tmp/evil' is not valid"),
-        ("seed=-1", "seed=-1 is not valid"),
-        ("betas=0.9", "betas=.* is not valid"),
-        ("betas=2,3", "betas=.* is not valid"),
-        ("focal_weight=nan", "focal_weight=nan is not valid"),
-        ("focal_gamma=-1", "focal_gamma=-1.0 is not valid"),
-        ("pos_weight_beta=1", "pos_weight_beta=1.0 is not valid"),
-        ("pos_weight_cap=-1", "pos_weight_cap=-1.0 is not valid"),
-        ("member_epochs=5,5", "member_epochs=.* is not valid"),
+        ("inference=1", "no such recipe field"),
+        ("ema_ramp=perhaps", "ema_ramp: .*valid boolean"),
+        ("name=../../tmp/evil", "name: .*should match pattern"),
+        ("model=a/b", "model: .*should match pattern"),
+        ("seed=-1", "seed: .*greater than or equal to 0"),
+        ("betas=0.9", "betas.1: Field required"),
+        ("betas=2,3", "betas.0: .*less than 1"),
+        ("ema_decay=1", "ema_decay: .*less than 1"),
+        ("clip_grad_norm=0", "clip_grad_norm: .*greater than 0"),
+        ("focal_weight=nan", "focal_weight: .*finite"),
+        ("focal_gamma=-1", "focal_gamma: .*greater than or equal to 0"),
+        ("pos_weight_beta=1", "pos_weight_beta: .*less than 1"),
+        ("pos_weight_cap=-1", "pos_weight_cap: .*greater than 0"),
+        ("drop_rate=1", "drop_rate: .*less than 1"),
+        ("global_batch_size=0", "global_batch_size: .*greater than or equal to 1"),
+        ("member_epochs=5,5", "an epoch is there twice"),
+        ("member_epochs=0", "member_epochs.0: .*greater than or equal to 1"),
+        ("model_kwargs=depth", "model_kwargs.0"),
     ],
 )
 def test_a_wrong_override_is_named(text, message):
@@ -103,6 +114,13 @@ def test_another_global_batch_keeps_the_memory_of_the_ema_in_images():
     assert recipe.ema_decay == pytest.approx(0.9997**4)
     explicit = with_overrides(recipes.eva_x("b"), ["global_batch_size=256", "ema_decay=0.9997"])
     assert explicit.ema_decay == 0.9997
+
+
+def test_of_two_overrides_of_a_field_the_last_one_counts():
+    recipe = with_overrides(
+        recipes.eva_x("b"), ["member_epochs=1,2", "model_kwargs=depth=3", "member_epochs=3", "seed=1", "seed=2"]
+    )
+    assert (recipe.inference.member_epochs, recipe.model_kwargs, recipe.seed) == ((3,), (("depth", 3),), 2)
 
 
 def test_learning_rates_scale_with_the_batch_only_on_request():

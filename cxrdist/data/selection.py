@@ -1,11 +1,12 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.folds import assign_folds
+from cxrdist.data.folds import assign_folds, rows_of_fold
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex
 
@@ -21,20 +22,29 @@ class Selection:
     fold_of: Rows | None = None
 
 
-def select(index: ShardIndex, validate_fold: int | None, num_folds: int, seed: int) -> Selection:
-    """All rows, or those outside and inside one of `num_folds` patient-grouped folds.
-
-    Raises UserError without labels, for masked cells, or for a fold that is not there.
-    """
+def targets_of(index: ShardIndex) -> NDArray[np.float32]:
+    """The split's targets (N, K). UserError without labels, or for masked cells."""
     if index.targets is None:
         raise UserError(f"{index.folder}: split {index.split!r} has no labels to train on")
     if bool(np.isnan(index.targets).any()):
         raise UserError(f"{index.folder}: split {index.split!r} has masked cells, which cannot be trained on yet")
+    return index.targets
+
+
+def select(
+    index: ShardIndex, validate_fold: int | None, num_folds: int, seed: int, recorded: Mapping[str, int] | None = None
+) -> Selection:
+    """All rows, or those outside and inside one of `num_folds` patient-grouped folds: the `recorded` ones (by patient),
+    else drawn now. UserError without labels, for masked cells, or for a fold that is not there.
+    """
+    targets = targets_of(index)
     everything = np.arange(len(index), dtype=np.int64)
     if validate_fold is None:
         return Selection(everything)
     if not 0 <= validate_fold < num_folds:
         raise UserError(f"--validate-fold {validate_fold} is not possible: folds run from 0 to {num_folds - 1}")
-    fold_of = assign_folds(index.patients, index.targets, num_folds, seed)
+    if recorded is not None:
+        return Selection(*rows_of_fold(index.patients, recorded, validate_fold))
+    fold_of = assign_folds(index.patients, targets, num_folds, seed)
     inside = fold_of == validate_fold
     return Selection(everything[~inside], everything[inside], fold_of)

@@ -1,6 +1,7 @@
 """Members of an ensemble: what `--member` says, loaded and known by the content of their weights."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from cxrdist.runs.member import build_model, load_member, read_recipe
 from cxrdist.scoring.tables import Checkpoint
 from cxrdist.task import Task
 
-VIEW_SETS = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
+VIEW_SETS: dict[str, tuple[str, ...]] = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
 MEMBER = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>\w+))?"
     r"(:(?P<views>[^:/\\*]+))?(\*(?P<weight>[^*]+))?"
@@ -60,28 +61,30 @@ class Ensemble:
 
 
 def parse_member(text: str) -> MemberSpec:
-    """`NAME=RUN[@EPOCHS][:VIEWS][*WEIGHT]` or `NAME=FILE[#RECIPE][:VIEWS][*WEIGHT]`.
+    """`NAME=RUN[@EPOCHS][:VIEWS][*WEIGHT]` or `NAME=FILE[#RECIPE][:VIEWS][*WEIGHT]`; UserError for another form.
 
-    VIEWS is tta, plain or view names with commas. Raises UserError for a text of another form.
+    VIEWS is tta, plain or view names with commas.
     """
     form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
     found = MEMBER.fullmatch(text)
     if found is None:
         raise UserError(f"{form}; a name has letters, digits, '.', '_', '-'")
+    epochs = tuple(int(epoch) for epoch in (found["epochs"] or "").split(",") if epoch)
+    views = VIEW_SETS.get(found["views"]) or tuple(view for view in (found["views"] or "").split(",") if view)
+    unknown = [view for view in views if view not in PUBLISHED_VIEWS]
     try:
         weight = None if found["weight"] is None else float(found["weight"])
     except ValueError:
-        raise UserError(f"{form}; {found['weight']!r} is not a number") from None
-    if weight is not None and not 0 <= weight < float("inf"):
-        raise UserError(f"{form}; a weight is 0 or more")
-    views = VIEW_SETS.get(found["views"]) or tuple(view for view in (found["views"] or "").split(",") if view)
-    if unknown := [view for view in views if view not in PUBLISHED_VIEWS]:
-        raise UserError(f"{form}; view {unknown[0]!r} is unknown: tta, plain or of {', '.join(PUBLISHED_VIEWS)}")
-    epochs = tuple(int(epoch) for epoch in (found["epochs"] or "").split(",") if epoch)
-    if len(set(epochs)) < len(epochs):
-        raise UserError(f"{form}; an epoch is named twice")
-    if found["recipe"] is not None and found["recipe"] not in RECIPES:
-        raise UserError(f"{form}; recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}")
+        weight = math.nan
+    problems = {
+        f"weight {found['weight']!r} is not a number of 0 or more": weight is None or 0 <= weight < math.inf,
+        f"view {''.join(unknown[:1])!r} is unknown: tta, plain or of {', '.join(PUBLISHED_VIEWS)}": not unknown,
+        "an epoch is named twice": len(set(epochs)) == len(epochs),
+        f"recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}": found["recipe"] in (None, *RECIPES),
+    }
+    for problem, absent in problems.items():
+        if not absent:
+            raise UserError(f"{form}; {problem}")
     return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
 
 
@@ -91,15 +94,15 @@ def default_members(task: Task) -> list[MemberSpec]:
 
 def load_ensemble(specs: Sequence[MemberSpec], task: Task) -> Ensemble:
     """Load every checkpoint once, on the CPU. UserError for another task, or two weights of one member."""
+    ensemble = Ensemble()
     checkpoints: dict[str, list[Checkpoint]] = {}
     weights: dict[str, float] = {}
-    ensemble = Ensemble()
-    backbones: dict[str, nn.Module] = {}
+    backbones: dict[tuple[str, str, int], nn.Module] = {}
     for spec in specs:
         for origin, recipe, model in load_checkpoints(spec, task):
             item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
             if item.backbone_sha256 is not None:
-                first = backbones.setdefault(f"{item.model} {item.backbone_sha256} {item.image_size}", model)
+                first = backbones.setdefault((item.model, item.backbone_sha256, item.image_size), model)
                 architecture_of(item.model).share_frozen(model, first)
             ensemble.models.setdefault(item.sha256, model.eval())
             ensemble.origins[item.sha256] = origin
@@ -117,8 +120,7 @@ def load_checkpoints(spec: MemberSpec, task: Task) -> Iterator[tuple[Origin, Rec
     """(origin, recipe, model) of every checkpoint that one `--member` names."""
     if spec.source.is_dir():
         for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
-            loaded = load_member(spec.source, epoch)
-            label = f"{spec.source}@{epoch}"
+            loaded, label = load_member(spec.source, epoch), f"{spec.source}@{epoch}"
             if found := task.differences(loaded.task):
                 raise UserError(
                     f"{label} was trained for another task than the shards' ({'; '.join(found)}); its scores would "
@@ -126,29 +128,20 @@ def load_checkpoints(spec: MemberSpec, task: Task) -> Iterator[tuple[Origin, Rec
                 )
             yield Origin(label, spec.source, loaded.meta.data), loaded.recipe, loaded.model
         return
-    files = [Path(part) for part in str(spec.source).split(",")]
+    files, member = [Path(part) for part in str(spec.source).split(",")], f"--member {spec.name}: {spec.source}"
     if not all(path.is_file() for path in files):
-        raise UserError(
-            f"--member {spec.name}: {spec.source} is neither a run folder nor a weight file; check the path"
-        )
+        raise UserError(f"{member} is neither a run folder nor a weight file; check the path")
     if spec.epochs is not None:
-        raise UserError(f"--member {spec.name}: {spec.source} is one weight file; @epochs belongs to a run folder")
-    recipe = recipe_of_file(spec, architecture_of_file(read_weights(*files)), task)
+        raise UserError(f"{member} is one weight file; @epochs belongs to a run folder")
+    kind = architecture_of_file(read_weights(*files))
+    recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == kind}
+    if not recipes or spec.recipe not in (None, *recipes):
+        known = ", ".join(recipes) or "not known"
+        raise UserError(f"{member} holds weights of {kind}, and recipes of that are {known}; name one as FILE#RECIPE")
+    recipe = recipes[spec.recipe or next(iter(recipes))]  # the first one is the published one
     model = build_model(recipe, task)
     load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
     yield Origin(str(spec.source)), recipe, model
-
-
-def recipe_of_file(spec: MemberSpec, model: str, task: Task) -> Recipe:
-    """The recipe that a weight file of architecture `model` is scored by: the one asked for, else the published one."""
-    recipes = {name: recipe_for(name, task.name) for name in RECIPES}
-    own = [name for name, recipe in recipes.items() if recipe.model == model]
-    if not own or (spec.recipe is not None and spec.recipe not in own):
-        raise UserError(
-            f"--member {spec.name}: {spec.source} holds weights of {model}, and recipes of that are "
-            f"{', '.join(own) or 'not known'}; name one as FILE#RECIPE"
-        )
-    return recipes[spec.recipe or own[0]]
 
 
 def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence[str]) -> Checkpoint:
@@ -170,24 +163,18 @@ def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence
 
 def common_split(ensemble: Ensemble, task: Task) -> dict[str, int]:
     """The fold of each patient, on which the runs of all members must agree."""
-    runs = [origin.run for origin in ensemble.origins.values()]
-    if None in runs:
-        raise UserError(
-            "--fold needs members from run folders: a weight file does not say which patients were held out"
-        )
+    runs = dict.fromkeys(origin.run for origin in ensemble.origins.values())
     splits = {run: read_split(run / "split.csv", task) for run in runs if run is not None}
-    first = next(iter(splits))
-    for run, split in splits.items():
-        if split != splits[first]:
-            raise UserError(
-                f"{run} and {first} have different splits (split.csv); --fold needs one split for all members"
-            )
-    return splits[first]
+    if len(splits) < len(runs):
+        raise UserError("--fold needs members from run folders: a weight file does not say who was held out")
+    (first, wanted), *others = splits.items()
+    for run, split in others:
+        if split != wanted:
+            raise UserError(f"{run} and {first} differ in split.csv; --fold needs one split for all members")
+    return wanted
 
 
 def held_out(ensemble: Ensemble, member: Member, fold: int | None, shards: str) -> bool:
     """True when every run of the member kept `fold` of these very shards (by fingerprint) out of training."""
     facts = [ensemble.origins[item.sha256].facts for item in member.checkpoints]
-    return fold is not None and all(
-        item is not None and (item.validate_fold, item.shards) == (fold, shards) for item in facts
-    )
+    return fold is not None and all(f is not None and (f.validate_fold, f.shards) == (fold, shards) for f in facts)

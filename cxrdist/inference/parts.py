@@ -81,8 +81,7 @@ class PartStore:
 
 def batches_done(parts: dict[str, Part], ranks: Ranks) -> set[int]:
     """Numbers of the batches that are in a part of any rank, also where machines do not share the output folder."""
-    own = {int(number) for part in parts.values() for number in part.batches}
-    return set().union(*ranks.gather(own))
+    return set().union(*ranks.gather({int(number) for part in parts.values() for number in part.batches}))
 
 
 def collect(store: PartStore, ranks: Ranks) -> list[Part]:
@@ -104,9 +103,8 @@ def merge(
     rows = np.concatenate([part.rows for part in parts])
     found[rows] = np.arange(len(rows))
     unreadable = {row: reason for part in parts for row, reason in part.unreadable.items()}
-    missing = [int(row) for row in wanted if found[row] < 0 and int(row) not in unreadable]
-    if missing:
+    kept = wanted[found[wanted] >= 0]
+    if missing := set(wanted[found[wanted] < 0].tolist()) - unreadable.keys():
         raise UserError(f"{len(missing):,} images have no score yet; run the same command again to score them")
-    kept = np.array([row for row in wanted if found[row] >= 0], dtype=np.int64)
     logits = np.concatenate([part.logits for part in parts], axis=1)
     return logits[:, found[kept]], kept, unreadable

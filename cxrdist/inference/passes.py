@@ -59,13 +59,10 @@ def describe_plan(members: Sequence[Member], passes: Sequence[Pass], num_images:
     for member in members:
         for checkpoint in member.checkpoints:
             least = min(checkpoint.views.values())
-            views = ", ".join(
-                view if share < 1.5 * least else f"{view} (counts {share / least:.0f}x)"
-                for view, share in checkpoint.views.items()
-            )
+            counts = {view: round(share / least) for view, share in checkpoint.views.items()}
+            views = ", ".join(view if n == 1 else f"{view} (counts {n}x)" for view, n in counts.items())
             lines.append(f"  {member.name}: {checkpoint.source}, {checkpoint.image_size} px, views: {views}")
-    naive = num_naive_passes(members)
-    shared = sum(len(item.heads) - 1 for item in passes)
+    naive, shared = num_naive_passes(members), sum(len(item.heads) - 1 for item in passes)
     lines.append(
         f"  {len(passes)} backbone passes instead of {naive}: {naive - len(passes) - shared} equal views or weights "
         f"and {shared} shared frozen backbones run once; each image decoded once instead of {naive} times"

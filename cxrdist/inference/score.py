@@ -36,24 +36,18 @@ def score(
     Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
     turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once.
     """
-    device = loader.device
-    if fits(models.values(), device):
-        stages, held = [list(passes)], 1
-    else:
-        stages, held = [list(group) for _, group in itertools.groupby(passes, lambda item: item.heads)], HELD_BATCHES
-    if held == 1:
-        for model in models.values():
-            model.to(device)
+    resident = fits(models.values(), loader.device)
+    stages = [list(group) for _, group in itertools.groupby(passes, lambda item: None if resident else item.heads)]
     decoded = loader.batches(batches)
-    while group := list(itertools.islice(decoded, held)):
+    while group := list(itertools.islice(decoded, 1 if resident else HELD_BATCHES)):
         logits: list[list[Tensor]] = [[] for _ in group]
         for stage in stages:
-            used = [models[head.sha256] for head in stage[0].heads] if held > 1 else []
-            for model in used:
-                model.to(device)
-            for place, batch in enumerate(group):
-                logits[place] += run_passes(batch.images, stage, models, precision)
-            for model in used:
+            used = {head.sha256: models[head.sha256] for item in stage for head in item.heads}
+            for model in used.values():
+                model.to(loader.device)
+            for batch, columns in zip(group, logits, strict=True):
+                columns += run_passes(batch.images, stage, used, precision)
+            for model in () if resident else used.values():
                 model.to("cpu")
         for batch, columns in zip(group, logits, strict=True):
             yield batch.step, batch.rows, torch.stack(columns)
@@ -106,19 +100,17 @@ def in_parts(
 
     shape: columns of the passes and labels. show: a progress bar that counts images.
     """
-    rows: list[NDArray[np.int64]] = []
-    logits: list[Tensor] = []
     first, saved = 0, time.monotonic()
-    nothing = torch.zeros(shape[0], 0, shape[1])
+    no_rows, no_logits = np.empty(0, np.int64), torch.zeros(shape[0], 0, shape[1], device=loader.device)
+    rows, logits = [no_rows], [no_logits]
 
     def close(end: int) -> Part:
-        wanted = np.concatenate(batches[first:end])
-        reasons = {item.row: item.reason for item in loader.skipped}
+        wanted = set(np.concatenate(batches[first:end]).tolist())
         return Part(
             batches=np.array(numbers[first:end], dtype=np.int64),
-            rows=np.concatenate([*rows, wanted[:0]]),
-            logits=torch.cat([*logits, nothing.to(loader.device)], dim=1).cpu().numpy(),
-            unreadable={int(row): reasons[int(row)] for row in wanted if int(row) in reasons},
+            rows=np.concatenate(rows),
+            logits=torch.cat(logits, dim=1).cpu().numpy(),
+            unreadable={item.row: item.reason for item in loader.skipped if item.row in wanted},
         )
 
     for place, batch_rows, batch_logits in scored:
@@ -127,7 +119,7 @@ def in_parts(
         show.update(len(batches[place]))
         if time.monotonic() - saved >= save_every_s:
             yield close(place + 1)
-            first, rows, logits, saved = place + 1, [], [], time.monotonic()
+            first, rows, logits, saved = place + 1, [no_rows], [no_logits], time.monotonic()
     if first < len(batches):
         yield close(len(batches))
 

@@ -6,13 +6,14 @@ A new model is one module that makes an `Architecture` and puts it into `cxrdist
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from cxrdist.errors import UserError
@@ -21,6 +22,7 @@ from cxrdist.recipes import Group
 Tensors = dict[str, Tensor]
 Size = int | tuple[int, int]
 Maps = NDArray[np.float32]
+Resize = Callable[[Tensor, tuple[int, int]], Tensor]  # a rule for another grid
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,11 @@ class Recognised:
 
 @dataclass(frozen=True)
 class OfficialFiles:
-    """The published files that training starts from; the first holds the backbone.
-
-    source: where to get them, and on which terms. beside: another file that one of them needs in its folder.
-    """
+    """The published files that training starts from; the first holds the backbone."""
 
     names: tuple[str, ...]
-    source: str
-    beside: dict[str, str] = field(default_factory=dict)
+    source: str  # where to get them, and on which terms
+    beside: dict[str, str] = field(default_factory=dict)  # another file that one of them needs in its folder
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,17 @@ class Architecture:
     Attributes:
         create: (image_size, num_classes, drop_rate, **sizes) -> a module with random weights on the CPU, whose forward
             turns normalised float32 images (B, 3, S, S) into logits (B, num_classes). Called through `build`.
-        sizes: keywords of `create` that make a smaller variant.
-        multiple_of: px; image sizes are multiples of it.
+        sizes: keywords of `create` that make a smaller variant. multiple_of: px; image sizes are multiples of it.
         frozen: prefix of the frozen backbone's names ('': none); one module of that name. It is not trained, has no EMA
             copy and is not stored with the head.
         head: prefix of the part that may start from random weights where a file has none.
-        official: files to start from.
         recognise: (path, tensors of a file) -> the tensors in our names, or None when they are not of this model.
             Sizes of one model share the function. Without it a file must have the module's own names.
         fit: (model, tensors, source) -> notes; adapts tensors in place to the model's input size and classes.
         position: name of the position embedding, whose shape depends on the input size.
         not_in_optimizer: trained names that the published optimizers left out; the others they number in order.
-        saliency: (model, images (B, 3, S, S), labels (B,)) -> maps (B, h, w) >= 0. saliency_title names the maps,
-            saliency_about says in a sentence what they show.
-        features, head_logits: the two halves of the forward pass of a model with a frozen backbone, so that several
-            heads share one pass of it.
+        saliency: (model, images (B, 3, S, S), labels (B,)) -> maps (B, h, w) >= 0; with their title, and a sentence.
+        features, head_logits: the two halves of the forward pass, so that several heads share a frozen backbone's.
         idle: counts the trained values of a model that only ever receive a zero gradient.
     """
 
@@ -102,47 +97,41 @@ class Architecture:
     idle: Callable[[Any], int] | None = None
 
     def build(self, image_size: Size, num_classes: int, drop_rate: float = 0.1, **sizes: int | float) -> nn.Module:
-        """The model with random weights, in training mode, on the CPU.
+        """The model with random weights, in training mode, on the CPU. UserError for sizes that it does not have.
 
         Args:
-            image_size: px, or (height, width).
+            image_size: px, or (height, width). sizes: of a smaller variant, by the names in `self.sizes`.
             drop_rate: dropout of the head, for models that have it.
-            sizes: of a smaller variant, by the names in `self.sizes`.
-        Raises UserError for sizes that it does not have.
         """
-        if unknown := set(sizes) - set(self.sizes):
-            known = f"may be {', '.join(sorted(self.sizes))}" if self.sizes else "must be empty"
-            raise UserError(f"{self.name} has no {', '.join(sorted(unknown))}; model_kwargs {known}")
+        if unknown := ", ".join(sorted(set(sizes) - set(self.sizes))):
+            known = ", ".join(sorted(self.sizes)) or "nothing"
+            raise UserError(f"{self.name} has no {unknown}; model_kwargs may be {known}")
         for px in image_size if isinstance(image_size, tuple) else (image_size,):
             if px < 1 or px % self.multiple_of:
                 raise UserError(f"{self.name}: image_size={px} is not valid (a multiple of {self.multiple_of} px)")
         return self.create(image_size, num_classes, drop_rate, **sizes)
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of this name belongs to the frozen backbone."""
+        return bool(self.frozen) and name.startswith(self.frozen)
+
     def frozen_names(self, model: nn.Module) -> list[str]:
         """State-dict names of the frozen backbone."""
-        return [name for name in model.state_dict() if self.frozen and name.startswith(self.frozen)]
+        return [name for name in model.state_dict() if self.is_frozen(name)]
 
     def trainable_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters outside the frozen backbone, in the order the published optimizers number them."""
-        frozen = set(self.frozen_names(model))
-        return [name for name, _ in model.named_parameters() if name not in frozen]
+        return [name for name, _ in model.named_parameters() if not self.is_frozen(name)]
 
     def trained_state_dict(self, model: nn.Module) -> Tensors:
         """The state dict without the frozen backbone: what checkpoints and EMA hold. Tensors are the model's own."""
-        frozen = set(self.frozen_names(model))
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+        return {name: tensor for name, tensor in model.state_dict().items() if not self.is_frozen(name)}
 
     def load_trained_state_dict(self, model: nn.Module, tensors: Tensors, source: str) -> None:
-        """Copy what `trained_state_dict` gave into `model`; UserError names `source` and every name that is off."""
-        own = self.trained_state_dict(model)
-        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-        if missing or unexpected or shapes:
-            raise UserError(
-                f"{source} does not fit the model: missing {missing or 'nothing'}, unexpected "
-                f"{unexpected or 'nothing'}, other shape {sorted(shapes) or 'nothing'}; it was written by another "
-                "recipe or version"
-            )
+        """Copy what `trained_state_dict` gave into `model`; UserError names `source` and what does not fit."""
+        if misfits := found_misfits(self.trained_state_dict(model), tensors):
+            text = named_misfits(misfits)
+            raise UserError(f"{source} does not fit the model: {text}; it was written by another recipe or version")
         model.load_state_dict(tensors, strict=False)
 
     def share_frozen(self, model: nn.Module, other: nn.Module) -> None:
@@ -152,26 +141,58 @@ class Architecture:
 
     def count_parameters(self, model: nn.Module, groups: Sequence[Group]) -> ParameterCounts:
         """Counts of `model` under a recipe's groups (first match wins). UserError names a parameter without a group."""
-        frozen = set(self.frozen_names(model))
         counts = {"trained": 0, "frozen": 0, "never_updated": 0}
         for name, parameter in model.named_parameters():
             group = next((group for group in groups if re.search(group.pattern, name)), None)
-            if group is None and name not in frozen:
-                raise UserError(
-                    f"parameter {name} matches no group of the recipe; add a row for it (lr None: never updated)"
-                )
-            kind = "frozen" if name in frozen else "trained" if group and group.lr is not None else "never_updated"
+            if self.is_frozen(name):
+                kind = "frozen"
+            elif group is None:
+                raise UserError(f"parameter {name} matches no group of the recipe; add one (lr None: never updated)")
+            else:
+                kind = "never_updated" if group.lr is None else "trained"
             counts[kind] += parameter.numel()
         return ParameterCounts(**counts, idle=self.idle(model) if self.idle else 0)
 
 
+def found_misfits(own: Tensors, tensors: Tensors) -> dict[str, list[str]]:
+    """Why `tensors` cannot be loaded into a model's `own`: kind of problem -> names, nothing when they fit."""
+    other_shape = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    misfits = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)}, model {tuple(own[name].shape)}" for name in sorted(other_shape)
+        ],
+    }
+    return {kind: names for kind, names in misfits.items() if names}
+
+
+def named_misfits(misfits: dict[str, list[str]]) -> str:
+    """What `found_misfits` found, for a message."""
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in misfits.items())
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def timm_cfg(px: int, **more: Any) -> dict[str, Any]:
+    """timm's description of a model for images of `px`, as we feed it."""
+    return {
+        "input_size": (3, px, px),
+        "fixed_input_size": True,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **more,
+    }
+
+
 def fit_position(
-    tensors: Tensors,
-    name: str,
-    grid: tuple[int, ...],
-    resize: Callable[[Tensor, tuple[int, int]], Tensor],
-    source: str,
-    num_prefix: int = 0,
+    tensors: Tensors, name: str, grid: tuple[int, ...], resize: Resize, source: str, num_prefix: int = 0
 ) -> list[str]:
     """Bring the position embedding `name`, where it is there, to `grid` by the rule `resize`; notes on the change.
 

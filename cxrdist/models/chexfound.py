@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.mlp import SwiGLUPacked
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cxrdist.models.architecture as base
 from cxrdist.errors import UserError
-from cxrdist.models.architecture import Architecture, OfficialFiles, Recognised, Size, Tensors, fit_position, left_out
+from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
 from cxrdist.models.glori import GLoRI
 from cxrdist.models.saliency import attention_maps
 
@@ -29,23 +29,10 @@ NUM_BLOCKS_READ = 4  # the features are the patch tokens of the last four blocks
 RELEASED_QUERIES = 40  # classes of the released head, kept by the published run
 TEACHER_FILE, GLORI_FILE, RESULTS_FILE = "teacher_checkpoint.pth", "glori.pth", "results_eval_linear.json"
 POS_EMBED_OFFSET = 0.1  # DINOv2's guard against rounding, part of the sampling positions
+CLASSIFIER = re.compile(r"(?:glori\.)?classifiers_dict\.(?:(.+?)\.decoder\.(.+))?")
 _NOT_OURS: Any = ("in_chans", "global_pool")  # timm adds them for every model
-
-default_cfgs = generate_default_cfgs(
-    {
-        "chexfound_vitl16_glori": {
-            "input_size": (3, 512, 512),
-            "fixed_input_size": True,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "num_classes": RELEASED_QUERIES,
-            "first_conv": "backbone.patch_embed.proj",
-            "classifier": "glori",
-        }
-    }
-)
+_CFG = base.timm_cfg(512, num_classes=RELEASED_QUERIES, first_conv="backbone.patch_embed.proj", classifier="glori")
+default_cfgs = generate_default_cfgs({"chexfound_vitl16_glori": _CFG})
 
 
 class CheXFound(nn.Module):
@@ -139,10 +126,8 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
 
     torch samples by that very factor; asking for the output size instead moves values by up to 0.39 (512 to 448 px).
 
-    Args:
-        pos_embed_1ND: (1, n * n, D) float32 of a square grid, without a row for the class token.
-        grid: rows and columns of patches to come out.
-    Returns: (1, rows * columns, D), the same tensor where the grid is the same already.
+    pos_embed_1ND: (1, n * n, D) float32 of a square grid, without a row for the class token. Returns (1, rows *
+    columns, D), the same tensor where the grid (rows, columns of patches) is the same already.
     """
     side = round(pos_embed_1ND.shape[1] ** 0.5)
     if (side, side) == grid:
@@ -156,16 +141,15 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def recognise(path: Path, state: Tensors) -> Recognised | None:
     """CheXFound's tensors in our names, from the layouts chexfound_teacher, glori, published_chexfound and cxrdist."""
-    heads = [name for name in state if re.match(r"(glori\.)?classifiers_dict\.", name)]
-    registers = state.keys() & {"backbone.register_tokens", "backbone.reg_token"}
-    if not heads and not registers and not any(name.startswith("glori.") for name in state):
+    has_heads = any(map(CLASSIFIER.match, state))
+    official = "backbone.register_tokens" in state
+    if not (has_heads or official or any(re.match(r"glori\.|backbone\.reg_token$", name) for name in state)):
         return None
-    tensors, notes = _our_names(state)
-    layout = "cxrdist"
-    if "backbone.register_tokens" in state:
-        layout = "published_chexfound" if heads else "chexfound_teacher"
-    if heads:
-        layout = "glori" if layout == "cxrdist" else layout
+    tensors, notes = _our_names(state) if official else (dict(state), [])
+    tensors = {name: tensor for name, tensor in tensors.items() if not CLASSIFIER.match(name)}
+    layout = "chexfound_teacher" if official else "cxrdist"
+    if has_heads:
+        layout = "published_chexfound" if official else "glori"
         head, name = _choose_classifier(path, state)
         tensors |= head
         notes.append(f"classifier {name}")
@@ -173,46 +157,35 @@ def recognise(path: Path, state: Tensors) -> Recognised | None:
 
 
 def _our_names(state: Tensors) -> tuple[Tensors, list[str]]:
-    """The backbone and our own head; classifiers of other names are left to `_choose_classifier`."""
-    official = "backbone.register_tokens" in state
+    dropped = [name for name in state if re.match(r"backbone\.mask_token$|(dino|ibot)_head\.", name)]
     tensors: Tensors = {}
-    dropped = []
     for name, tensor in state.items():
-        if re.match(r"(glori\.)?classifiers_dict\.", name):
-            continue
-        if official and (name == "backbone.mask_token" or re.match(r"(dino|ibot)_head\.", name)):
-            dropped.append(name)
-            continue
-        if official and name.startswith("backbone."):
+        if name not in dropped:
             # blocks.<chunk>.<index over all chunks>: the chunk only says how the official code sharded it
             name = re.sub(r"^backbone\.blocks\.\d+\.(\d+)\.", r"backbone.blocks.\1.", name)
-            name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-            name = name.replace("backbone.register_tokens", "backbone.reg_token")
-        tensors[name] = tensor
-    if official and {"backbone.cls_token", "backbone.pos_embed"} <= tensors.keys():
+            name = re.sub(r"^(backbone\..*\.mlp\.)w12\.", r"\1fc1.", name)
+            name = re.sub(r"^(backbone\..*\.mlp\.)w3\.", r"\1fc2.", name)
+            tensors[name.replace("backbone.register_tokens", "backbone.reg_token")] = tensor
+    if {"backbone.cls_token", "backbone.pos_embed"} <= tensors.keys():
         # timm's module has no position row for the class token: added to the token itself, once
         position = tensors["backbone.pos_embed"]
         tensors["backbone.cls_token"] = tensors["backbone.cls_token"] + position[:, :1]
         tensors["backbone.pos_embed"] = position[:, 1:]
-    return tensors, left_out(dropped)
+    return tensors, base.left_out(dropped)
 
 
 def _choose_classifier(path: Path, state: Tensors) -> tuple[Tensors, str]:
     """The best classifier's tensors as `glori.*`, and its name."""
     classifiers: dict[str, Tensors] = {}
     for name, tensor in state.items():
-        if match := re.fullmatch(r"(?:glori\.)?classifiers_dict\.(.+?)\.decoder\.(.+)", name):
+        if (match := CLASSIFIER.fullmatch(name)) and match[1]:
             classifiers.setdefault(match[1], {})[f"glori.{match[2]}"] = tensor
-    if len(classifiers) == 1:
-        name, head = next(iter(classifiers.items()))
-        return head, name
     results = path.with_name(RESULTS_FILE)
-    best = _best_classifier(path, results)
+    best = next(iter(classifiers)) if len(classifiers) == 1 else _best_classifier(path, results)
     if best not in classifiers:
-        names = ", ".join(list(classifiers)[:8])
         raise UserError(
-            f"{path}: has no classifier {best}, which {results} names best, only {names}; get both files from the same "
-            "place"
+            f"{path}: has no classifier {best}, which {results} names best, only {base.listed(classifiers)}; get both "
+            "files from the same place"
         )
     return classifiers[best], best
 
@@ -221,16 +194,11 @@ def _best_classifier(path: Path, results: Path) -> str:
     """The name in the last record of the official log; a record is a prefix line, a JSON line and an empty one."""
     if not results.is_file():
         raise UserError(f"{path}: holds several classifiers; put {RESULTS_FILE} beside it, which names the best one")
-    names = []
-    for line in results.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("{"):
-            try:
-                names.append(str(json.loads(line)["best_classifier"]["name"]))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{results}: has a record without best_classifier; get it again") from None
-    if not names:
-        raise UserError(f"{results}: names no best_classifier; get it again")
-    return names[-1]
+    lines = results.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        return [str(json.loads(line)["best_classifier"]["name"]) for line in lines if line.startswith("{")][-1]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{results}: has no record, or one without best_classifier; get it again") from None
 
 
 def _fit(model: CheXFound, tensors: Tensors, source: str) -> list[str]:
@@ -243,15 +211,14 @@ def _fit(model: CheXFound, tensors: Tensors, source: str) -> list[str]:
     bias = tensors.get("glori.duplicate_pooling_bias")
     if bias is not None and model.num_classes < len(bias) == model.glori.query_embed.num_embeddings:
         tensors["glori.duplicate_pooling_bias"] = torch.zeros(model.num_classes)
-        notes.append(
-            f"head of {len(bias)} classes: all queries kept, the first {model.num_classes} used, fresh zero bias"
-        )
+        use = f"all queries kept, the first {model.num_classes} used, fresh zero bias"
+        notes.append(f"head of {len(bias)} classes: {use}")
     elif bias is not None and RELEASED_QUERIES == len(bias) < model.num_classes:
         for name in [name for name in tensors if name.startswith("glori.")]:
             del tensors[name]
         notes.append(f"head of {len(bias)} classes left out: too few for {model.num_classes}")
     grid = model.backbone.patch_embed.grid_size
-    return notes + fit_position(tensors, "backbone.pos_embed", grid, resize_pos_embed, source)
+    return notes + base.fit_position(tensors, "backbone.pos_embed", grid, resize_pos_embed, source)
 
 
 def _create(image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) -> CheXFound:
@@ -276,7 +243,7 @@ ARCHITECTURE = Architecture(
     multiple_of=16,
     frozen="backbone.",
     head="glori.",
-    official=OfficialFiles(
+    official=base.OfficialFiles(
         (TEACHER_FILE, GLORI_FILE),
         "the Google Drive folder linked from https://github.com/RPIDIAL/CheXFound (which has no licence file: ask its "
         "authors before you pass weights on)",

@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: is one of the files to read; give another name")
     found = read_weights(*args.files)
     print(found.report)
-    kept = "ema" if args.weights == "ema" and found.ema is not None else "model"
-    tensors = found.ema if kept == "ema" and found.ema is not None else found.tensors
+    kept, tensors = "model", found.tensors
+    if args.weights == "ema" and found.ema is not None:
+        kept, tensors = "ema", found.ema
     metadata = {
         "layout": found.layout,
         "model": architecture_of_file(found),

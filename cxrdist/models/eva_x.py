@@ -10,14 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from cxrdist.models.architecture import Architecture, OfficialFiles, Recognised, Size, Tensors, fit_position, left_out
+import cxrdist.models.architecture as base
+from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
 from cxrdist.models.saliency import grad_cam
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -25,17 +24,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "eva_x_small_patch16": {"embed_dim": 384, "num_heads": 6},
     "eva_x_base_patch16": {"embed_dim": 768, "num_heads": 12, "qkv_fused": False, "scale_mlp": True},
 }
-_CFG = {
-    "input_size": (3, 224, 224),
-    "fixed_input_size": True,
-    "interpolation": "bilinear",
-    "crop_pct": 1.0,
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
+SEPARATE_BIAS = re.compile(r"blocks\.\d+\.attn\.(q_bias|q_proj\.)")  # of no plain ViT
+LEFT_OUT = re.compile(r"(.*\.)?rope\.freqs_(cos|sin)|mask_token|lm_head\.(weight|bias)")
+RENAMED = {
+    ".mlp.ffn_ln.": ".mlp.norm.",
+    ".mlp.w12.": ".mlp.fc1.",
+    ".mlp.w1.": ".mlp.fc1_g.",
+    ".mlp.w2.": ".mlp.fc1_x.",
+    ".mlp.w3.": ".mlp.fc2.",
 }
-default_cfgs = generate_default_cfgs({name: _CFG for name in SIZES})
+default_cfgs = generate_default_cfgs(
+    dict.fromkeys(SIZES, base.timm_cfg(224, first_conv="patch_embed.proj", classifier="head"))
+)
 
 
 def _eva_x(variant: str, pretrained: bool, **kwargs: Any) -> Eva:
@@ -76,18 +76,10 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Antialias matters upwards too: with it torch's cubic kernel has a = -0.5 instead of -0.75 (0.03 on the logits).
 
-    Args:
-        pos_embed_1ND: (1, 1 + n * n, D) of a square grid.
-        grid: rows and columns of patches to come out.
-    Returns: (1, 1 + rows * columns, D), the same tensor where the grid is the same already.
+    pos_embed_1ND: (1, 1 + n * n, D) of a square grid. Returns (1, 1 + rows * columns, D), the same tensor where the
+    grid (rows, columns of patches) is the same already.
     """
-    side = round((pos_embed_1ND.shape[1] - 1) ** 0.5)
-    if (side, side) == grid:
-        return pos_embed_1ND
-    resized = resample_abs_pos_embed(
-        pos_embed_1ND, new_size=list(grid), old_size=[side, side], interpolation="bicubic", antialias=True
-    )
-    assert isinstance(resized, torch.Tensor)
+    resized: Tensor = resample_abs_pos_embed(pos_embed_1ND, list(grid), interpolation="bicubic", antialias=True)
     return resized
 
 
@@ -95,45 +87,34 @@ def recognise(path: Path, state: Tensors) -> Recognised | None:
     """EVA-X's tensors under timm's names, from the layouts eva_x_mim, eva_x_finetuned, published_eva_x and cxrdist."""
     prefixed = all(name.startswith("backbone.") for name in state)
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()} if prefixed else state
-    separate_bias = any(re.match(r"blocks\.\d+\.attn\.(q_bias|q_proj\.)", name) for name in state)  # of no plain ViT
-    if "cls_token" not in state or not separate_bias:
+    if "cls_token" not in state or not any(map(SEPARATE_BIAS.match, state)):
         return None
-    tensors, notes = _our_names(state)
+    dropped = [name for name in state if LEFT_OUT.fullmatch(name)]
+    tensors = {_our_name(name, state): tensor for name, tensor in state.items() if name not in dropped}
+    notes = base.left_out(dropped)
     layout = "published_eva_x" if prefixed else "cxrdist"
     if "mask_token" in state:
         layout = "eva_x_mim"
     elif any(re.search(r"\.mlp\.(w1|w12)\.", name) for name in state):
         layout = "eva_x_finetuned"
-        for name in ("head.weight", "head.bias"):
-            if tensors.pop(name, None) is not None:
-                notes.append(f"left out {name} (labels of another data set)")
+        head = [name for name in ("head.weight", "head.bias") if tensors.pop(name, None) is not None]
+        notes += [f"left out {name} (labels of another data set)" for name in head]
     return Recognised(layout, tensors, notes)
 
 
-def _our_names(state: Tensors) -> tuple[Tensors, list[str]]:
-    pretraining = "mask_token" in state
-    separate = "blocks.0.attn.q_proj.weight" in state
-    tensors: Tensors = {}
-    dropped = []
-    for name, tensor in state.items():
-        if re.search(r"(^|\.)rope\.freqs_(cos|sin)$", name) or name in ("mask_token", "lm_head.weight", "lm_head.bias"):
-            dropped.append(name)
-            continue
-        if pretraining:
-            name = re.sub(r"^norm\.", "fc_norm.", name)
-        name = name.replace(".mlp.ffn_ln.", ".mlp.norm.").replace(".mlp.w12.", ".mlp.fc1.")
-        name = (
-            name.replace(".mlp.w1.", ".mlp.fc1_g.").replace(".mlp.w2.", ".mlp.fc1_x.").replace(".mlp.w3.", ".mlp.fc2.")
-        )
-        if separate:
-            name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)
-        tensors[name] = tensor
-    return tensors, left_out(dropped)
+def _our_name(name: str, state: Tensors) -> str:
+    if "mask_token" in state:
+        name = re.sub(r"^norm\.", "fc_norm.", name)
+    if "blocks.0.attn.q_proj.weight" in state:
+        name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)
+    for theirs, ours in RENAMED.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _fit(model: Eva, tensors: Tensors, source: str) -> list[str]:
     grid = model.patch_embed.grid_size
-    return fit_position(tensors, "pos_embed", grid, resize_pos_embed, source, num_prefix=1)
+    return base.fit_position(tensors, "pos_embed", grid, resize_pos_embed, source, num_prefix=1)
 
 
 def _create(variant: str, image_size: Size, num_classes: int, drop_rate: float, **sizes: int | float) -> Eva:
@@ -146,7 +127,7 @@ ARCHITECTURES = tuple(
         create=functools.partial(_create, variant),
         sizes=("embed_dim", "depth", "num_heads"),
         multiple_of=16,
-        official=OfficialFiles(
+        official=base.OfficialFiles(
             (f"{variant}_merged520k_mim.pt",),
             "https://huggingface.co/MapleF/eva_x (linked from https://github.com/hustvl/EVA-X, which has no licence "
             "file: ask its authors before you pass weights on)",

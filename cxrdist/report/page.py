@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from cxrdist.files import write_atomically
 
@@ -42,7 +44,7 @@ table.text td, table.text th { text-align: left; }
 td small, th small { color: var(--soft); font-weight: 400; white-space: nowrap; }
 .scroll { overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
-code { background: #eef1f5; border-radius: 4px; padding: 1px 5px; font-size: 13px; word-break: break-all; }
+table.text td:last-child { font: 13px monospace; word-break: break-all; }
 .warning { background: #fff4e5; border: 1px solid #f0c48a; border-radius: 8px; padding: 10px 16px; margin: 20px 0 0; }
 footer { color: var(--soft); font-size: 13.5px; padding: 6px 0 40px; }
 """
@@ -84,15 +86,31 @@ def figure_html(figure: Figure, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False, text: bool = False) -> str:
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = []
-    for place, row in enumerate(rows):
-        kind = ' class="total"' if total and place == len(rows) - 1 else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    kind = ' class="text"' if text else ""
-    body = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table{kind}>{body}</table></div>'
+def html_table(
+    head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]], *, total: bool = False, kind: str = ""
+) -> str:
+    """A table of plain texts; a cell of two has the second in small print. total: the last row is a sum."""
+    lines = ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
+    marks = [""] * len(rows)
+    if total:
+        marks[-1] = ' class="total"'
+    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marks, lines, strict=True))
+    table = f'<table class="{kind}"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _cell(cell: str | tuple[str, str]) -> str:
+    return html.escape(cell) if isinstance(cell, str) else f"{_cell(cell[0])}<br><small>{_cell(cell[1])}</small>"
+
+
+def grid(num_rows: int, per_row: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:
+    """A figure of that many inches and its axes (num_rows, per_row), open at the top and the right."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(num_rows, per_row, squeeze=False)
+    for axis in axes.ravel():
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def number_text(value: float, digits: int = 3, sign: str = "") -> str:
@@ -107,3 +125,8 @@ def duration_text(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: dollar signs would begin a formula."""
+    return text.replace("$", r"\$")

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
@@ -15,7 +15,7 @@ from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import Architecture
 from cxrdist.recipes import Recipe
-from cxrdist.report.page import Section, figure_html
+from cxrdist.report.page import Section, figure_html, grid, plain
 from cxrdist.scoring.evaluation import Evaluation
 from cxrdist.scoring.tables import ScoreTable
 
@@ -34,48 +34,34 @@ class Example:
 
 
 def augmented_section(loader: Loader, recipe: Recipe) -> Section:
-    """Stored training images, and what training made of them in four epochs."""
+    """Stored training images, a row each, and what training made of them in four epochs."""
     index = loader.index
     rows = np.linspace(0, len(index) - 1, min(NUM_AUGMENTED, len(index))).astype(np.int64)
     images = read_images(loader, rows)
     augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
-    plain = resize(images, recipe.image_size)
-    stages = [plain, *(augment.levels(images, index.keys[rows], epoch) for epoch in range(4))]
-    pictures = [[_picture(stage[place]) for stage in stages] for place in range(len(rows))]
-    titles = ["as stored", *(f"epoch {epoch + 1}" for epoch in range(4))]
-    return images_section([(index.image_names[row], found) for row, found in zip(rows, pictures, strict=True)], titles)
-
-
-def images_section(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], titles: Sequence[str]) -> Section:
-    """A grid: per image its name, then pictures (H, W) or (H, W, 3) uint8 under the column titles."""
-    figure = Figure(figsize=(11, 11 / len(titles) * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    for row, (name, pictures) in zip(axes, rows, strict=True):
-        row[0].set_ylabel(name, fontsize=7)
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    return Section(
-        "Training images",
-        "Stored images and what training made of them in four epochs; the draws depend only on seed, epoch and image.",
-        figure_html(figure, "augmented training images"),
-    )
+    stages = {"as stored": resize(images, recipe.image_size)}
+    stages |= {f"epoch {epoch + 1}": augment.levels(images, index.keys[rows], epoch) for epoch in range(4)}
+    figure, axes = grid(len(rows), len(stages), 11, 11 / len(stages) * len(rows) + 0.4)
+    for column, (title, stage) in zip(axes.T, stages.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for axis, image in zip(column, stage, strict=True):
+            _show(axis, image)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(index.image_names[row], fontsize=7)
+    about = "Stored images and what training made of them in four epochs; draws depend only on seed, epoch and image."
+    return Section("Training images", about, figure_html(figure, "augmented training images"))
 
 
 def choose_examples(
     asked: Sequence[str], table: ScoreTable, targets: NDArray[np.float64], result: Evaluation
 ) -> list[Example]:
-    """The images asked for with their highest-scored true label, else for each of the labels with the best AUROC its
-    positive image with the highest score. Labels are not repeated, nor images.
+    """The images asked for with their highest-scored true label, else of the labels with the best AUROC the positive
+    image with the highest score, each label and image once.
     """
     row_of = {name: row for row, name in enumerate(table.image_names)}
     finding = np.array([not label.lower().startswith(NOTHING) for label in table.labels])
     if asked:
-        unknown = [name for name in asked if name not in row_of]
-        if unknown:
+        if unknown := [name for name in asked if name not in row_of]:
             raise UserError(f"--show {unknown[0]}: not among the scored images")
         scores = np.where((targets > 0) & finding, 1 + table.probs, table.probs)
         chosen = {name: int(np.argmax(scores[row_of[name]])) for name in asked}
@@ -106,24 +92,19 @@ def saliency_section(
     assert architecture.saliency is not None
     _, inputs = next(make_views(images, ("plain",), image_size))
     maps = architecture.saliency(model, inputs, np.array([example.label for example in examples], dtype=np.int64))
-    per_row = 3  # pairs: the image, and the image under its map
-    num_rows = -(-len(examples) // per_row)
-    figure = Figure(figsize=(11, num_rows * 2.3), layout="constrained")
-    axes = figure.subplots(num_rows, 2 * per_row, squeeze=False).reshape(num_rows * per_row, 2)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    for pair, image, heat, example in zip(axes, images, maps, examples, strict=False):
-        picture = _picture(image[:1])
-        extent = (0, picture.shape[1], picture.shape[0], 0)
+    num_rows = -(-len(examples) // 3)  # of three pairs: the image, and the image under its map
+    figure, axes = grid(num_rows, 6, 11, num_rows * 2.3)
+    for axis in axes.ravel()[2 * len(examples) :]:
+        axis.axis("off")
+    for pair, image, heat, example in zip(axes.reshape(-1, 2), images, maps, examples, strict=False):
         for axis in pair:
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
+            _show(axis, image[:1])
         heat = heat - heat.min()
         heat = heat / max(float(heat.max()), 1e-12)
-        alpha = 0.25 + 0.45 * np.sqrt(heat)
-        pair[1].imshow(heat, cmap="inferno", alpha=alpha, extent=extent, interpolation="bilinear")
-        pair[0].set_title(labels[example.label].replace("$", r"\$"), fontsize=8.5, loc="left", fontweight="bold")
+        extent = (0, image.shape[2], image.shape[1], 0)
+        style = {"cmap": "inferno", "extent": extent, "interpolation": "bilinear"}
+        pair[1].imshow(heat, alpha=0.25 + 0.45 * np.sqrt(heat), **style)
+        pair[0].set_title(plain(labels[example.label]), fontsize=8.5, loc="left", fontweight="bold")
         caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
         pair[0].set_xlabel(caption, fontsize=7.5, loc="left", color="#5b6776")
     note = " Images with the finding and a high ensemble score. A map shows what moved the score, not the disease."
@@ -136,7 +117,11 @@ def read_images(loader: Loader, rows: NDArray[np.int64]) -> torch.Tensor:
     return next(loader.batches([rows])).images
 
 
-def _picture(levels: torch.Tensor) -> NDArray[np.uint8]:
-    """(C, H, W) grey levels -> (H, W) uint8, or (H, W, 3) for colour."""
+def _show(axis: Any, levels: torch.Tensor) -> None:
+    """Draw an image (C, H, W) of grey levels or colours in [0, 255], without a frame."""
     pixels = levels.round().clamp(0, 255).to(torch.uint8).numpy() if levels.is_floating_point() else levels.numpy()
-    return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
+    height, width = pixels.shape[1:]
+    picture = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+    axis.set(xticks=(), yticks=())
+    axis.spines[:].set_visible(False)

@@ -16,7 +16,7 @@ from cxrdist.documents import Document
 from cxrdist.errors import CheckpointError, UserError
 from cxrdist.files import disk_errors_named, sync_folder, write_atomically
 from cxrdist.models.weights.safetensors import file_sha256, read_safetensors, write_safetensors
-from cxrdist.runs.documents import READABLE, FileEntry, Manifest, read_versioned
+from cxrdist.runs.documents import FileEntry, Manifest, read_versioned
 
 MANIFEST = "manifest.json"
 
@@ -64,8 +64,6 @@ def check(folder: Path) -> None:
         manifest = read_versioned(Manifest, folder / MANIFEST)
     except UserError as error:
         raise CheckpointError(f"{error}: the checkpoint is damaged") from None
-    if manifest.format_version not in READABLE:
-        raise CheckpointError(f"{folder}: format version {manifest.format_version} is not one of {READABLE}")
     for name, expected in manifest.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():

@@ -3,6 +3,7 @@
 Version 1 named its task by the division alone; `upgraded` turns its documents into today's.
 """
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -76,10 +77,10 @@ class StepState(Document):
     """`state.json` of a step checkpoint: where the run stood, and on what."""
 
     format_version: int = FORMAT_VERSION
-    epoch: int
-    step: int
-    global_step: int
-    metrics_bytes: int
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    metrics_bytes: int = 0
     world_size: int
     device_batch_size: int
     precision: str
@@ -93,7 +94,7 @@ class EpochMeta(Document):
     """`meta.json` of an epoch checkpoint: what the weights are of. averaged: the checkpoints they are the mean of."""
 
     format_version: int = FORMAT_VERSION
-    epoch: int
+    epoch: int = 0
     global_step: int = 0
     recipe: str = ""
     model: str = ""
@@ -124,19 +125,14 @@ def read_versioned(kind: type[D], path: Path) -> D:
     content = read_bounded(path)
     try:
         data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    version = data.get("format_version", 1) if isinstance(data, dict) else 1
+        version = data.get("format_version", 1) if isinstance(data, dict) else 1
+        if version == 1:
+            content = json.dumps(upgraded(kind, data), allow_nan=False).encode()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the document it should be ({type(error).__name__}: {error})") from None
     if version not in READABLE:
         raise UserError(f"{path}: format version {version!r}, this cxrdist reads {FORMAT_VERSION}")
-    if version == FORMAT_VERSION:
-        return kind.from_json(content, path)
-    try:
-        return kind.from_json(json.dumps(upgraded(kind, data), allow_nan=False), path)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not the document it should be ({type(error).__name__}: {error})") from None
+    return kind.from_json(content, path)
 
 
 def upgraded(kind: type[Document], data: Any) -> Any:
@@ -146,17 +142,15 @@ def upgraded(kind: type[Document], data: Any) -> Any:
     if kind is Facts:
         return {("task" if name == "div" else name): value for name, value in data.items()}
     found = {name: value for name, value in data.items() if name not in ("div", "labels")}
+    found["format_version"] = FORMAT_VERSION
     if found.get("data") is not None:
         found["data"] = upgraded(Facts, found["data"])
     if kind is EpochMeta:
         task = TASKS[data["div"]]
         if tuple(data.get("labels", task.labels)) != task.labels:
-            raise UserError(f"its outputs are {', '.join(data['labels'])}: not the labels of task {task.name} in order")
-        found["task"] = json.loads(task.to_json())
-        if found.get("validation") is not None:
-            found["validation"] = {k: None if _nan(v) else v for k, v in found["validation"].items()}
+            raise ValueError(f"its outputs are {', '.join(data['labels'])}, not the labels of task {task.name}")
+        found["task"] = dataclasses.asdict(task)
+        scores = found.get("validation") or {}
+        unknown = [name for name, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
+        scores.update(dict.fromkeys(unknown))
     return found
-
-
-def _nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -1,17 +1,16 @@
 """The run folder while it is trained into: what is saved, and only where the run began."""
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from cxrdist.errors import UserError
-from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint
-from cxrdist.runs.documents import Environment, EpochMeta, Facts, Frozen, RunDocument, StepState
-from cxrdist.task import Task
+from cxrdist.runs.documents import EpochMeta, RunDocument, StepState
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -23,15 +22,15 @@ def run_id(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Where a session saves, and what every checkpoint of it says. Methods run on rank 0."""
+    """Where a session saves. Methods run on rank 0.
+
+    state, meta: what every step and epoch checkpoint says, but for `changes`, the fields in which one differs.
+    """
 
     path: Path
     id: str
-    recipe: Recipe
-    task: Task
-    facts: Facts
-    frozen: Frozen | None
-    session: Environment
+    state: StepState
+    meta: EpochMeta
     keep_steps: int
 
     def require_same(self) -> None:
@@ -42,51 +41,15 @@ class RunFolder:
                 "use --resume, or start again"
             )
 
-    def save_step(
-        self,
-        tensors: Tensors,
-        *,
-        epoch: int,
-        step: int,
-        global_step: int,
-        parts: tuple[str, ...],
-        metrics_bytes: int,
-    ) -> None:
+    def save_step(self, tensors: Tensors, **changes: Any) -> None:
         """Write all that resume needs as `step_<N>`."""
         self.require_same()
-        document = StepState(
-            epoch=epoch,
-            step=step,
-            global_step=global_step,
-            metrics_bytes=metrics_bytes,
-            world_size=self.session.world_size,
-            device_batch_size=self.session.device_batch_size,
-            precision=self.session.precision,
-            parts=parts,
-            data=self.facts,
-            frozen=self.frozen,
-        )
-        checkpoint.write_checkpoint(checkpoint.step_folder(self.path, global_step), tensors, {"state": document})
+        state = dataclasses.replace(self.state, **changes)
+        checkpoint.write_checkpoint(checkpoint.step_folder(self.path, state.global_step), tensors, {"state": state})
         checkpoint.keep_newest_steps(self.path, self.keep_steps)
 
-    def save_epoch(
-        self, tensors: Tensors, *, epoch: int, global_step: int, validation: Mapping[str, float | str] | None
-    ) -> None:
-        """Write `epoch_<EE>`, what inference reads. epoch: from 1. validation: may be non-finite."""
+    def save_epoch(self, tensors: Tensors, **changes: Any) -> None:
+        """Write `epoch_<EE>`, what inference reads."""
         self.require_same()
-        scores = None if validation is None else {name: _finite(value) for name, value in validation.items()}
-        meta = EpochMeta(
-            epoch=epoch,
-            global_step=global_step,
-            recipe=self.recipe.name,
-            model=self.recipe.model,
-            task=self.task,
-            data=self.facts,
-            validation=scores,
-            frozen=self.frozen,
-        )
-        checkpoint.write_checkpoint(checkpoint.epoch_folder(self.path, epoch), tensors, {"meta": meta})
-
-
-def _finite(value: float | str) -> float | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        meta = dataclasses.replace(self.meta, **changes)
+        checkpoint.write_checkpoint(checkpoint.epoch_folder(self.path, meta.epoch), tensors, {"meta": meta})

@@ -77,23 +77,14 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
 
 def compare_facts(run: Path, before: Facts, now: Facts) -> None:
     """UserError that says in what the data of a run and those given now differ."""
-    for name, shown in (
-        ("task", "task"),
-        ("split", "split"),
-        ("folds", "--folds"),
-        ("validate_fold", "--validate-fold"),
-    ):
-        if getattr(before, name) != getattr(now, name):
-            raise UserError(
-                f"{run} was started with {shown} {getattr(before, name)}, not {getattr(now, name)}; give another --out "
-                "for that"
-            )
+    for name in ("task", "split", "folds", "validate_fold"):
+        one, other = getattr(before, name), getattr(now, name)
+        if one != other:
+            shown = f"--{name.replace('_', '-')}" if "fold" in name else name
+            raise UserError(f"{run} was started with {shown} {one}, not {other}; give another --out for that")
     if before.shards != now.shards:
-        labels = [
-            f"{label} {count} -> {now.positives.get(label)}"
-            for label, count in before.positives.items()
-            if count != now.positives.get(label)
-        ]
+        counts = ((label, count, now.positives.get(label)) for label, count in before.positives.items())
+        labels = [f"{label} {count} -> {other}" for label, count, other in counts if count != other]
         differs = f"positives differ: {', '.join(labels)}" if labels else "same counts, other images or labels"
         raise UserError(
             f"{run} was started on another shard set ({before.images:,} -> {now.images:,} images; {differs}); "
@@ -120,10 +111,8 @@ def build(
     if not architecture.frozen_names(model):
         return model, None, report
     for file in fit.init_files(architecture, path):
-        if any(
-            name.startswith(architecture.frozen)
-            for name in layouts.read_weights(file, architecture=architecture).tensors
-        ):
+        found = layouts.read_weights(file, architecture=architecture)
+        if any(name.startswith(architecture.frozen) for name in found.tensors):
             return model, Frozen(file=str(file.resolve()), sha256=file_sha256(file)), report
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cxrdist.scoring.metrics import Floats
-from cxrdist.scoring.tables import Probs, sigmoid
+from cxrdist.scoring.tables import Probs, logit, sigmoid
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
     then scored. AUROC does not change. Source: Guo et al. 2017 (temperature scaling).
     """
     truth = np.asarray(targets, dtype=np.float64).ravel()
-    prob = np.clip(np.asarray(probs, dtype=np.float64).ravel(), 1e-7, 1 - 1e-7)
-    logit = np.log(prob) - np.log1p(-prob)
+    logits = logit(np.asarray(probs, dtype=np.float64).ravel())
     low, high = 1e-2, 1e2
     for _ in range(60):  # 60 halvings exhaust float64; separable data end at the bound
         inverse = float(np.sqrt(low * high))
-        fitted = 1 / (1 + np.exp(-np.clip(inverse * logit, -700, 700)))
-        if ((fitted - truth) * logit).sum() > 0:
+        fitted = 1 / (1 + np.exp(-np.clip(inverse * logits, -700, 700)))
+        if ((fitted - truth) * logits).sum() > 0:
             high = inverse
         else:
             low = inverse
@@ -56,9 +55,7 @@ def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
 def calibrated_by_halves(probs: Probs, targets: Floats, patients: NDArray[Any]) -> Probs:
     """(N, K) float32 probs divided by a temperature that was fitted on the other half of the patients."""
     _, ids = np.unique(patients.astype(str), return_inverse=True)
-    inside = np.clip(probs, 1e-7, 1 - 1e-7)
-    logits = np.log(inside) - np.log1p(-inside)
-    out = probs.copy()
+    logits, out = logit(probs), probs.copy()
     for half in (0, 1):
         here, there = ids % 2 == half, ids % 2 != half
         if here.any() and there.any():

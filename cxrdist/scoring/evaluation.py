@@ -3,16 +3,19 @@
 Every interval comes from resampling patients (see `metrics.bootstrap_auroc`), the same resamples for all tables.
 """
 
-import dataclasses
+import functools
 import itertools
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from cxrdist.errors import UserError
 from cxrdist.scoring import calibration, metrics
@@ -20,7 +23,7 @@ from cxrdist.scoring.tables import ScoreTable, average_studies, study_ids
 from cxrdist.tables import LabelTable
 
 MIN_SUBGROUP = 20  # images; smaller groups say nothing
-AGE_BINS = ((0, 40, "under 40"), (40, 60, "40-59"), (60, 80, "60-79"), (80, 200, "80 and over"))
+AGES, AGE_NAMES = (0, 40, 60, 80, 200), ("under 40", "40-59", "60-79", "80 and over")
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,17 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; nan becomes null."""
-        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        return json.loads(TypeAdapter(Evaluation).dump_json(self))  # type: ignore[no-any-return]
 
 
-def match_labels(table: ScoreTable, truth: LabelTable, source: str) -> LabelTable:
-    """The rows of `truth` in the table's order; UserError for an image without labels."""
-    row_of = {name: row for row, name in enumerate(truth.about["image_name"])}
-    unknown = [name for name in table.image_names if name not in row_of]
-    if unknown:
+def match_labels(table: ScoreTable, truth: LabelTable, source: Path) -> LabelTable:
+    """The rows of `truth`, read from `source`, in the table's order; UserError for an image without labels."""
+    rows = pd.Index(truth.about["image_name"]).get_indexer(pd.Index(table.image_names))
+    if len(unknown := table.image_names[rows < 0]):
         raise UserError(
-            f"{source} has no labels for {len(unknown):,} of {len(table.image_names):,} scored images, e.g. "
-            f"{unknown[0]!r}; give the label CSV of the images that were scored"
+            f"{source} has no labels for {len(unknown):,} of {len(rows):,} scored images, e.g. {unknown[0]!r}; "
+            "give the label CSV of the images that were scored"
         )
-    rows = [row_of[name] for name in table.image_names]
     return LabelTable(truth.about.iloc[rows], truth.targets[rows])
 
 
@@ -100,23 +101,15 @@ def evaluate(
     """Score `tables` (over the same images in the same order) against the matching rows of `truth`."""
     targets = truth.targets.astype(np.float64)
     patients = truth.about["patient"].to_numpy(object)
-    studies = study_ids(truth.about["patient"], truth.about["study"])
-    probs = [table.probs for table in tables]
-    samples = metrics.bootstrap_auroc(targets, probs, patients, num_resamples=num_resamples, seed=seed)
-    scores = [_score(table, targets, patients, studies, samples[i]) for i, table in enumerate(tables)]
-    macros = [metrics.macro_samples(samples[i]) for i in range(len(tables))]
+    resample = functools.partial(metrics.bootstrap_auroc, num_resamples=num_resamples, seed=seed)
+    samples = resample(targets, [table.probs for table in tables], patients)
+    scores = [_score(table, targets, truth.about, values) for table, values in zip(tables, samples, strict=True)]
     comparisons = []
-    for one, other in itertools.combinations(range(len(tables)), 2):
-        difference = macros[one] - macros[other]
-        comparisons.append(
-            Comparison(
-                scores[one].name,
-                scores[other].name,
-                scores[one].macro_auroc - scores[other].macro_auroc,
-                metrics.interval(difference),
-                float(np.mean(difference[~np.isnan(difference)] > 0)),
-            )
-        )
+    macros = metrics.macro_samples(samples)
+    for (one, first), (other, second) in itertools.combinations(zip(scores, macros, strict=True), 2):
+        gain, difference = one.macro_auroc - other.macro_auroc, first - second
+        above = float(np.mean(difference[~np.isnan(difference)] > 0))
+        comparisons.append(Comparison(one.name, other.name, gain, metrics.interval(difference), above))
     return Evaluation(
         num_images=len(truth),
         num_patients=len(set(patients)),
@@ -125,30 +118,25 @@ def evaluate(
         positives=[int(count) for count in targets.sum(axis=0)],
         scores=scores,
         comparisons=comparisons,
-        subgroups=list(_subgroups(probs[0], targets, truth.about, num_resamples, seed)),
+        subgroups=list(_subgroups(tables[0].probs, targets, truth.about, resample)),
     )
 
 
-def _score(
-    table: ScoreTable,
-    targets: metrics.Floats,
-    patients: NDArray[Any],
-    studies: Sequence[tuple[str, str] | None],
-    samples: metrics.Floats,
-) -> TableScore:
+def _score(table: ScoreTable, targets: metrics.Floats, about: pd.DataFrame, samples: metrics.Floats) -> TableScore:
     auroc = metrics.auroc_per_label(targets, table.probs)
     value, num_labels = metrics.macro(auroc)
+    studies = study_ids(about["patient"], about["study"])
     by_study = math.nan
     if None not in studies:
         by_study = metrics.macro_auroc(targets, average_studies(table, studies).probs)[0]
-    calibrated = calibration.calibrated_by_halves(table.probs, targets, patients)
+    calibrated = calibration.calibrated_by_halves(table.probs, targets, about["patient"].to_numpy(object))
     return TableScore(
         name=table.name,
         macro_auroc=value,
         macro_interval=metrics.interval(metrics.macro_samples(samples)),
         num_labels=num_labels,
         auroc=auroc.tolist(),
-        auroc_interval=[metrics.interval(samples[:, label]) for label in range(len(table.labels))],
+        auroc_interval=[metrics.interval(values) for values in samples.T],
         average_precision=metrics.average_precision_per_label(targets, table.probs).tolist(),
         calibration_error=calibration.reliability(targets, table.probs).expected_error,
         temperature=calibration.temperature(targets, table.probs),
@@ -158,40 +146,16 @@ def _score(
 
 
 def _subgroups(
-    probs: NDArray[np.float32], targets: metrics.Floats, about: pd.DataFrame, num_resamples: int, seed: int
+    probs: NDArray[np.float32], targets: metrics.Floats, about: pd.DataFrame, resample: Callable[..., metrics.Floats]
 ) -> Iterator[Subgroup]:
-    patients = about["patient"].to_numpy(object)
+    about = about.reset_index()
+    ages = pd.to_numeric(about["age"], errors="coerce")
+    about["age"] = pd.cut(ages, AGES, right=False, labels=AGE_NAMES)  # nan, which is no group, where it is unknown
     for kind in ("view", "sex", "age"):
-        values = about[kind].to_numpy(object)
-        if kind == "age":
-            values = np.array([_age_bin(value) for value in values], dtype=object)
-            order = [name for _, _, name in AGE_BINS]
-        else:
-            order = sorted(set(values))
-        for value in order:
-            rows = np.flatnonzero(values == value)
-            if not value or len(rows) < MIN_SUBGROUP:
-                continue
-            auroc = metrics.auroc_per_label(targets[rows], probs[rows])
-            macro, num_labels = metrics.macro(auroc)
-            samples = metrics.bootstrap_auroc(
-                targets[rows], [probs[rows]], patients[rows], num_resamples=num_resamples, seed=seed
-            )
-            low_high = metrics.interval(metrics.macro_samples(samples[0])) if num_labels else (math.nan, math.nan)
-            yield Subgroup(kind, value, len(rows), num_labels, macro, low_high)
-
-
-def _age_bin(text: str) -> str:
-    try:
-        age = float(text)
-    except ValueError:
-        return ""
-    return next((name for low, high, name in AGE_BINS if low <= age < high), "")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        for value, group in about.groupby(kind, observed=True):
+            rows = group.index.to_numpy()
+            if value and len(rows) >= MIN_SUBGROUP:
+                macro, num_labels = metrics.macro_auroc(targets[rows], probs[rows])
+                samples = resample(targets[rows], [probs[rows]], group["patient"].to_numpy(object))
+                interval = metrics.interval(metrics.macro_samples(samples[0]))
+                yield Subgroup(kind, str(value), len(rows), num_labels, macro, interval)

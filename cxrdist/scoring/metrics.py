@@ -1,9 +1,8 @@
 """How good a table of probabilities is: AUROC, average precision, and their bootstrap intervals.
 
 All functions take targets (N, K) of 0 and 1 and probs (N, K). AUROC comes from rank sums with ties counted half, in
-exact integer arithmetic on float64, so it does not depend on the order of the rows. A label that lacks positives or
-negatives has no AUROC: it is nan here and left out of the macro, which says how many labels it holds (torchmetrics
-scores such a label 0 and drags the macro down).
+exact integer arithmetic on float64, so the order of the rows does not matter. A label that lacks positives or negatives
+has no AUROC: it is nan here and left out of the macro (torchmetrics scores it 0 and drags the macro down).
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,12 @@ class _Ranking:
         values: Floats = np.divide(won, num_pairs, out=np.full(len(weights), np.nan), where=num_pairs > 0)
         return values
 
+    def from_the_top(self) -> tuple[Floats, Floats]:
+        """(T + 1,) positives and negatives at or above each of T distinct probs, from the highest down, after a 0."""
+        positive = np.add.reduceat(self.positive, self.starts)[::-1]
+        sizes = np.diff(np.append(self.starts, len(self.positive)))[::-1]
+        return np.cumsum([0.0, *positive]), np.cumsum([0.0, *(sizes - positive)])
+
 
 def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     """(K,) AUROC of each label, in [0, 1]; nan where a label has no positives, no negatives, or a prob that is nan.
@@ -45,10 +50,9 @@ def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     Raises ValueError when the shapes differ, and UserError when a target is neither 0 nor 1.
     """
     target_table, prob_table = _checked(targets, probs)
-    ones = np.ones((1, len(target_table)))
     values = np.full(target_table.shape[1], np.nan)
     for label, ranking in _rankings(target_table, prob_table):
-        values[label] = ranking.auroc(ones)[0]
+        values[label] = ranking.auroc(np.ones((1, len(target_table))))[0]
     return values
 
 
@@ -71,24 +75,23 @@ def average_precision_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     target_table, prob_table = _checked(targets, probs)
     values = np.full(target_table.shape[1], np.nan)
     for label, ranking in _rankings(target_table, prob_table):
-        positive = np.add.reduceat(ranking.positive, ranking.starts)[::-1]
-        sizes = np.diff(np.append(ranking.starts, len(ranking.positive)))[::-1]
-        if positive.sum() > 0:
-            precision = np.cumsum(positive) / np.cumsum(sizes)
-            values[label] = float((precision * positive).sum() / positive.sum())
+        positive, negative = ranking.from_the_top()
+        if positive[-1] > 0:
+            precision = positive[1:] / (positive[1:] + negative[1:])
+            values[label] = float((precision * np.diff(positive)).sum() / positive[-1])
     return values
 
 
 def roc_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
     """One label's ROC: false and true positive rates (T,), from (0, 0) to (1, 1), one point per distinct prob."""
-    positive, negative = _counts_from_the_top(targets, probs)
+    positive, negative = _Ranking(np.asarray(targets, dtype=np.float64), np.asarray(probs)).from_the_top()
     return negative / max(negative[-1], 1), positive / max(positive[-1], 1)
 
 
 def precision_recall_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
     """One label's recall and precision (T,), one point per distinct prob, from the highest down."""
-    positive, negative = (counts[1:] for counts in _counts_from_the_top(targets, probs))
-    return positive / max(positive[-1], 1), positive / (positive + negative)
+    positive, negative = _Ranking(np.asarray(targets, dtype=np.float64), np.asarray(probs)).from_the_top()
+    return positive[1:] / max(positive[-1], 1), positive[1:] / (positive[1:] + negative[1:])
 
 
 def bootstrap_auroc(
@@ -101,16 +104,14 @@ def bootstrap_auroc(
 ) -> Floats:
     """(T, num_resamples, K) AUROCs on resamples of the patients, drawn with replacement with all their images.
 
-    All T tables are scored on the same resamples, so the difference of two of them is a paired comparison. A label is
-    nan in a resample that left it without positives or negatives. Images of a patient are alike: resampling images
-    instead of patients gives intervals that are too narrow.
+    All T tables are scored on the same resamples: differences are paired. A label is nan in a resample that left it
+    without positives or negatives. Resampling images, which are alike within a patient, gives too narrow intervals.
     """
-    checked = [_checked(targets, table) for table in tables]
+    rankings = [list(_rankings(*_checked(targets, table))) for table in tables]
     _, patient_ids = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     num_patients = int(patient_ids.max()) + 1 if len(patient_ids) else 0
     rng = np.random.default_rng(seed)
-    rankings = [list(_rankings(target_table, prob_table)) for target_table, prob_table in checked]
-    values = np.full((len(tables), num_resamples, checked[0][0].shape[1]), np.nan)
+    values = np.full((len(tables), num_resamples, np.shape(targets)[1]), np.nan)
     block = max(1, _CELLS_AT_ONCE // max(1, len(patient_ids)))
     for start in range(0, num_resamples, block):
         rows = slice(start, min(start + block, num_resamples))
@@ -135,8 +136,8 @@ def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float
 def macro_samples(samples: Floats) -> Floats:
     """(..., B) macro AUROC of bootstrap samples (..., B, K), over the labels that each resample kept; nan if none.
 
-    Only on small sets does a resample lose a label. Leaving such a resample out altogether would keep almost none where
-    several labels are rare; paired tables lose the same labels in the same resamples, so their difference stays fair.
+    Leaving out each resample that lost a label would keep almost none where several labels are rare; paired tables lose
+    the same labels in the same resamples, so their difference stays fair.
     """
     defined = ~np.isnan(samples)
     count = defined.sum(axis=-1)
@@ -159,12 +160,3 @@ def _rankings(targets: Floats, probs: NDArray[np.floating]) -> Iterator[tuple[in
     for label in range(targets.shape[1]):
         if len(targets) and not np.isnan(probs[:, label]).any():
             yield label, _Ranking(targets[:, label], probs[:, label])
-
-
-def _counts_from_the_top(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
-    ranking = _Ranking(np.asarray(targets, dtype=np.float64), np.asarray(probs))
-    ends = np.append(ranking.starts[1:], len(ranking.positive))
-    positive = np.add.reduceat(ranking.positive, ranking.starts)
-    negative = np.diff(np.append(ranking.starts, ends[-1:])) - positive
-    zero = np.zeros(1)
-    return np.concatenate((zero, np.cumsum(positive[::-1]))), np.concatenate((zero, np.cumsum(negative[::-1])))

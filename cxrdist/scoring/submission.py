@@ -23,13 +23,9 @@ def template_of(task: Task, image_names: Iterable[str]) -> Template:
 def check_template(
     template: Template, image_names: Iterable[str], unreadable: dict[str, str], source: str = "the template"
 ) -> None:
-    """Raise UserError unless every image of the template is to be scored or known as unreadable.
-
-    Called before any compute: a template of another task ends here, not after hours.
-    """
+    """UserError, before any compute, unless each image of the template is to be scored or known as unreadable."""
     known = {*image_names, *unreadable}
-    unknown = [name for name in template.image_names if name not in known]
-    if unknown:
+    if unknown := [name for name in template.image_names if name not in known]:
         raise UserError(
             f"{source} asks for {len(unknown):,} of {len(template):,} images that the shards do not hold, e.g. "
             f"{unknown[0]!r}; is it the template of this task and split?"
@@ -50,8 +46,7 @@ def write_submission(table: ScoreTable, template: Template, path: Path) -> dict[
         raise UserError("the score table holds values outside [0, 1]; a submission needs probabilities")
     means = table.probs.mean(axis=0, dtype=np.float64).astype(np.float32)
     row_of = {name: row for row, name in enumerate(table.image_names)}
-    fallback = {}
-    buffer = io.StringIO()
+    fallback, buffer = {}, io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(template.header)
     place = template.header.index(template.image_column)

@@ -13,9 +13,10 @@ import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from cxrdist.documents import Document, read_bounded
@@ -27,7 +28,8 @@ from cxrdist.task import TASKS, Task
 FORMAT_VERSION = 2
 Average = Literal["prob", "logit", "rank"]
 Probs = NDArray[np.float32]
-_SMALLEST = np.float32(1e-7)  # probs are kept this far from 0 and 1 before a logit is taken
+Real = TypeVar("Real", np.float32, np.float64)
+AGAIN = "score again, or delete it to use the table without its origin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class Checkpoint(Document):
 class TableMeta(Document):
     """What made a table; the defaults stand for unknown.
 
-    labels: of the columns, where the task is unknown. shards: fingerprint. unreadable: image name -> reason, for images
-    that were asked for and could not be scored. sha256: of the CSV.
+    labels: of the columns, where the task is unknown. shards: fingerprint. unreadable: image name -> reason, of images
+    asked for and not scored. sha256: of the CSV.
     """
 
     format_version: int = FORMAT_VERSION
@@ -112,48 +114,54 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     Raises UserError, with file, line and column, for: another task, label columns in another order, a value that is
     not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
+    remedy = "give a score table, e.g. OUT/scores/eva_x.csv"
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8-sig")
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a score table, e.g. OUT/scores/eva_x.csv") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a CSV file; give a score table, e.g. OUT/scores/eva_x.csv") from None
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path} is not a CSV file; {remedy}") from None
     side = path.with_suffix(".json")
-    meta = _read_meta(side) or TableMeta(member=path.stem)
+    meta = _read_meta(side) if side.exists() else TableMeta(member=path.stem)
     if task is not None and meta.task is not None and (found := task.differences(meta.task)):
         raise UserError(f"{path} is of another task than --task: {found[0]}; give the tables' own task, or none")
-    rows = list(csv.reader(io.StringIO(text, newline="")))
-    labels = _check_header(path, rows[0] if rows else [], meta.task or task, meta.labels)
+    task = meta.task or task
+    labels = _check_header(path, rows[0] if rows else [], task, meta.labels)
     names: dict[str, int] = {}
     probs = np.zeros((len(rows) - 1, len(labels)), dtype=np.float32)
     for line, cells in enumerate(rows[1:], start=2):
         if len(cells) != len(labels) + 1:
             raise UserError(f"{path}, line {line}: {len(cells)} cells instead of {len(labels) + 1}; make it again")
-        if cells[0] in names:
-            raise UserError(
-                f"{path}: image {cells[0]!r} is in line {names[cells[0]]} and again in line {line}; keep one"
-            )
-        names[cells[0]] = line
+        if (first := names.setdefault(cells[0], line)) != line:
+            raise UserError(f"{path}: image {cells[0]!r} is in line {first} and again in line {line}; keep one")
         try:
             probs[line - 2] = [float(cell) for cell in cells[1:]]
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
-    bad = np.argwhere(~((probs >= 0) & (probs <= 1)))
-    if len(bad):
+    if len(bad := np.argwhere(~((probs >= 0) & (probs <= 1)))):
         row, column = bad[0]
         value = f"{list(names)[row]!r}, {labels[column]}: {probs[row, column]}"
         raise UserError(f"{path}: {value} is not a probability in [0, 1]")
     if not meta.sha256:
         print(f"{path}: no JSON beside it says its split, shards and models, so they cannot be compared")
     elif meta.sha256 != hashlib.sha256(content).hexdigest():
-        raise UserError(
-            f"{path} was changed after it was written (its hash is not the one in {side.name}); score again, or delete "
-            f"{side.name} to use it without its origin"
-        )
-    task = meta.task or task
+        raise UserError(f"{side}: {path.name} was changed after it was written, its hash is another; {AGAIN}")
     meta = dataclasses.replace(meta, task=task, labels=labels if task is None else ())
     return ScoreTable(np.array(list(names), dtype=object), probs, meta)
+
+
+def read_members(
+    paths: Sequence[Path], task: Task | None, weights: Sequence[float] | None = None
+) -> tuple[list[ScoreTable], list[float]]:
+    """A table for each member in the files, its parts joined, and its weight: `weights`, else as it was scored with.
+
+    Raises UserError as `read_table` and `join_parts` do, and for another number of weights than of members.
+    """
+    tables = join_parts([read_table(path, task) for path in paths])
+    if weights is not None and len(weights) != len(tables):
+        raise UserError(f"--weights has {len(weights)} numbers for {len(tables)} members; give one per member")
+    return tables, [table.meta.weight for table in tables] if weights is None else list(weights)
 
 
 def task_of(table: ScoreTable, given: Task | None) -> Task:
@@ -181,16 +189,24 @@ def average(probs: Sequence[Probs], weights: Sequence[float] | None = None, how:
     shares = shares / shares.sum()
     total = np.zeros_like(probs[0])
     for share, table in zip(shares, probs, strict=True):
-        total += np.float32(share) * _transformed(table, how)
-    if how == "logit":
-        total = sigmoid(total)
-    return np.clip(total, 0.0, 1.0)
+        if how == "logit":
+            table = logit(table)
+        elif how == "rank":  # equal probs share the middle of their places
+            table = ((pd.DataFrame(table).rank().to_numpy() - 0.5) / len(table)).astype(np.float32)
+        total += np.float32(share) * table
+    return np.clip(sigmoid(total) if how == "logit" else total, 0.0, 1.0)
 
 
 def sigmoid(logits: NDArray[np.float32]) -> Probs:
     """1 / (1 + exp(-x)) in float32, without overflow."""
     small = np.exp(-np.abs(logits.astype(np.float32, copy=False)))
     return np.asarray(np.where(logits >= 0, 1 / (1 + small), small / (1 + small)), dtype=np.float32)
+
+
+def logit(probs: NDArray[Real]) -> NDArray[Real]:
+    """log(p / (1 - p)) in the type of `probs`, which are first kept 1e-7 away from 0 and 1."""
+    inside = np.clip(probs, 1e-7, 1 - 1e-7)
+    return np.asarray(np.log(inside) - np.log1p(-inside), dtype=probs.dtype)
 
 
 def average_tables(
@@ -200,37 +216,64 @@ def average_tables(
 
     Raises UserError when they hold different images, tasks, splits or shard sets; nothing is averaged then.
     """
-    aligned = align(tables)
-    shares = [1.0] * len(tables) if weights is None else list(weights)
+    aligned = [table.probs for table in align(tables)]
+    shares = [1.0] * len(tables) if weights is None else weights
     first = tables[0].meta
-    meta = TableMeta(member="ensemble", task=first.task, labels=first.labels, split=first.split, shards=first.shards)
-    members = {table.name: share for table, share in zip(tables, shares, strict=True)}
-    meta = dataclasses.replace(meta, average=how, members=members, **_together(tables))
+    meta = TableMeta(
+        member="ensemble",
+        task=first.task,
+        labels=first.labels,
+        split=first.split,
+        shards=first.shards,
+        average=how,
+        members={table.name: share for table, share in zip(tables, shares, strict=True)},
+        **_together(tables),
+    )
     return ScoreTable(tables[0].image_names, average(aligned, shares, how), meta)
 
 
-def align(tables: Sequence[ScoreTable]) -> list[Probs]:
-    """Every table's probs in the first one's row order; UserError as in `average_tables`."""
-    first = tables[0]
-    position = {name: row for row, name in enumerate(first.image_names)}
+def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """Every table in the first one's row order; UserError as in `average_tables`."""
+    first, names = tables[0], pd.Index(tables[0].image_names)
     aligned = []
     for table in tables:
+        both = f"tables {first.name!r} and {table.name!r}"
         if found := _differences(first, table):
+            raise UserError(f"{both} differ in {found}; score both with one shard set")
+        own = pd.Index(table.image_names)
+        missing, extra = names.difference(own), own.difference(names)
+        if len(missing) or len(extra):
+            example = f"{missing[0]!r} is only in the first" if len(missing) else f"{extra[0]!r} is only in the second"
             raise UserError(
-                f"tables {first.name!r} and {table.name!r} differ in {found}; score both with one shard set"
+                f"{both} hold different images: {len(missing):,} missing and {len(extra):,} extra in the second "
+                f"({example}); score both on the same images"
             )
-        missing = sorted(set(position) - set(table.image_names))
-        extra = sorted(set(table.image_names) - set(position))
-        if missing or extra:
-            example = f"{missing[0]!r} is only in the first" if missing else f"{extra[0]!r} is only in the second"
-            raise UserError(
-                f"tables {first.name!r} and {table.name!r} hold different images: {len(missing):,} missing and "
-                f"{len(extra):,} extra in the second ({example}); score both on the same images"
-            )
-        rows = np.empty(len(position), dtype=np.int64)
-        rows[[position[name] for name in table.image_names]] = np.arange(len(position))
-        aligned.append(table.probs[rows])
+        aligned.append(ScoreTable(first.image_names, table.probs[own.get_indexer(names)], table.meta))
     return aligned
+
+
+def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """Tables of the same member over disjoint images (its out-of-fold parts) become one; others stay as they are.
+
+    Order: each member where it first appears. Raises UserError when parts of a member overlap or differ in their task,
+    split or shard set.
+    """
+    by_member: dict[str, list[ScoreTable]] = {}
+    for table in tables:
+        by_member.setdefault(table.name, []).append(table)
+    joined = []
+    for name, parts in by_member.items():
+        names = np.concatenate([part.image_names for part in parts])
+        if len(repeated := names[pd.Series(names).duplicated()]):
+            raise UserError(
+                f"two tables are named {name!r} and both hold image {repeated[0]!r}: give them different member names "
+                "(their JSON says the name), or parts over different images"
+            )
+        if found := next(filter(None, (_differences(parts[0], part) for part in parts)), ""):
+            raise UserError(f"two parts of member {name!r} differ in {found}; score all with one shard set")
+        meta = dataclasses.replace(parts[0].meta, **_together(parts))
+        joined.append(ScoreTable(names, np.concatenate([part.probs for part in parts]), meta))
+    return joined
 
 
 def _together(tables: Sequence[ScoreTable]) -> dict[str, Any]:
@@ -253,38 +296,6 @@ def _differences(one: ScoreTable, other: ScoreTable) -> str:
     return ""
 
 
-def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
-    """Tables of the same member over disjoint images (its out-of-fold parts) become one; others stay as they are.
-
-    Order: each member where it first appears. Raises UserError when parts of a member overlap or differ in their task,
-    split or shard set.
-    """
-    by_member: dict[str, list[ScoreTable]] = {}
-    for table in tables:
-        by_member.setdefault(table.name, []).append(table)
-    joined = []
-    for name, parts in by_member.items():
-        names = np.concatenate([part.image_names for part in parts])
-        if len(set(names)) < len(names):
-            repeated = next(image for image in names if (names == image).sum() > 1)
-            raise UserError(
-                f"two tables are named {name!r} and both hold image {repeated!r}: give them different member names "
-                "(their JSON says the name), or parts over different images"
-            )
-        if found := next(filter(None, (_differences(parts[0], part) for part in parts)), ""):
-            raise UserError(f"two parts of member {name!r} differ in {found}; score all with one shard set")
-        meta = dataclasses.replace(parts[0].meta, **_together(parts))
-        joined.append(ScoreTable(names, np.concatenate([part.probs for part in parts]), meta))
-    return joined
-
-
-def member_weights(tables: Sequence[ScoreTable], given: Sequence[float] | None) -> list[float]:
-    """`--weights` as given, else the weights that the members were scored with (1 where a table names none)."""
-    if given is not None and len(given) != len(tables):
-        raise UserError(f"--weights has {len(given)} numbers for {len(tables)} members; give one per member")
-    return [table.meta.weight for table in tables] if given is None else list(given)
-
-
 def study_ids(patients: Iterable[str], studies: Iterable[str]) -> list[tuple[str, str] | None]:
     """An id per image for `average_studies`; None where the study is not known."""
     return [(patient, study) if study else None for patient, study in zip(patients, studies, strict=True)]
@@ -295,12 +306,12 @@ def average_studies(table: ScoreTable, studies: Sequence[Hashable | None]) -> Sc
 
     Args: studies: (N,) the study of each image. Raises UserError where it is None: not known.
     """
-    for name, study in zip(table.image_names, studies, strict=True):
-        if study is None:
-            raise UserError(f"the study of image {name!r} is not known; shard sets and label CSVs with studies say it")
-    number = {study: place for place, study in enumerate(dict.fromkeys(studies))}
-    ids = np.array([number[study] for study in studies], dtype=np.int64)
-    sums = np.zeros((len(number), table.probs.shape[1]), dtype=np.float64)
+    ids, distinct = pd.factorize(pd.Series(list(studies), dtype=object))
+    if len(unknown := table.image_names[ids < 0]):
+        raise UserError(
+            f"the study of image {unknown[0]!r} is not known; shard sets and label CSVs with studies say it"
+        )
+    sums = np.zeros((len(distinct), table.probs.shape[1]), dtype=np.float64)
     np.add.at(sums, ids, table.probs)
     means = (sums / np.bincount(ids)[:, None]).astype(np.float32)
     return ScoreTable(table.image_names, means[ids], dataclasses.replace(table.meta, study_averaged=True))
@@ -321,29 +332,14 @@ def search_weights(tables: Sequence[ScoreTable], targets: NDArray[Any], *, round
                 f"table {table.name!r} is not out-of-fold: weights may only be searched on patients that its models "
                 "did not see; make it with `cxrdist.infer --split train --fold K` from runs with --validate-fold K"
             )
-    aligned = align(tables)
+    aligned = [table.probs for table in align(tables)]
     picks = np.zeros(len(tables))
     total = np.zeros_like(aligned[0], dtype=np.float64)
     for _ in range(rounds):
-        scores = [macro_auroc(targets, total + table)[0] for table in aligned]
-        best = int(np.argmax(scores))
+        best = int(np.argmax([macro_auroc(targets, total + probs)[0] for probs in aligned]))
         picks[best] += 1
         total += aligned[best]
     return [float(share) for share in picks / picks.sum()]
-
-
-def _transformed(probs: Probs, how: Average) -> Probs:
-    if how == "prob":
-        return probs
-    if how == "logit":
-        inside = np.clip(probs, _SMALLEST, 1 - _SMALLEST)
-        return np.log(inside) - np.log1p(-inside)
-    ranks = np.empty(probs.shape, dtype=np.float32)
-    for label in range(probs.shape[1]):
-        _, ids, counts = np.unique(probs[:, label], return_inverse=True, return_counts=True)
-        middle = np.cumsum(counts) - counts + (counts - 1) / 2  # equal probs share the middle of their places
-        ranks[:, label] = (middle[ids] + 0.5) / len(probs)
-    return ranks
 
 
 def _check_header(path: Path, header: list[str], task: Task | None, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -366,21 +362,16 @@ def _check_header(path: Path, header: list[str], task: Task | None, wanted: tupl
     return wanted
 
 
-def _read_meta(path: Path) -> TableMeta | None:
-    """The JSON beside a table, of format version 1, too; None where there is none."""
-    if not path.exists():
-        return None
-    content = read_bounded(path)
+def _read_meta(path: Path) -> TableMeta:
+    """The JSON beside a table, of format version 1, too."""
     try:
-        data = json.loads(content)
-        version, sha256 = data["format_version"], data["sha256"]
-        if version == 1:
+        data = json.loads(read_bounded(path))
+        if data["format_version"] == 1:
             task = TASKS[data.pop("div")] if "div" in data else None
             data |= {"format_version": FORMAT_VERSION, "task": task and dataclasses.asdict(task)}
             data["members"] = {item["member"]: item["weight"] for item in data.get("members", [])}
-        if version in (1, FORMAT_VERSION) and sha256:
+        if data["sha256"] and data["format_version"] == FORMAT_VERSION:
             return TableMeta.from_json(json.dumps(data), path)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        found = error if isinstance(error, UserError) else f"{path} is damaged"
-        raise UserError(f"{found}; score again, or delete it to use the table without its origin") from None
-    raise UserError(f"{path}: format version {version}, this cxrdist reads {FORMAT_VERSION}; score again")
+        raise UserError(f"{error if isinstance(error, UserError) else f'{path} is damaged'}; {AGAIN}") from None
+    raise UserError(f"{path}: format version {data['format_version']}, this cxrdist reads {FORMAT_VERSION}; {AGAIN}")

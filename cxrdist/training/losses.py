@@ -3,6 +3,7 @@
 Source of focal + BCE: the published run (its numbers are fields of the recipe).
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -46,19 +47,8 @@ def focal_bce(
 
 def published(recipe: Recipe, pos_weight: Tensor) -> Criterion:
     """`focal_bce` with a recipe's numbers."""
-
-    def criterion(logits: Tensor, targets: Tensor) -> Loss:
-        return focal_bce(
-            logits,
-            targets,
-            pos_weight,
-            focal_weight=recipe.focal_weight,
-            focal_alpha=recipe.focal_alpha,
-            focal_gamma=recipe.focal_gamma,
-            bce_weight=recipe.bce_weight,
-        )
-
-    return criterion
+    names = ("focal_weight", "focal_alpha", "focal_gamma", "bce_weight")
+    return functools.partial(focal_bce, pos_weight=pos_weight, **{name: getattr(recipe, name) for name in names})
 
 
 LOSSES: dict[str, Callable[[Recipe, Tensor], Criterion]] = {"focal_bce": published}

@@ -1,5 +1,6 @@
 """Validation: loss and AUROC of the averaged weights on images that are not trained on, each once over all ranks."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,11 @@ class Validation:
             **{f"auroc/{label}": value for label, value in self.auroc.items()},
         }
 
-    def summary(self) -> dict[str, float | str]:
-        """What a checkpoint keeps of it."""
-        return {"loss": self.losses["total"], "auroc_macro": self.auroc_macro, "auroc_labels": self.labels_text}
+    def summary(self) -> dict[str, float | str | None]:
+        """What a checkpoint keeps of it; None for what is non-finite."""
+        numbers = {"loss": self.losses["total"], "auroc_macro": self.auroc_macro}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        return {**finite, "auroc_labels": self.labels_text}
 
 
 def validate(

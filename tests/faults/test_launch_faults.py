@@ -208,7 +208,7 @@ def test_hung_rank_ends_the_run_within_the_timeout_and_says_what_to_do(
     stopped = job.seconds()
     assert job.wait(TIMEOUT_S + 45) != 0
     assert job.seconds() - stopped < TIMEOUT_S + 45
-    assert "stopped answering" in job.output()
+    assert "stopped responding" in job.output()
     assert "--resume" in job.output()
     assert psutil.wait_procs(workers, timeout=10)[1] == []  # no orphans
 

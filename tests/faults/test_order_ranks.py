@@ -33,7 +33,7 @@ from cxrdist.shards.index import open_index
 folder, out, num_rows, global_batch_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 dist.init_process_group("gloo")
 rank, world_size = dist.get_rank(), dist.get_world_size()
-index = open_index(folder, "train", "b")
+index = open_index(folder, "train")
 torch.manual_seed(0)
 alone = torch.nn.Linear(225, 14).double()
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(225, 14).double())

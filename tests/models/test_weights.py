@@ -118,7 +118,7 @@ def test_the_best_classifier_is_the_one_the_last_record_names(golden, tmp_path):
     for text, message in [
         ('ITER: 1\n{"best_classifier": {"name": "linear:lr=9"}}\n', "no classifier linear:lr=9"),
         ('ITER: 1\n{"best_classifier"', "without best_classifier"),
-        ("nothing\n", "names no best_classifier"),
+        ("nothing\n", "has no record"),
     ]:
         results.write_text(text)
         with pytest.raises(UserError, match=message):

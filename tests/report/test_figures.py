@@ -62,8 +62,8 @@ def test_of_very_many_labels_those_with_the_most_positives_are_drawn_and_the_pag
     targets = (rng.random((20, 1000)) < 0.5).astype(np.float64)
     for section in (
         figures.label_section(result),
-        figures.roc_section([table], targets, result),
-        figures.precision_section([table], targets, result),
+        figures.curves_section(figures.ROC, [table], targets, result),
+        figures.curves_section(figures.PRECISION, [table], targets, result),
     ):
         assert "Only the 48 labels with the most positives." in section.about
     assert "label 999" in figures.label_section(result).body, "the table holds every label"

@@ -20,9 +20,9 @@ import torch
 
 from cxrdist import recipes, train
 from cxrdist.cli import run_entry
+from cxrdist.distributed.ranks import Ranks
 from cxrdist.recipes import Group, Inference, Recipe
 from cxrdist.runs import checkpoint
-from cxrdist.runs.folder import RunFolder
 
 TINY = (("depth", 12), ("embed_dim", 24), ("num_heads", 2))
 TINY_CHEXFOUND = (("decoder_dim", 16), ("depth", 4), ("embed_dim", 32), ("init_values", 1.0), ("num_heads", 2))
@@ -81,7 +81,7 @@ def inject(fault: dict[str, Any]) -> None:
 
         owner, name = {
             "step": (train.Control, "after_step"),
-            "save_epoch": (RunFolder, "save_epoch"),
+            "save_epoch": (Ranks, "on_main"),  # which all ranks call
             "validate": (train, "validate"),
             "file": (checkpoint, "write_safetensors"),
             "document": (checkpoint, "write_atomically"),  # state.json, meta.json, manifest.json
@@ -90,7 +90,8 @@ def inject(fault: dict[str, Any]) -> None:
 
         def then_die(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            happened()
+            if name != "on_main" or args[1].__name__ == kill["at"]:
+                happened()
             return result
 
         setattr(owner, name, then_die)

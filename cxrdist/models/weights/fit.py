@@ -1,17 +1,15 @@
 """Weights into a model: the files that a training starts from, adapted to the model's input size and labels."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cxrdist.errors import UserError
 from cxrdist.models import ARCHITECTURES
-from cxrdist.models.architecture import Architecture, Tensors
-from cxrdist.models.weights.layouts import WeightFile, listed, read_weights, size_of_file
+from cxrdist.models.architecture import Architecture, Tensors, found_misfits, listed, named_misfits
+from cxrdist.models.weights.layouts import WeightFile, read_weights, size_of_file
 
 WEIGHTS_FOLDER = Path("weights")
 
@@ -43,10 +41,7 @@ def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...
 
 
 def default_init_path(architecture: Architecture) -> Path:
-    """What `load_init` takes when `--init` is not given: the official file, or the folder of several.
-
-    Raises UserError that says which file to get and from where.
-    """
+    """What `load_init` takes when `--init` is not given: the official file, or the folder of several."""
     files = init_files(architecture, None)
     return files[0] if len(files) == 1 else files[0].parent
 
@@ -61,8 +56,6 @@ def load_init(
 ) -> str:
     """Copy a weight file into `model` and return a line that says what was found, adapted and left fresh.
 
-    The architecture's own rule (`fit`) brings position embedding and head to the model's input size and classes.
-
     Args:
         path: FILE, FILE,FILE, or a folder with the official files (see `init_files`).
         weights: "ema" takes the EMA's weights where the file holds both.
@@ -70,30 +63,28 @@ def load_init(
     Raises UserError, before anything is copied, that lists what is missing, unexpected or of another shape.
     """
     found = read_weights(*init_files(architecture, path), architecture=architecture)
-    chosen = ""
     if weights == "ema" and found.ema is not None:
-        found, chosen = replace(found, tensors=found.ema), ", EMA weights"
+        found = replace(found, tensors=found.ema, report=f"{found.report}, EMA weights")
     fitted, notes = _fit(architecture, model.state_dict(), model, found, complete)
     model.load_state_dict(fitted, strict=False)
-    return "; ".join([found.report + chosen, *notes])
+    return "; ".join([found.report, *notes])
 
 
 def load_backbone(architecture: Architecture, model: nn.Module, path: Path) -> str:
     """Copy only the frozen backbone of a file (any layout that holds one) into `model`; as `load_init` otherwise."""
     found = read_weights(path, architecture=architecture)
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name.startswith(architecture.frozen)}
-    state = model.state_dict()
-    own = {name: state[name] for name in architecture.frozen_names(model)}
+    tensors = {name: tensor for name, tensor in found.tensors.items() if architecture.is_frozen(name)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if architecture.is_frozen(name)}
     fitted, notes = _fit(architecture, own, model, replace(found, tensors=tensors), complete=True)
     model.load_state_dict(fitted, strict=False)
     return "; ".join([found.report, "backbone only", *notes])
 
 
 def _fit(
-    architecture: Architecture, own: Mapping[str, Tensor], model: nn.Module, found: WeightFile, complete: bool
+    architecture: Architecture, own: Tensors, model: nn.Module, found: WeightFile, complete: bool
 ) -> tuple[Tensors, list[str]]:
     """The tensors as the model takes them for `own`, and notes on what was adapted; UserError lists what cannot be."""
-    source = ", ".join(str(path) for path in found.paths)
+    source = ", ".join(map(str, found.paths))
     family = ARCHITECTURES.get(found.family, architecture)
     if family.recognise is not architecture.recognise:
         raise UserError(
@@ -101,39 +92,21 @@ def _fit(
         )
     tensors = dict(found.tensors)
     notes = [] if architecture.fit is None else architecture.fit(model, tensors, source)
-    missing = own.keys() - tensors.keys()
     head = {name for name in own if name.startswith(architecture.head)}
-    if not complete and head and head <= missing:
-        missing -= head
+    if not complete and head and not head & tensors.keys():
+        own = {name: tensor for name, tensor in own.items() if name not in head}
         notes.append(f"fresh head ({listed(sorted(head))})")
-    problems = _problems(own, tensors, missing)
-    if problems:
-        size = size_of_file(found) if "of another shape" in problems else None
+    misfits = found_misfits(own, tensors)
+    floating = [name for name in sorted(own.keys() & tensors.keys()) if own[name].is_floating_point()]
+    values = {name: tensors[name] for name in floating}
+    bad = [name for name, value in values.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if bad:
+        misfits["not finite floating point"] = bad
+    if misfits:
+        size = size_of_file(found) if "of another shape" in misfits else None
         hint = f"; its sizes are those of --model {size}" if size not in (None, architecture.name) else ""
-        if architecture.frozen and missing and all(name.startswith(architecture.frozen) for name in missing):
+        if "missing" in misfits and all(map(architecture.is_frozen, own.keys() - tensors.keys())):
             backbone = architecture.official.names[0] if architecture.official else "BACKBONE"
             hint += f"; name the backbone's file too: --init FILE,{backbone}"
-        text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items())
-        raise UserError(f"{source}: does not fit the model; {text}{hint}")
+        raise UserError(f"{source}: does not fit the model; {named_misfits(misfits)}{hint}")
     return tensors, notes
-
-
-def _problems(own: Mapping[str, Tensor], tensors: Tensors, missing: Iterable[str]) -> dict[str, list[str]]:
-    """What keeps tensors from being loaded: kind of problem -> names."""
-    shared = sorted(own.keys() & tensors.keys())
-    problems = {
-        "missing": sorted(missing),
-        "unexpected": sorted(tensors.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)}, model {tuple(own[name].shape)}"
-            for name in shared
-            if own[name].shape != tensors[name].shape
-        ],
-        "not finite floating point": [
-            name
-            for name in shared
-            if own[name].is_floating_point()
-            and not (tensors[name].is_floating_point() and bool(torch.isfinite(tensors[name]).all()))
-        ],
-    }
-    return {what: names for what, names in problems.items() if names}

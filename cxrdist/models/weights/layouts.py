@@ -15,11 +15,12 @@ Nothing is unpickled but tensors, containers, numbers and the few data classes i
 """
 
 import argparse
+import functools
 import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from cxrdist.errors import UserError
 from cxrdist.models import ARCHITECTURES
-from cxrdist.models.architecture import Architecture, Recognised, Tensors
+from cxrdist.models.architecture import Architecture, Recognised, Tensors, listed
 from cxrdist.models.weights.safetensors import check_readable, is_safetensors, read_safetensors
 
 # What official files hold beside tensors, all of it data: the run's arguments, and numbers that numpy wrote.
@@ -57,15 +58,14 @@ def safe_torch_load(path: Path) -> Any:
             mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged or foreign pickle provokes inside torch's reader
-        code = re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise UserError(
-                f"{path}: refused, reading it could run code ({code[1]}); use the file from its official source"
-            ) from None
-        reason = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else str(error)[:80].split("\n")[0]
-        raise UserError(
-            f"{path}: cut short, altered, or not a torch file ({reason or type(error).__name__}); get it again"
-        ) from None
+        reason = str(error)[:80].split("\n")[0] or type(error).__name__
+        problem = f"cut short, altered, or not a torch file ({reason}); get it again"
+        if isinstance(error, pickle.UnpicklingError):
+            code = re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error))
+            problem = "cut short, altered, or no pickle of tensors; get it again"
+            if code is not None:
+                problem = f"refused, reading it could run code ({code[1]}); use the file from its official source"
+        raise UserError(f"{path}: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ class WeightFile:
     Attributes:
         family: the first architecture that reads such files; its other sizes read them too (`architecture_of_file`).
         tensors: the weights; where a file holds nothing but an EMA, the EMA's.
-        ema: the EMA's weights, None where there are none.
-        optimizer: AdamW's state by parameter name (`step`, `exp_avg`, `exp_avg_sq`), None where there is none.
-        epoch: the published run's epoch, from 1.
         report: one line that says what was found, chosen and left out.
+        optimizer: AdamW's state by parameter name (`step`, `exp_avg`, `exp_avg_sq`).
+        epoch: the published run's epoch, from 1.
     """
 
     paths: tuple[Path, ...]
@@ -98,10 +97,7 @@ def read_weights(path: Path, *more: Path, architecture: Architecture | None = No
     architecture: the model the file should be of; one that recognises no layouts takes the tensors as they are named.
     Raises UserError when a file is missing, cut short, hostile, of no known layout, or does not belong to the others.
     """
-    found = _read_one(path, architecture)
-    for other in more:
-        found = _together(found, _read_one(other, architecture))
-    return found
+    return functools.reduce(_together, [_read_one(file, architecture) for file in (path, *more)])
 
 
 def architecture_of_file(found: WeightFile) -> str:
@@ -117,10 +113,10 @@ def size_of_file(found: WeightFile) -> str | None:
     for architecture in (item for item in ARCHITECTURES.values() if item.recognise is family.recognise):
         with torch.device("meta"):
             own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
-        sized = [name for name in found.tensors if not name.startswith(architecture.head)]
         if all(
-            name == architecture.position or (name in own and own[name].shape == found.tensors[name].shape)
-            for name in sized
+            name == architecture.position or (name in own and own[name].shape == tensor.shape)
+            for name, tensor in found.tensors.items()
+            if not name.startswith(architecture.head)
         ):
             return architecture.name
     return None
@@ -131,46 +127,43 @@ def _read_one(path: Path, expected: Architecture | None) -> WeightFile:
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         where = f"made from {metadata['layout']}, " if "layout" in metadata else ""
-        return _from_tensors(path, tensors, where, expected)
+        return _weight_file(path, {"model": tensors}, where, expected)
     raw = safe_torch_load(path)
     if not isinstance(raw, Mapping):
         raise UserError(f"{path}: holds a {type(raw).__name__}, not weights; give a file of weights")
-    if "model_state_dict" in raw or "ema_state_dict" in raw:
-        return _published_epoch(path, raw, expected)
+    published = {"model": raw.get("model_state_dict"), "ema": raw.get("ema_state_dict")}
+    if states := {kind: _flat(path, state) for kind, state in published.items() if state is not None}:
+        return _weight_file(path, states, "", expected, raw)
     where, state = "", raw
     for container in ("teacher", "model_ema", "model", "module", "state_dict"):
         if isinstance(state.get(container), Mapping):
             where, state = f"{where}{container} ", state[container]
-    return _from_tensors(path, _flat(path, state), f"under {where.strip()}, " if where else "", expected)
+    return _weight_file(path, {"model": _flat(path, state)}, f"under {where.strip()}, " if where else "", expected)
 
 
-def _from_tensors(path: Path, state: Tensors, where: str, expected: Architecture | None) -> WeightFile:
-    architecture, found = _recognised(path, state, expected)
-    report = _report(path, found.layout, architecture, where, found)
-    return WeightFile((path,), found.layout, architecture.name, found.tensors, report)
-
-
-def _published_epoch(path: Path, raw: Mapping[str, Any], expected: Architecture | None) -> WeightFile:
-    states = {key: _flat(path, raw[key]) for key in ("model_state_dict", "ema_state_dict") if key in raw}
-    ours = {key: _recognised(path, state, expected) for key, state in states.items()}
+def _weight_file(
+    path: Path,
+    states: dict[str, Tensors],
+    where: str,
+    expected: Architecture | None,
+    published: Mapping[str, Any] | None = None,
+) -> WeightFile:
+    """`states`, by model and ema, in our names; `published` is the epoch of a published run that holds them."""
+    ours = {kind: _recognised(path, state, expected) for kind, state in states.items()}
     architecture, found = next(iter(ours.values()))
-    layout = f"published_{architecture.name}"
-    epoch = int(raw["epoch"]) if isinstance(raw.get("epoch"), int) else None
-    parts = [key.removesuffix("_state_dict") for key in states]
-    optimizer = None
-    if "optimizer_state_dict" in raw and "model_state_dict" in ours:
-        optimizer = _named_optimizer(path, architecture, found.tensors, raw["optimizer_state_dict"])
-        parts.append("optimizer")
-    return WeightFile(
-        paths=(path,),
-        layout=layout,
-        family=architecture.name,
-        tensors=found.tensors,
-        report=_report(path, layout, architecture, f"epoch {epoch}, {' + '.join(parts)}, ", found),
-        ema=ours["ema_state_dict"][1].tensors if "ema_state_dict" in ours else None,
-        optimizer=optimizer,
-        epoch=epoch,
-    )
+    layout, epoch, optimizer = found.layout, None, None
+    if published is not None:
+        layout, parts = f"published_{architecture.name}", list(ours)
+        epoch = published["epoch"] if isinstance(published.get("epoch"), int) else None
+        if "optimizer_state_dict" in published and "model" in ours:
+            optimizer = _named_optimizer(path, architecture, found.tensors, published["optimizer_state_dict"])
+            parts.append("optimizer")
+        where = f"epoch {epoch}, {' + '.join(parts)}, "
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    summary = f"{path}: {layout} ({architecture.name}), {where}{len(found.tensors)} tensors, {count:,} values"
+    report = "; ".join([summary, *found.notes])
+    ema = ours["ema"][1].tensors if "ema" in ours else None
+    return WeightFile((path,), layout, architecture.name, found.tensors, report, ema, optimizer, epoch)
 
 
 def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tuple[Architecture, Recognised]:
@@ -190,12 +183,10 @@ def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tu
 
 
 def _together(first: WeightFile, second: WeightFile) -> WeightFile:
-    names = ", ".join(str(path) for path in (*first.paths, *second.paths))
+    paths, report = (*first.paths, *second.paths), f"{first.report}; {second.report}"
+    names = ", ".join(map(str, paths))
     if first.family != second.family:
         raise UserError(f"{names}: hold two different models ({first.family}, {second.family}); give files of one")
-    report = f"{first.report}; {second.report}"
-    paths = (*first.paths, *second.paths)
-    layouts = f"{first.layout} + {second.layout}"
     if first.layout == second.layout and first.epoch is not None:
         if first.epoch != second.epoch:
             raise UserError(f"{names}: are of epochs {first.epoch} and {second.epoch}; give files of one epoch")
@@ -203,9 +194,9 @@ def _together(first: WeightFile, second: WeightFile) -> WeightFile:
         if ema.ema is None or weights.ema is not None:
             raise UserError(f"{names}: do not complete each other; give the weights and the EMA of one epoch")
         return replace(weights, paths=paths, report=report, ema=ema.ema)
-    both = first.tensors.keys() & second.tensors.keys()
-    if both:
+    if both := first.tensors.keys() & second.tensors.keys():
         raise UserError(f"{names}: all hold {listed(both)}; give one file for each part")
+    layouts = f"{first.layout} + {second.layout}"
     return WeightFile(paths, layouts, first.family, first.tensors | second.tensors, report)
 
 
@@ -222,40 +213,18 @@ def _named_optimizer(
     path: Path, architecture: Architecture, tensors: Tensors, raw: Mapping[str, Any]
 ) -> dict[str, Tensors]:
     """AdamW state by our names: the published optimizers number the trained parameters in the state dict's order."""
-    skipped = set(architecture.not_in_optimizer)
-    names = [
-        name
-        for name in tensors
-        if name not in skipped and not (architecture.frozen and name.startswith(architecture.frozen))
-    ]
+    names = [name for name in tensors if name not in architecture.not_in_optimizer and not architecture.is_frozen(name)]
     try:
         numbers = [number for group in raw["param_groups"] for number in group["params"]]
-        state = {
-            number: {key: torch.as_tensor(value) for key, value in raw["state"][number].items()} for number in numbers
-        }
+        state = [{key: torch.as_tensor(value) for key, value in raw["state"][number].items()} for number in numbers]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: its optimizer state is not AdamW's; start from the weights only") from None
-    fits = len(numbers) == len(names) and all(
-        state[number].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        and state[number]["exp_avg"].shape == tensors[name].shape
-        for number, name in zip(numbers, names, strict=True)
-    )
-    if not fits:
+    if len(state) != len(names) or not all(
+        moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and moments["exp_avg"].shape == tensors[name].shape
+        for name, moments in zip(names, state, strict=True)
+    ):
         raise UserError(
-            f"{path}: its optimizer state is for {len(numbers)} parameters that do not match the {len(names)} trained "
+            f"{path}: its optimizer state is for {len(state)} parameters that do not match the {len(names)} trained "
             "ones in shape and order; start from the weights only"
         )
-    return {name: state[number] for number, name in zip(numbers, names, strict=True)}
-
-
-def _report(path: Path, layout: str, architecture: Architecture, where: str, found: Recognised) -> str:
-    count = sum(tensor.numel() for tensor in found.tensors.values())
-    summary = f"{path}: {layout} ({architecture.name}), {where}{len(found.tensors)} tensors, {count:,} values"
-    return "; ".join([summary, *found.notes])
-
-
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return dict(zip(names, state, strict=True))

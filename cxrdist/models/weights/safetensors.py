@@ -1,20 +1,22 @@
 """Safetensors files: written atomically, read whatever is wrong with them, compared by content."""
 
-import errno
 import hashlib
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cxrdist import files
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import Tensors
+
+NO_WEIGHTS = {  # how a file begins, in lower case -> what it is
+    (b"<!doctype", b"<html", b"<?xml"): "a web page, not weights; download the file itself",
+    (b"version https://git-lfs",): "a Git LFS pointer, not weights; fetch the file itself (git lfs pull)",
+}
 
 
 def file_sha256(path: Path) -> str:
@@ -37,29 +39,10 @@ def tensors_sha256(state: dict[str, Tensor], names: Iterable[str]) -> str:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors atomically: to a temporary file beside `path`, synced, then renamed over it.
-
-    UserError names the path and the free bytes when the disk is full; what was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write tensors atomically; UserError names the path and the free bytes when the disk is full."""
     # safetensors refuses tensors that share memory, and writes nothing but contiguous ones
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        with files.disk_errors_named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode  # the user's own; save_file leaves files that only their owner can read
-            try:
-                save_file(contiguous, temporary, metadata or {})
-            except SafetensorError as error:  # its text ends with "(os error 28)"
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
-            temporary.chmod(mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            files.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, save(contiguous, metadata or {}))
 
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -88,9 +71,8 @@ def check_readable(path: Path) -> None:
             start = file.read(64).lstrip().lower()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: is a web page, not weights; download the file itself")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
+    for begin, problem in NO_WEIGHTS.items():
+        if start.startswith(begin):
+            raise UserError(f"{path}: is {problem}")
     if not start:
         raise UserError(f"{path}: is empty; get it again")
