@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh COMMAND [ARGUMENTS]
-  demo [--images DIR --csv FILE]   the whole job on a small division: shards, two models, submission, report
+  demo [--images DIR --csv FILE]   all steps on a small division: shards, two models, submission, report
   setup                            make the environment (every command does it when it is missing)
   test [--all] [PYTEST ARGS]       the tests; --all adds faults and slow ones
   check | format                   format, lint, types and fast tests | rewrite the formatting

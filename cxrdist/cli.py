@@ -46,7 +46,7 @@ def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[s
             value = math.nan
         if not minimum <= value < math.inf:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} of at least {minimum}"
+                f"{text!r} is not {'an integer' if kind is int else 'a number'} of at least {minimum}"
             )
         return value
 

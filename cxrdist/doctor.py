@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     for text in problems:
         print(f"problem    {text}")
     if not problems:
-        print("no problem found; `./launch.sh demo` runs the whole job on a small division")
+        print("no problem found; `./launch.sh demo` runs all steps on a small division")
 
 
 def versions(problems: list[str]) -> str:

@@ -28,9 +28,9 @@ def equalise(levels: Tensor, counts: Tensor) -> Tensor:
     """CLAHE with 8x8 tiles.
 
     Args:
-        levels: (n, C, S, S) float32 whole grey levels in [0, 255], or three channels of RGB; S a multiple of 8.
+        levels: (n, C, S, S) float32 integer grey levels in [0, 255], or three channels of RGB; S a multiple of 8.
         counts: (n,) float32, from `clip_counts`.
-    Returns: (n, C, S, S) float32 whole levels, within 2 of albumentations 2.0.8 on three channels.
+    Returns: (n, C, S, S) float32 integer levels, within 2 of albumentations 2.0.8 on three channels.
     """
     tables = _tables_of_lightness(levels.device)
     if levels.shape[1] == 1:
@@ -47,7 +47,7 @@ def equalise(levels: Tensor, counts: Tensor) -> Tensor:
 
 
 def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
-    """OpenCV's CLAHE of (n, S, S) float32 whole levels, whatever they mean; `counts` as in `equalise`."""
+    """OpenCV's CLAHE of (n, S, S) float32 integer levels, whatever they mean; `counts` as in `equalise`."""
     num, size, _ = plane.shape
     device = plane.device
     tile_px = size // TILES

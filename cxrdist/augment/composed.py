@@ -34,8 +34,8 @@ def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[sl
         images: (B, C, H, W) uint8 on any device.
         draws: the parameters of the B images.
         image_size: S, px.
-    Returns: pairs (rows of the batch, (b, C, S, S) float32 whole grey levels). A part is one image on a CPU, where the
-    work then stays in the cache, and the whole batch on a GPU.
+    Returns: pairs (rows of the batch, (b, C, S, S) float32 integer levels). A part is one image on a CPU, where the
+    work then stays in the cache, and the full batch on a GPU.
     """
     num, _, height, width = images.shape
     part = num if images.is_cuda else 1
@@ -94,7 +94,7 @@ def _table(draws: Draws, source_size: tuple[int, int], size: int) -> NDArray[np.
 
 
 def _warp(images: Tensor, values: Tensor, x: Tensor, y: Tensor, rotated: bool) -> Tensor:
-    """(b, C, S, S) whole levels of `images` at frame positions x (b, 1, S) and y (b, S, 1); black beside the crop."""
+    """(b, C, S, S) integer levels of `images` at frame positions x (b, 1, S) and y (b, S, 1); black beside the crop."""
     num, size = len(images), x.shape[2]
     grid = torch.empty((num, 2, size, size), device=images.device)
     planes = grid.unbind(1)

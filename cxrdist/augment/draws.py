@@ -1,7 +1,7 @@
 """Random parameters of the training augmentation, as a pure function of (seed, epoch, key).
 
 A counter-based hash gives every image of every epoch its own numbers, so they depend neither on the batch an image is
-in nor on ranks, threads, or what was drawn before. Drawn on the host in numpy for the whole batch at once.
+in nor on ranks, threads, or what was drawn before. Drawn on the host in numpy for all of the batch at once.
 Source of the ranges: the published run (albumentations 2.0.8), with the arguments that took effect.
 """
 
@@ -131,13 +131,13 @@ def draw(
     )
     move = happens("shift")
     scale = np.stack([np.where(move, between(1.0 - SCALE, 1.0 + SCALE), 1.0) for _ in "xy"], 1)
-    # Whole pixels, cut towards zero as the library's int() does.
+    # Integer pixels, cut towards zero as the library's int() does.
     shift = np.stack([np.where(move, np.trunc(between(-SHIFT, SHIFT) * image_size), 0.0) for _ in "xy"], 1)
     return Draws(crop, flip, angle, clip_limit, contrast, brightness, cut, scale, shift.astype(np.int64))
 
 
 def _draw_crop(values: Floats, source_size: tuple[int, int]) -> Ints:
-    """(B, 4) from (B, 4 * tries) uniforms: the first try that fits, else the whole image."""
+    """(B, 4) from (B, 4 * tries) uniforms: the first try that fits, else the full image."""
     height, width = source_size
     area, log_ratio, top, left = np.moveaxis(values.reshape(len(values), CROP_TRIES, 4), 2, 0)
     area = (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area) * height * width

@@ -16,7 +16,7 @@ from cxrdist.augment.views import resize
 
 
 def stepwise(images: Tensor, draws: Draws, image_size: int) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, C, S, S) float32 whole grey levels, augmented as `draws` says."""
+    """(B, C, H, W) uint8 -> (B, C, S, S) float32 integer grey levels, augmented as `draws` says."""
     batch = []
     for row in range(len(images)):
         *_, (_, levels) = steps(images[row : row + 1], draws, row, image_size)

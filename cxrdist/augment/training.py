@@ -58,7 +58,7 @@ class TrainingAugment:
         )
 
     def levels(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
-        """The augmented batch before normalisation: (B, C, S, S) float32 whole grey levels in [0, 255]."""
+        """The augmented batch before normalisation: (B, C, S, S) float32 integer grey levels in [0, 255]."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             if self.mode == "none":
                 return resize(images, self.image_size)

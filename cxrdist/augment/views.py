@@ -26,7 +26,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
     Args:
         images: (B, C, H, W) uint8.
-    Returns: (B, C, size, size) float32 whole grey levels in [0, 255]. In integers, so the same on every device.
+    Returns: (B, C, size, size) float32 integer grey levels in [0, 255]. In integers, so the same on every device.
     Source: OpenCV's fixed-point rule: weights of 11 bits, rows after columns with 4 bits dropped in between.
     """
     out = empty_batch((*images.shape[:2], size, size), images.device)
@@ -106,7 +106,7 @@ def distinct_views(views: Sequence[str]) -> dict[str, float]:
 
 
 def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
-    """As `make_views`, before normalisation: (name, (B, C, S, S) float32 whole grey levels)."""
+    """As `make_views`, before normalisation: (name, (B, C, S, S) float32 integer grey levels)."""
     plain = None
     for name in distinct_views(views):
         if name == "center1.1":

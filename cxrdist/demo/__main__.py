@@ -1,4 +1,4 @@
-"""The whole job on a small division: images and labels -> shards -> two trained models -> submission and report.
+"""All steps on a small division: images and labels -> shards -> two trained models -> submission and report.
 
   python -m cxrdist.demo                              draws its own division (chest X-ray phantoms)
   python -m cxrdist.demo --images DIR --csv FILE      takes yours; a fifth of the patients is held out

@@ -1,4 +1,4 @@
-"""Procedural chest X-ray phantoms in the competition's layout, so that the whole job runs where no patient data may go.
+"""Procedural chest X-ray phantoms in the competition's layout, so that all steps run where no patient data may go.
 
 A phantom is built from soft masks: body, two lungs (one in the lateral view), heart, mediastinum, ribs, vessels. A
 finding is a visible sign at its anatomical place, drawn with the distances of a lung to its walls, so that one drawing
@@ -115,7 +115,7 @@ def write_division(
 ) -> int:
     """Render every image of `sample_studies` into `images` (grey JPEG), write the label CSV, return the image count.
 
-    Images that are already there are kept: each appears under its name only when whole. The bytes depend on
+    Images that are already there are kept: each appears under its name only when complete. The bytes depend on
     (num_patients, seed) alone, not on `workers` (default: the cores there are).
     """
     studies = sample_studies(num_patients, seed)

@@ -59,13 +59,13 @@ def process_group(timeout_s: float, *, then: str) -> Iterator[Ranks]:
         ),
     ]
     with group_failures_named(then):
-        # precision is resolved and applied by us, so accelerate is told to leave it alone
+        # precision is resolved and applied by us, so accelerate is told not to
         accelerator = Accelerator(cpu=use_cpu(), mixed_precision="no", kwargs_handlers=handlers)
         started, joined = environment.world_size(), accelerator.num_processes
         if joined != started:
             raise UserError(
-                f"{started} processes were started but each works alone: all would write into one folder; start with "
-                "accelerate launch and a file of accel_configs/, or ./launch.sh"
+                f"{started} processes were started but each assumes that it is the only one: all would write into one "
+                "folder; start with accelerate launch and a file of accel_configs/, or ./launch.sh"
             )
         ranks = Ranks(
             accelerator.process_index,

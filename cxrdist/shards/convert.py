@@ -207,7 +207,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent stops the workers
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # A killed parent closes no queue: without this its workers would wait for ever.
+        # A killed parent closes no queue: without this its workers would wait forever.
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 

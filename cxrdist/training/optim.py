@@ -80,7 +80,7 @@ class GuardedAdamW:
         """
         Args:
             groups: from `param_groups`, parameters on their device. factors: from `lr_factors`.
-            clip_grad_norm: largest L2 norm of the whole gradient, or None.
+            clip_grad_norm: largest L2 norm of all gradients together, or None.
             loss_scale: where the dynamic loss scale of fp16 starts; None for no scaling.
         """
         trained = [(group, members) for group, members in groups if group.lr is not None and members]
@@ -110,7 +110,7 @@ class GuardedAdamW:
         self._good_steps = zero.clone()  # since the scale last changed
 
     def backward(self, loss: Tensor, weight: float) -> None:
-        """Add the gradient of `weight * loss`; a loss that is not finite makes all of it NaN, for every rank to see."""
+        """Add the gradient of `weight * loss`; a non-finite loss makes all of it NaN, for every rank to see."""
         # 0 * loss is 0 or NaN: a loss of infinity may have a finite gradient, which would pass unseen
         upstream = weight + 0.0 * loss.detach()
         loss.backward(upstream if self.loss_scale is None else upstream * self.loss_scale)  # type: ignore[no-untyped-call]
