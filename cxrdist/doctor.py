@@ -5,6 +5,7 @@
 Ends with exit code 0 also when something is wrong: it reports, it does not judge. Prints no secret.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -32,11 +33,8 @@ MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both r
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m cxrdist.doctor", description=__doc__)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print only config, number of processes and environment, for launch.sh",
-    )
+    plan_help = "print only config, number of processes and environment, for launch.sh"
+    parser.add_argument("--plan", action="store_true", help=plan_help)
     problems: list[str] = []
     if parser.parse_args(argv).plan:
         gpus(problems)
@@ -46,59 +44,48 @@ def main(argv: list[str] | None = None) -> None:
         settings = " ".join(f"{name}={value}" for name, value in plan.environment.items())
         print(plan.config, plan.num_processes, settings, sep="\t")
         return
-    rows = [
-        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})"),
-        ("versions", versions(problems)),
-        ("cpu", f"{usable_cores()} cores usable, {memory()}"),
-        ("gpu", gpus(problems)),
-        ("processes", processes(problems)),
-        ("precision", precision()),
-        ("disk", disk(problems)),
-        ("wandb", wandb_state()),
-        *weights(),
-    ]
-    for name, text in rows:
+    rows = {
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})",
+        "versions": versions(problems),
+        "cpu": f"{usable_cores()} cores usable, {memory()}",
+        "gpu": gpus(problems),
+        "processes": processes(problems),
+        "precision": precision(),
+        "disk": disk(problems),
+        "wandb": wandb_state(),
+        **{model: weights(model) for model in ("eva_x", "chexfound")},
+    }
+    for name, text in [*rows.items(), *(("problem", text) for text in problems)]:
         print(f"{name:<11}{text}")
-    for text in problems:
-        print(f"problem    {text}")
     if not problems:
         print("no problem found; `./launch.sh demo` runs all steps on a small division")
 
 
 def versions(problems: list[str]) -> str:
     """The versions that matter; adds a problem for each package that is missing or outside the project's range."""
-    for text in requirements():
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{wanted.name} is not installed; run `./launch.sh setup`")
-            continue
-        if not wanted.specifier.contains(found, prereleases=True):
-            problems.append(f"{wanted.name} {found} is not {wanted.specifier}; run `./launch.sh setup`")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN if _installed(name))
-
-
-def requirements() -> list[str]:
-    """The project's requirements: of the checkout if this is one, else of the installed package."""
     pyproject = PROJECT / "pyproject.toml"
     if pyproject.is_file():
-        return list(tomllib.loads(pyproject.read_text())["project"]["dependencies"])
-    return importlib.metadata.requires("cxrdist") or []
+        texts = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    else:
+        texts = importlib.metadata.requires("cxrdist") or []
+    for wanted in map(Requirement, texts):
+        found = _version(wanted.name)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        if found is None:
+            problems.append(f"{wanted.name} is not installed; run `./launch.sh setup`")
+        elif not wanted.specifier.contains(found, prereleases=True):
+            problems.append(f"{wanted.name} {found} is not {wanted.specifier}; run `./launch.sh setup`")
+    return ", ".join(f"{name} {version}" for name in SHOWN if (version := _version(name)) is not None)
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def memory() -> str:
-    """Total and available memory in GB."""
     cells = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
     return f"{cells['MemTotal'] / 1e6:.0f} GB memory, {cells['MemAvailable'] / 1e6:.0f} GB of it available"
 
@@ -157,17 +144,14 @@ def wandb_state() -> str:
     return "not logged in: metrics stay in local files; `wandb login` or --wandb offline change that"
 
 
-def weights() -> list[tuple[str, str]]:
-    """Per model: the file that `train` without --init would start from, or what to get."""
-    rows = []
-    for model in ("eva_x", "chexfound"):
-        try:
-            files = init_files(architecture_of(model), None)
-            size_mb = sum(path.stat().st_size for path in files) / 1e6
-            rows.append((model, f"starts from {' and '.join(map(str, files))} ({size_mb:.0f} MB)"))
-        except UserError as error:
-            rows.append((model, f"no official weights: {error}"))
-    return rows
+def weights(model: str) -> str:
+    """The files that `train` without --init would start from, or what to get."""
+    try:
+        files = init_files(architecture_of(model), None)
+    except UserError as error:
+        return f"no official weights: {error}"
+    size_mb = sum(path.stat().st_size for path in files) / 1e6
+    return f"starts from {' and '.join(map(str, files))} ({size_mb:.0f} MB)"
 
 
 if __name__ == "__main__":

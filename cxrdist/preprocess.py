@@ -11,20 +11,15 @@ import argparse
 import dataclasses
 import hashlib
 import os
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, NamedTuple
 
 from cxrdist.cli import Parser, add_flags, at_least, run_entry
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.errors import UserError
-from cxrdist.shards.convert import Mode
-from cxrdist.shards.index import check_split_name
-from cxrdist.shards.writer import ROWS_PER_SHARD, Outcome, Source, SplitJob, write_split
+from cxrdist.shards.index import ABOUT, check_split_name
+from cxrdist.shards.writer import ROWS_PER_SHARD, Records, Source, SplitJob, write_split
 from cxrdist.tables import read_label_csv, read_template
 from cxrdist.task import ALL, LAYOUTS, Task, name_problem
 
@@ -33,13 +28,12 @@ NUM_NAMED = 10  # images left out that are printed one by one; the split's JSON 
 MISSING = "not in the image folder"
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """A file of the image folder: its path, size in bytes, and why it must not be read ('' if it may)."""
 
-    path: str
-    size: int
-    problem: str
+    path: str = ""
+    size: int = 0
+    problem: str = MISSING
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     if num_nodes > 1:
         print(f"part {node_rank} of {num_nodes} (from {source}; --num-nodes 1 does all of it here)")
     jobs = [  # all before the first image: a mistake in the test split must not show hours later
-        make_job(task, split, images, csv, out, mode=args.mode, rows_per_shard=args.rows_per_shard)
+        make_job(args, task, out, split, images, csv)
         for split, images, csv in inputs_of(task, args.data, args.images, args.csv, args.split)
     ]
-    workers = args.workers or usable_cores()
+    how = {"workers": args.workers or usable_cores(), "node_rank": node_rank, "num_nodes": num_nodes}
     for job in jobs:
-        run(job, workers=workers, node_rank=node_rank, num_nodes=num_nodes, overwrite=args.overwrite)
+        print(summary(job, *write_split(job, **how, overwrite=args.overwrite, show=True)))
     print(f"shards in {out}; {time.monotonic() - started:.0f} s in all")
 
 
@@ -67,26 +61,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"required": True})
     names = "with --images: its name, train by default (test has no labels); with --data: train or test, only it"
     parser.add_argument("--split", metavar="NAME", help=names)
-    parser.add_argument(
-        "--mode",
-        choices=("exact", "fast"),
-        default="exact",
-        help="exact: the published run's pixels; fast: a scaled decode, within 48 dB of them",
-    )
+    modes = "exact: the published run's pixels; fast: a scaled decode, within 48 dB of them"
+    parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help=modes)
     parser.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
     for kind, text in (("blank", "an empty label"), ("uncertain", "label -1")):
         choices = ("error", "zero", "one")
         parser.add_argument(f"--{kind}", choices=choices, help=f"what {text} means (default: as the task says)")
-    parser.add_argument(
-        "--rows-per-shard",
-        type=at_least(1),
-        default=ROWS_PER_SHARD,
-        metavar="N",
-        help="rows of the CSV a tar covers (default %(default)s, about 100 MB); does not change training",
-    )
-    parser.add_argument(
-        "--num-nodes", type=at_least(1), metavar="N", help="split the work over N nodes that share --out"
-    )
+    rows = "rows of the CSV a tar covers (default %(default)s, about 100 MB); does not change training"
+    parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
+    nodes = "split the work over N nodes that share --out"
+    parser.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
     parser.add_argument("--node-rank", type=int, metavar="K", help="which of them this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
     args = parser.parse_args(argv)
@@ -108,10 +92,8 @@ def inputs_of(
     assert data is not None
     if csv is not None:
         raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
-    layout = LAYOUTS.get(task.name)
-    if layout is None:
-        known = " and ".join(LAYOUTS)
-        raise UserError(f"--data knows the layout of task {known} only; give --images DIR and --csv FILE")
+    if (layout := LAYOUTS.get(task.name)) is None:
+        raise UserError(f"--data knows task {' and '.join(LAYOUTS)} only; give --images DIR and --csv FILE")
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     template = data / layout.template_csv
@@ -125,71 +107,50 @@ def inputs_of(
     for name, folder, _ in chosen:
         if not folder.is_dir():
             other = "test" if name == "train" else "train"
-            raise UserError(
-                f"--data {data}: there is no folder {folder.name} in it; task {task.name} has {layout.train_csv}, "
-                f"{layout.train_images}/, {layout.test_images}/ (--split {other} needs no {name} images)"
-            )
+            needed = f"{layout.train_csv}, {layout.train_images}/, {layout.test_images}/"
+            remedy = f"task {task.name} has {needed} (--split {other} needs no {name} images)"
+            raise UserError(f"--data {data}: there is no folder {folder.name} in it; {remedy}")
     return chosen
 
 
-def make_job(
-    task: Task,
-    split: str,
-    images: Path,
-    csv: Path | None,
-    out: Path,
-    *,
-    mode: Mode = "exact",
-    rows_per_shard: int = ROWS_PER_SHARD,
-) -> SplitJob:
-    """Read and check the CSV and list the image folder; no image is opened.
-
-    Raises UserError for a CSV or folder that cannot be right (see `read_label_csv`, `read_template`).
-    """
+def make_job(args: argparse.Namespace, task: Task, out: Path, split: str, images: Path, csv: Path | None) -> SplitJob:
+    """Read and check the CSV and list the image folder; no image is opened. UserError for what cannot be right."""
     rows = [] if csv is None else read_rows(task, split, csv)
     files = list_images(images, wanted={row[0] for row in rows})
     if csv is None:
         for name in files:
-            if name_problem(name):
-                raise UserError(f"{images}: the name of {name!r} {name_problem(name)}; rename it")
+            if problem := name_problem(name):
+                raise UserError(f"{images}: the name of {name!r} {problem}; rename it")
         rows = [(name, *(task.ids_in_name(name) or ("", ""))) for name in sorted(files)]
-    names = [str(row[0]) for row in rows]
-    if not any(name in files for name in names):
-        raise UserError(
-            f"none of the {len(names):,} images of {csv} (first: {names[0]!r}) is in {images}, which holds "
-            f"{len(files):,} images (first: {min(files)!r}); are --images and --csv of the same split?"
-        )
+    names = [row[0] for row in rows]
+    if files.keys().isdisjoint(names):
+        found = f"which holds {len(files):,} images (first: {min(files)!r})"
+        wanted = f"none of the {len(names):,} images of {csv} (first: {names[0]!r})"
+        raise UserError(f"{wanted} is in {images}, {found}; are --images and --csv of the same split?")
     known_bad = set(task.unreadable) if split != "test" else set()
     sources = []
     for key, (name, *about) in enumerate(rows):
-        file = files.get(name) or ImageFile("", 0, MISSING)
-        reason = f"known to be unreadable in task {task.name}" if name in known_bad else file.problem
-        sources.append(Source(key, name, file.path, file.size, reason, *about))
-    unused = len(files.keys() - set(names))
+        path, size, problem = files.get(name, ImageFile())
+        reason = f"known to be unreadable in task {task.name}" if name in known_bad else problem
+        sources.append(Source(key, name, path, size, reason, *about))
+    unused = len(files.keys() - names)
     print(f"{split}: {len(names):,} rows{f' in {csv}' if csv else ''}, {len(files):,} images in {images}")
-    absent = [source.image_name for source in sources if source.reason == MISSING]
-    if absent:
+    if absent := [source.image_name for source in sources if source.reason == MISSING]:
         more = f" and {len(absent) - NUM_NAMED:,} more" if len(absent) > NUM_NAMED else ""
         print(f"  {len(absent):,} of the rows have no image there: {', '.join(absent[:NUM_NAMED])}{more}")
     if unused:
         print(f"  {unused:,} images there are in no row of the CSV and are not used")
-    provenance = {
-        "csv": csv.name if csv else None,
-        "csv_sha256": hashlib.sha256(csv.read_bytes()).hexdigest() if csv else None,
-        "images_not_in_csv": unused,
-    }
-    return SplitJob(out, task, split, sources, mode, rows_per_shard, provenance)
+    digest = hashlib.sha256(csv.read_bytes()).hexdigest() if csv else None
+    provenance = {"csv": csv.name if csv else None, "csv_sha256": digest, "images_not_in_csv": unused}
+    return SplitJob(out, task, split, sources, args.mode, args.rows_per_shard, provenance)
 
 
 def read_rows(task: Task, split: str, csv: Path) -> list[tuple[Any, ...]]:
-    """For each row of the CSV its image name and what `Source` holds after the reason.
-
-    The test split's rows are those of a template, which knows no more than the names say; other splits have labels.
-    """
+    """For each row of the CSV (for `test` a template) its image name and what `Source` holds after the reason."""
     if split == "test":
         return [(name, *(task.ids_in_name(name) or ("", ""))) for name in read_template(csv, task).image_names]
     table = read_label_csv(csv, task)
-    about = [table.about[field].tolist() for field in ("image_name", "patient", "study", "view", "sex", "age")]
+    about = [table.about[field].tolist() for field in ABOUT]
     return list(zip(*about, map(tuple, table.targets.tolist()), strict=True))
 
 
@@ -225,49 +186,22 @@ def list_images(folder: Path, wanted: set[str]) -> dict[str, ImageFile]:
 
 def _image_file(entry: "os.DirEntry[str]", root: Path) -> ImageFile:
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-        return ImageFile(entry.path, 0, "a symbolic link that leaves the image folder is not followed")
+        return ImageFile(entry.path, problem="a symbolic link that leaves the image folder is not followed")
     if not entry.is_file():
-        return ImageFile(entry.path, 0, "not a regular file")
+        return ImageFile(entry.path, problem="not a regular file")
     return ImageFile(entry.path, entry.stat().st_size, "")
 
 
-def run(job: SplitJob, *, workers: int, node_rank: int, num_nodes: int, overwrite: bool) -> Outcome:
-    """`write_split` with a progress bar, a line on what is reused, and a summary whose counts add up."""
-    bar: tqdm[Any] | None = None
-
-    def start(images: int, shards: int, reused: int) -> None:
-        nonlocal bar
-        if reused:
-            print(f"  reused: {reused:,} finished shards; to do: {shards:,} shards, {images:,} images")
-        if images:
-            slow_terminal = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-            bar = tqdm(total=images, unit=" images", desc=f"  {job.split}", **slow_terminal)
-
-    try:
-        outcome = write_split(
-            job,
-            workers=workers,
-            node_rank=node_rank,
-            num_nodes=num_nodes,
-            overwrite=overwrite,
-            on_start=start,
-            on_image=lambda: bar.update() if bar is not None else None,
-        )
-    finally:
-        if bar is not None:
-            bar.close()
-    print(summary(job, outcome))
-    return outcome
-
-
-def summary(job: SplitJob, outcome: Outcome) -> str:
+def summary(job: SplitJob, records: Records, complete: bool) -> str:
     """The lines that account for every row: used, or named with the reason."""
-    part = "" if outcome.complete else " of this node (the other nodes' shards are not finished yet)"
-    stored, left_out = outcome.num_images, len(outcome.left_out)
-    lines = [f"  {outcome.num_rows:,} rows{part} = {stored:,} images stored + {left_out:,} left out"]
-    lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in outcome.left_out[:NUM_NAMED]]
-    if len(outcome.left_out) > NUM_NAMED:
-        lines.append(f"    and {len(outcome.left_out) - NUM_NAMED:,} more, all listed in {job.split}.json")
+    part = "" if complete else " of this node (the other nodes' shards are not finished yet)"
+    num_rows = sum(len(job.groups[number]) for number in records)
+    num_stored = sum(len(record.images) for record in records.values())
+    left_out = [entry for record in records.values() for entry in record.left_out]
+    lines = [f"  {num_rows:,} rows{part} = {num_stored:,} images stored + {len(left_out):,} left out"]
+    lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in left_out[:NUM_NAMED]]
+    if len(left_out) > NUM_NAMED:
+        lines.append(f"    and {len(left_out) - NUM_NAMED:,} more, all listed in {job.split}.json")
     return "\n".join(lines)
 
 

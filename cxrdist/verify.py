@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cxrdist.cli import Parser, add_flags, run_entry, shards_of
 from cxrdist.errors import UserError
-from cxrdist.shards.index import ShardIndex, open_index, splits_in
+from cxrdist.shards.index import open_index, splits_in
 from cxrdist.shards.verify import verify, write_table
 
 
@@ -27,27 +27,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = shards_of(args)
     if args.table:
-        _print_table(open_index(folder, args.split or "train", args.task))
+        try:
+            write_table(open_index(folder, args.split or "train", args.task), sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     splits = [args.split] if args.split else splits_in(folder)
     if not splits:
         raise UserError(f"{folder}: no shard set here; make it with `python -m cxrdist.preprocess --task NAME ...`")
     for split in splits:
         started = time.monotonic()
-        report = verify(folder, split, args.task, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
-        checked = "every byte" if report.hashed else "names, sizes and headers; the images' bytes only with --hashes"
-        print(
-            f"{split}: {report.num_images:,} images in {report.num_shards:,} shards are in order "
-            f"({checked}; {time.monotonic() - started:.1f} s)"
-        )
-
-
-def _print_table(index: ShardIndex) -> None:
-    try:
-        write_table(index, sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        index = verify(folder, split, args.task, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
+        checked = "every byte" if args.hashes else "names, sizes and headers; the images' bytes only with --hashes"
+        found = f"{len(index):,} images in {len(index.shards):,} shards"
+        print(f"{split}: {found} are in order ({checked}; {time.monotonic() - started:.1f} s)")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ NEIGHBOURS = {
     "estimate": {"models", "augment", "shards"},
 }
 NO_LABELS = {  # lines in which 14 is another number
-    "augment/memory": {"torch.empty(2**25 - 2**14, dtype=torch.uint8)"},
     "models/eva_x": {'"ref_feat_shape": (14, 14),'},
     "augment/clahe": {"lightness = np.floor((296 * root - 16 * 255 * 2**15 // 100 + 2**14) / 2**15).clip(0)"},
 }

@@ -62,8 +62,7 @@ def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[sl
         levels = _warp(images[rows], values, inside_x, inside_y, rotated=bool(draws.angle[rows].any()))
         count, contrast, brightness = values[:, TONE].unsqueeze(1).unbind(2)  # (b, 1, 1, 1)
         if len(with_clahe):
-            flattened = equalise(levels[with_clahe], count[with_clahe].view(-1))
-            levels.index_copy_(0, with_clahe, flattened)
+            levels.index_copy_(0, with_clahe, equalise(levels[with_clahe], count[with_clahe].view(-1)))
         if len(with_tone):
             adjusted = (levels[with_tone] * contrast[with_tone]).add_(brightness[with_tone])
             levels.index_copy_(0, with_tone, adjusted.clamp_(0.0, 255.0).floor_())  # truncated, as published

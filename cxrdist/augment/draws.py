@@ -118,17 +118,17 @@ def draw(
     crop = _draw_crop(np.stack([next(values) for _ in range(4 * CROP_TRIES)], 1), source_size)
     flip = happens("flip")
     if crop_flip_only:
-        zero, one = np.zeros(num), np.ones(num)
-        no_holes, no_shift = np.zeros((num, MAX_HOLES, 4), np.int64), np.zeros((num, 2), np.int64)
-        return Draws(crop, flip, zero, zero, one, zero, no_holes, np.ones((num, 2)), no_shift)
+        zero, one = np.zeros((num, 2)), np.ones((num, 2))
+        no_holes = np.zeros((num, MAX_HOLES, 4), np.int64)
+        return Draws(crop, flip, zero[:, 0], zero[:, 0], one[:, 0], zero[:, 0], no_holes, one, zero.astype(np.int64))
     angle = np.where(happens("rotate"), between(-MAX_ANGLE_DEG, MAX_ANGLE_DEG), 0.0)
     clip_limit = np.where(happens("clahe"), between(*CLIP_LIMIT), 0.0)
     adjust = happens("brightness")
     contrast = np.where(adjust, between(1.0 - CONTRAST, 1.0 + CONTRAST), 1.0)
     brightness = np.where(adjust, between(-BRIGHTNESS * 255.0, BRIGHTNESS * 255.0), 0.0)
-    cut = _draw_holes(
-        happens("holes"), np.stack([next(values) for _ in range(1 + 4 * MAX_HOLES)], 1), HOLES[holes], image_size
-    )
+    pierced = happens("holes")
+    sides = np.stack([next(values) for _ in range(1 + 4 * MAX_HOLES)], 1)
+    cut = _draw_holes(pierced, sides, HOLES[holes], image_size)
     move = happens("shift")
     scale = np.stack([np.where(move, between(1.0 - SCALE, 1.0 + SCALE), 1.0) for _ in "xy"], 1)
     # Integer pixels, cut towards zero as the library's int() does.
@@ -146,8 +146,7 @@ def _draw_crop(values: Floats, source_size: tuple[int, int]) -> Ints:
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first = (np.arange(len(values)), fits.argmax(1))
     some = fits.any(1)
-    crop_width = np.where(some, widths[first], width)
-    crop_height = np.where(some, heights[first], height)
+    crop_width, crop_height = np.where(some, widths[first], width), np.where(some, heights[first], height)
     x = np.floor((width - crop_width + 1) * left[first])
     y = np.floor((height - crop_height + 1) * top[first])
     return np.stack([x, y, crop_width, crop_height], 1).astype(np.int64)
@@ -161,12 +160,10 @@ def _draw_holes(cut: Mask, values: Floats, holes: HoleRange, image_size: int) ->
     height, width, y, x = np.moveaxis(values[:, 1:].reshape(len(values), MAX_HOLES, 4), 2, 0)
     smallest, largest = holes.side
     if largest < 1:
-        height = np.floor((smallest + (largest - smallest) * height) * image_size)
-        width = np.floor((smallest + (largest - smallest) * width) * image_size)
+        height, width = (np.floor((smallest + (largest - smallest) * side) * image_size) for side in (height, width))
     else:
         largest = min(largest, image_size)
-        height = np.floor(smallest + (largest - smallest + 1) * height)
-        width = np.floor(smallest + (largest - smallest + 1) * width)
+        height, width = (np.floor(smallest + (largest - smallest + 1) * side) for side in (height, width))
     y, x = np.floor((image_size - height + 1) * y), np.floor((image_size - width + 1) * x)
     boxes = np.stack([x, y, x + width, y + height], 2)
     return np.where(used[..., None], boxes, 0.0).astype(np.int64)

@@ -1,5 +1,7 @@
 """Training input: stored uint8 images to augmented, normalised ones, on the device the images are on."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -8,14 +10,14 @@ from torch import Tensor
 
 from cxrdist.augment.composed import composed
 from cxrdist.augment.draws import Draws, HoleMode, Ints, draw
-from cxrdist.augment.memory import empty_batch, keep_freed_blocks
 from cxrdist.augment.reference import stepwise
-from cxrdist.augment.views import normalise, resize
+from cxrdist.augment.views import empty_batch, keep_freed_blocks, normalise, resize
 from cxrdist.errors import UserError
 
 AugmentMode = Literal["published", "crop_flip", "none"]
 
 
+@dataclass(frozen=True)
 class TrainingAugment:
     """The random augmentation of one run.
 
@@ -28,22 +30,16 @@ class TrainingAugment:
     Raises UserError for an unknown mode.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        mode: AugmentMode,
-        seed: int,
-        reference: bool = False,
-        holes: HoleMode = "as_run",
-    ) -> None:
-        if mode not in get_args(AugmentMode):
-            raise UserError(f"augment={mode!r} is unknown; one of {', '.join(get_args(AugmentMode))}")
+    image_size: int
+    mode: AugmentMode
+    seed: int
+    reference: bool = False
+    holes: HoleMode = "as_run"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(AugmentMode):
+            raise UserError(f"augment={self.mode!r} is unknown; one of {', '.join(get_args(AugmentMode))}")
         keep_freed_blocks()
-        self.image_size = image_size
-        self.mode = mode
-        self.seed = seed
-        self.reference = reference
-        self.holes: HoleMode = holes
 
     def draws(self, keys: Ints, epoch: int, source_size: tuple[int, int]) -> Draws:
         """The parameters that `keys` (B,) get in `epoch`; `source_size` is (height, width) of the stored images."""
@@ -60,27 +56,24 @@ class TrainingAugment:
     def levels(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
         """The augmented batch before normalisation: (B, C, S, S) float32 integer grey levels in [0, 255]."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            if self.mode == "none":
-                return resize(images, self.image_size)
-            draws = self.draws(keys, epoch, (images.shape[2], images.shape[3]))
-            if self.reference:
-                return stepwise(images, draws, self.image_size)
-            return torch.cat([levels for _, levels in composed(images, draws, self.image_size)])
+            return torch.cat([levels for _, levels in self._parts(images, keys, epoch)])
+
+    def _parts(self, images: Tensor, keys: Ints, epoch: int) -> Iterable[tuple[slice, Tensor]]:
+        """Rows of the batch and their levels."""
+        if self.mode == "none":
+            return [(slice(None), resize(images, self.image_size))]
+        draws = self.draws(keys, epoch, (images.shape[2], images.shape[3]))
+        if self.reference:
+            return [(slice(None), stepwise(images, draws, self.image_size))]
+        return composed(images, draws, self.image_size)
 
     def __call__(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
-        """Augment and normalise a batch.
+        """Augment and normalise `images`, (B, 1 or 3, H, W) uint8 on any device, whose `keys`, (B,), are on the host.
 
-        Args:
-            images: (B, 1 or 3, H, W) uint8 on any device.
-            keys: (B,) the images' keys, on the host.
-            epoch: a new one draws new parameters.
         Returns: (B, 3, S, S) float32, normalised by ImageNet's mean and deviation, on the images' device.
         """
-        if self.mode == "none" or self.reference:
-            return normalise(self.levels(images, keys, epoch))
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            draws = self.draws(keys, epoch, (images.shape[2], images.shape[3]))
             out = empty_batch((len(images), 3, self.image_size, self.image_size), images.device)
-            for rows, levels in composed(images, draws, self.image_size):
+            for rows, levels in self._parts(images, keys, epoch):
                 normalise(levels, out=out[rows])
         return out

@@ -12,13 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxrdist.augment.memory import empty_batch, keep_freed_blocks
 from cxrdist.errors import UserError
 
 VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
 ZOOM = 1.1  # of center1.1: resize to int(size * 1.1), then crop the centre
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def empty_batch(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An uninitialised float32 tensor; on a CPU from numpy, which asks for huge pages: filling it takes a third."""
+    return torch.empty(shape, device=device) if device.type != "cpu" else torch.from_numpy(np.empty(shape, np.float32))
+
+
+@cache
+def keep_freed_blocks() -> None:
+    """Let the process keep blocks of up to 32 MB that it frees: page faults are half the time of a chain of steps.
+
+    glibc raises its threshold to the largest block (of at most 32 MB) that was freed so far, so one is, untouched.
+    """
+    torch.empty(2**25 - 16_384, dtype=torch.uint8)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -33,9 +46,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     columns = _taps(images.shape[-1], size, images.device)
     rows = _taps(images.shape[-2], size, images.device)
     # A CPU goes plane by plane, so that its work stays in the cache: twice as fast.
-    for source, target in (
-        [(images, out)] if images.is_cuda else zip(images.flatten(0, 1), out.flatten(0, 1), strict=True)
-    ):
+    planes = [(images, out)] if images.is_cuda else zip(images.flatten(0, 1), out.flatten(0, 1), strict=True)
+    for source, target in planes:
         _resize(source, columns, rows, target)
     return out
 
@@ -83,9 +95,7 @@ def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
 @cache
 def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    shift, scale = (
-        torch.from_numpy(column).float().view(3, 1, 1).to(device) for column in (-mean / std, 1 / (255 * std))
-    )
+    shift, scale = (torch.from_numpy(each).float().view(3, 1, 1).to(device) for each in (-mean / std, 1 / (255 * std)))
     return shift, scale
 
 
@@ -130,10 +140,8 @@ def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterat
 def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
     """The distinct views of a batch, one after the other, so that only one is held at a time.
 
-    Args:
-        images: (B, 1 or 3, H, W) uint8 on any device.
-        views: names from `VIEWS`; `distinct_views` gives the weight of each name that is yielded.
-    Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images, on the images' device.
+    images: (B, 1 or 3, H, W) uint8 on any device. views: names from `VIEWS`.
+    Returns: pairs of a view's name (see `distinct_views`) and its (B, 3, S, S) float32 normalised images.
     """
     keep_freed_blocks()
     with torch.autocast(images.device.type, enabled=False):

@@ -28,10 +28,9 @@ DOWNLOADS = 4  # files at the same time
 def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None) -> None:
     """Copy one split from `url` (s3://bucket/path, https://host/path, hf://datasets/name/path) into `folder`.
 
-    What lies there already is kept, so calling it again costs a look at the JSON, and an interrupted copy is resumed.
-    The processes of a machine may call it together: one copies, the others wait. Raises UserError, naming URL and file,
-    for another kind of address, a file that is missing or not what its hash says, another shard set or task, or too
-    little disk space.
+    What lies there already is kept. The processes of a machine may call it together: one copies, the others wait.
+    Raises UserError, naming URL and file, for another kind of address, a file that is missing or not what its hash
+    says, another shard set or task, or too little disk space.
     """
     protocol, separator, rest = url.partition("://")
     if not separator or protocol not in PROTOCOLS or "::" in url:
@@ -59,13 +58,14 @@ def copy_shards(source: Any, root: str, folder: Path, split: str, task: Task | N
         meta = read_meta(work, split, task)  # it names no file outside the folder
         if (folder / name).is_file() and (folder / name).read_bytes() != content:
             raise UserError(f"{folder / name} is of another shard set than {root}/{name}; give another --shards folder")
-        missing = [file for file in (meta.index, *meta.shards) if not _is_there(folder, file)]
+        # A file gets its name only when its hash was right, so its size is enough.
+        paths = [(file, folder / file.name) for file in (meta.index, *meta.shards)]
+        missing = [file for file, path in paths if not path.is_file() or path.stat().st_size != file.bytes]
         needed, free = sum(file.bytes for file in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(f"{folder}: {needed:,} bytes are to be fetched and {free:,} are free")
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            for _ in pool.map(lambda file: _copy(source, root, file, work, folder), missing):
-                pass
+            list(pool.map(lambda file: _copy(source, root, file, work, folder), missing))
         files.replace(work / name, folder / name)  # last: a split without its JSON does not count
         shutil.rmtree(work)
 
@@ -82,17 +82,9 @@ def _copy(source: Any, root: str, file: FileMeta, work: Path, folder: Path) -> N
         os.fsync(local.fileno())
     if size != file.bytes or digest.hexdigest() != file.sha256:
         temporary.unlink()
-        raise UserError(
-            f"{path}: not the {file.bytes:,} bytes that its JSON names (size or SHA-256 differs); run again, "
-            "and if it stays so, upload the shard set again"
-        )
+        what = f"not the {file.bytes:,} bytes that its JSON names (size or SHA-256 differs)"
+        raise UserError(f"{path}: {what}; run again, and if it stays so, upload the shard set again")
     files.replace(temporary, folder / file.name)
-
-
-def _is_there(folder: Path, file: FileMeta) -> bool:
-    """A file gets its name only when its hash was right, so its size is enough."""
-    path = folder / file.name
-    return path.is_file() and path.stat().st_size == file.bytes
 
 
 @contextlib.contextmanager

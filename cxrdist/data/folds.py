@@ -52,11 +52,9 @@ def write_split(path: Path, patients: Texts, folds: NDArray[np.int64]) -> None:
     codes, names = patients.codes()
     fold_of = np.zeros(len(names), np.int64)
     fold_of[codes] = folds
-    parted = fold_of[codes] != folds
-    if parted.any():
-        row = int(parted.argmax())
-        both = sorted({int(folds[row]), int(fold_of[codes[row]])})
-        raise UserError(f"{path}: patient {patients[row]} would be in folds {both[0]} and {both[1]}")
+    for row in np.flatnonzero(fold_of[codes] != folds)[:1]:
+        first, second = sorted((folds[row], fold_of[codes[row]]))
+        raise UserError(f"{path}: patient {patients[row]} would be in folds {first} and {second}")
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
@@ -86,10 +84,9 @@ def read_split(path: Path, task: Task) -> dict[str, int]:
         except ValueError:
             raise UserError(f"{path}, line {line}: expected a patient and a fold, found {','.join(row)!r}") from None
         if fold_of.setdefault(patient, fold) != fold:
-            raise UserError(
-                f"{path}: patient {patient} is in fold {fold_of[patient]} (line {line_of[patient]}) and in fold {fold} "
-                f"(line {line}): keep one of the lines, or training and validation share a patient"
-            )
+            both = f"in fold {fold_of[patient]} (line {line_of[patient]}) and in fold {fold} (line {line})"
+            remedy = "keep one of the lines, or training and validation share a patient"
+            raise UserError(f"{path}: patient {patient} is {both}: {remedy}")
         line_of.setdefault(patient, line)
     return fold_of
 
@@ -104,13 +101,11 @@ def rows_of_fold(
     codes, names = patients.codes()
     unknown = [patient for patient in names if patient not in fold_of]
     if unknown:
-        raise UserError(
-            f"{len(unknown)} patients are not in the split, e.g. {unknown[0]}: it was made for other shards"
-        )
+        what = f"{len(unknown)} patients are not in the split, e.g. {unknown[0]}"
+        raise UserError(f"{what}: it was made for other shards")
     folds = np.fromiter((fold_of[patient] for patient in names), np.int64, len(names))[codes]
     train, validation = np.flatnonzero(folds != validate_fold), np.flatnonzero(folds == validate_fold)
     if len(train) == 0 or len(validation) == 0:
-        raise UserError(
-            f"fold {validate_fold} leaves {len(train)} images to train on and {len(validation)} to validate on"
-        )
+        left = f"{len(train)} images to train on and {len(validation)} to validate on"
+        raise UserError(f"fold {validate_fold} leaves {left}")
     return train, validation

@@ -1,8 +1,7 @@
 """A plan of rows -> uint8 batches on the device, decoded once, in threads of this process.
 
-The JPEG decoder releases the GIL and writes straight into the batch, so one thread reaches 0.95-0.97 of the bare
-decoder's speed per core (0.94 while others use the caches), and threads on all cores 0.86-1.0 where worker processes,
-which copy every batch, reach 0.62-0.75 (`python -m cxrdist.bench data` prints the ratios).
+The JPEG decoder releases the GIL and writes straight into the batch: threads on all cores reach 0.86-1.0 of the bare
+decoder's speed, worker processes, which copy every batch, 0.62-0.75 (`python -m cxrdist.bench data` prints the ratios).
 """
 
 import collections
@@ -16,7 +15,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
@@ -28,7 +26,7 @@ from cxrdist.data.order import MicroBatch
 from cxrdist.data.reader import ShardReader
 from cxrdist.distributed.environment import MAX_DECODE_THREADS, usable_cores
 from cxrdist.errors import UserError
-from cxrdist.shards.index import ShardIndex
+from cxrdist.shards.index import MAKE_AGAIN, ShardIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +39,7 @@ class Batch:
     weight, last, step, epoch: see MicroBatch; for a plan of bare row arrays weight 1, last True, step the batch number.
     With `on_bad="skip"` the undecodable rows are missing here; `weight` is reduced as if their loss were 0.
 
-    The images' memory belongs to the batch: it is used again only when the last tensor that shares it is gone, so a
-    batch or a view of it may be kept as long as needed (each one kept costs its memory).
+    The images' memory is used again only when the last tensor that shares it is gone.
     """
 
     images: torch.Tensor
@@ -66,10 +63,7 @@ class SkippedImage:
 
 
 class Loader:
-    """Decodes batches of one split ahead of their use. A context manager; `close` may be called at any time.
-
-    Memory: at most `prefetch` batches in work besides those that the caller keeps.
-    """
+    """Decodes batches of one split ahead of their use. A context manager; `close` may be called at any time."""
 
     def __init__(
         self,
@@ -83,11 +77,10 @@ class Loader:
     ) -> None:
         """
         Args:
-            num_threads: decode threads; None takes the cores this process may use, at most 8, 0 decodes in the caller's
-                thread. The batches do not depend on it.
-            prefetch: batches decoded ahead, at least 1.
-            on_bad: what to do with an image that cannot be decoded: raise a UserError that names shard and key, or skip
-                it, count it in `skipped`, and raise after `max_bad` of them.
+            num_threads: to decode; None takes this process's cores, at most 8, and 0 the caller's thread.
+            prefetch: batches decoded ahead, at least 1; with those that the caller keeps, the memory in use.
+            on_bad: raise a UserError that names shard and key for an image that cannot be decoded, or skip it, count it
+                in `skipped`, and raise after `max_bad` of them.
         """
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: at least 1 batch must be in work")
@@ -99,13 +92,9 @@ class Loader:
         self.num_threads = min(MAX_DECODE_THREADS, usable_cores()) if num_threads is None else num_threads
         self.wait_s = 0.0
         self.skipped: list[SkippedImage] = []
-        self._prefetch = prefetch
-        self._on_bad = on_bad
-        self._max_bad = max_bad
+        self._prefetch, self._on_bad, self._max_bad = prefetch, on_bad, max_bad
         self._reader = ShardReader(index)
-        self._image_shape = (index.size_px, index.size_px, index.num_channels)  # decided here, once for all batches
-        self._buffers = _Buffers(pinned=on_gpu)
-        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._buffers = _Buffers(self.device, (index.size_px, index.size_px, index.num_channels))
         # A thread starts on GPU 0, and to leave the stream would open a context there (0.5 GB) in every process.
         start = (torch.cuda.set_device, (self.device,)) if on_gpu else (None, ())
         self._threads = ThreadPoolExecutor(self.num_threads, "decode", *start) if self.num_threads else None
@@ -115,9 +104,7 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -129,9 +116,8 @@ class Loader:
         self._reader.close()
 
     def batches(self, plan: Iterable[MicroBatch | NDArray[np.int64]]) -> Iterator[Batch]:
-        """The batches of `plan` (`order.train_batches` or `eval_batches`), in its order.
+        """The batches of `plan` (`order.train_batches` or `eval_batches`), in its order; waiting is added to `wait_s`.
 
-        Dropping the iterator half-way stops its decoding. The time spent waiting for images is added to `wait_s`.
         Raises UserError, naming shard file and key, for an image that cannot be read or decoded (see `on_bad`).
         """
         jobs: collections.deque[_Job] = collections.deque()
@@ -158,15 +144,7 @@ class Loader:
         planned = isinstance(micro, MicroBatch)
         if not isinstance(micro, MicroBatch):
             micro = MicroBatch(np.asarray(micro, np.int64), weight=1.0, last=True, step=number, epoch=0)
-        job = _Job(
-            self._reader,
-            self._buffers,
-            micro,
-            self._image_shape,
-            keep_empty=planned,
-            device=self.device,
-            stream=self._stream,
-        )
+        job = _Job(self._reader, self._buffers, micro, keep_empty=planned)
         self._jobs.add(job)
         if self._threads is not None:
             for _ in range(min(self.num_threads, len(micro.rows))):
@@ -197,12 +175,11 @@ class Loader:
         return job.batch
 
     def _skip(self, row: int, error: Exception) -> None:
-        index = self.index
-        if any(item.row == row for item in self.skipped):
-            return  # in an earlier epoch
-        self.skipped.append(SkippedImage(row, int(index.keys[row]), index.image_names[row], str(error)))
-        if len(self.skipped) > self._max_bad:
-            raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
+        if all(item.row != row for item in self.skipped):  # else in an earlier epoch
+            about = int(self.index.keys[row]), self.index.image_names[row]
+            self.skipped.append(SkippedImage(row, *about, str(error)))
+            if len(self.skipped) > self._max_bad:
+                raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
 
     def _cancel(self, jobs: Iterable["_Job"]) -> None:
         for job in jobs:
@@ -216,21 +193,25 @@ class _Undecodable(UserError):
 
 
 class _Buffers:
-    """Host memory for decoded batches, used again: with fresh pages for each the speed is 0.5-0.97x."""
+    """Host memory for decoded batches, used again: with fresh pages for each the speed is 0.5-0.97x.
 
-    def __init__(self, pinned: bool) -> None:
-        self.pinned = pinned
+    image_shape: (S, S, C) of every image. stream: on which batches are copied to a GPU, else None.
+    """
+
+    def __init__(self, device: torch.device, image_shape: tuple[int, int, int]) -> None:
+        self.device, self.image_shape = device, image_shape
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: collections.deque[tuple[NDArray[np.uint8], torch.cuda.Event | None]] = collections.deque()
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
-        """At least `num_bytes`; a buffer that is too small for today's batches is dropped."""
+        """At least `num_bytes`; a buffer that is too small is dropped."""
         while self._free:
             buffer, copied = self._free.popleft()
             if len(buffer) >= num_bytes:
                 if copied is not None:
                     copied.synchronize()  # the host waits here only when it is a full batch ahead of the copy
                 return buffer
-        if self.pinned:
+        if self.stream is not None:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         return np.empty(num_bytes, np.uint8)
 
@@ -241,35 +222,21 @@ class _Buffers:
 class _Job:
     """One batch in work. Threads call `work` and share its rows; the one that decodes the last image completes it."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        buffers: _Buffers,
-        micro: MicroBatch,
-        image_shape: tuple[int, int, int],
-        *,
-        keep_empty: bool,
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
+    def __init__(self, reader: ShardReader, buffers: _Buffers, micro: MicroBatch, keep_empty: bool) -> None:
         self.micro = micro
         self.errors: dict[int, Exception] = {}  # by position in the batch, -1 for the batch itself
         self.ready = threading.Event()
         self.cancelled = False
         self.batch: Batch | None = None
-        self.copied: torch.cuda.Event | None = None
-        self._reader = reader
-        self._buffers = buffers
-        self._keep_empty = keep_empty
-        self._device = device
-        self._stream = stream
+        self.copied: torch.cuda.Event | None = None  # to the device
+        self._reader, self._buffers, self._keep_empty = reader, buffers, keep_empty
         # Shared by the threads without a lock: `next` on these is one step under the GIL.
         self._todo = enumerate(micro.rows.tolist())
         self._num_done = itertools.count(1)
-        shape = (len(micro.rows), *image_shape)
+        shape = (len(micro.rows), *buffers.image_shape)
         self._buffer = buffers.take(math.prod(shape))
         self._pixels = self._buffer[: math.prod(shape)].reshape(shape)
-        if stream is None:
+        if buffers.stream is None:
             # A tensor made of _pixels keeps that very array alive, hence it dies with the last tensor of the batch.
             weakref.finalize(self._pixels, buffers.give_back, self._buffer).atexit = False
 
@@ -297,15 +264,13 @@ class _Job:
                 raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
         except ValueError as error:
             intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256(row)
-            again = "copy the shard again, or delete it and run cxrdist.preprocess again"
-            state = "as it was preprocessed" if intact else f"damaged since: {again}"
-            raise _Undecodable(
-                f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"
-            ) from error
+            state = "as it was preprocessed" if intact else f"damaged since: {MAKE_AGAIN}"
+            what = f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"
+            raise _Undecodable(what) from error
 
     def _assemble(self) -> Batch | None:
         """The batch on the device, without bad rows."""
-        micro, index = self.micro, self._reader.index
+        micro, index, stream = self.micro, self._reader.index, self._buffers.stream
         good = [position for position in range(len(micro.rows)) if position not in self.errors]
         if not good and not self._keep_empty:
             return None
@@ -316,12 +281,10 @@ class _Job:
             images = images[good or [0]]
         rows = micro.rows[good or [0]]
         targets = None if index.targets is None else torch.from_numpy(index.targets[rows])
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            images = images.to(self._device, non_blocking=True)
-            targets = None if targets is None else targets.to(self._device, non_blocking=True)
-            if self._stream is not None:
-                self.copied = self._stream.record_event()
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            images = images.to(self._buffers.device, non_blocking=True).permute(0, 3, 1, 2)
+            targets = None if targets is None else targets.to(self._buffers.device, non_blocking=True)
+            if stream is not None:
+                self.copied = stream.record_event()
                 self._buffers.give_back(self._buffer, self.copied)
-        return Batch(
-            images.permute(0, 3, 1, 2), targets, rows, index.keys[rows], weight, micro.last, micro.step, micro.epoch
-        )
+        return Batch(images, targets, rows, index.keys[rows], weight, micro.last, micro.step, micro.epoch)

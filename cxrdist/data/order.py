@@ -2,8 +2,7 @@
 
 An epoch is a sequence of global batches. Every rank computes the same sequence and takes its slice of each batch, so
 all ranks take equal numbers of steps, every image is used exactly once, and neither the world size nor threads nor
-shards change what is learned. A cursor (epoch, step) is all that resuming needs, on any world size. Planning
-costs one sort: `python -m cxrdist.bench data` prints the time for 10 million rows.
+shards change what is learned. A cursor (epoch, step) is all that resuming needs. Planning costs one sort.
 """
 
 from collections.abc import Iterator
@@ -71,8 +70,7 @@ def train_batches(
 ) -> Iterator[MicroBatch]:
     """The micro-batches of `rank` from `start_step` to the end of `epoch`.
 
-    The global batches depend only on (rows, seed, epoch, global_batch_size). A rank's slice of a batch differs from
-    another rank's by at most one image; a rank with nothing gets a placeholder of weight 0.
+    The global batches depend only on (rows, seed, epoch, global_batch_size). Slices differ by at most one image.
     Raises UserError when there is no image, or when `start_step` lies behind the epoch (a checkpoint of another split).
     """
     _check_sizes(rows, device_batch_size, rank, world_size)
@@ -80,10 +78,9 @@ def train_batches(
         raise UserError(f"global batch size {global_batch_size} is not valid: use 1 or more")
     steps = num_steps(len(rows), global_batch_size)
     if not 0 <= start_step <= steps:
-        raise UserError(
-            f"cannot start at step {start_step}: an epoch of {len(rows)} images has {steps} steps of "
-            f"{global_batch_size}; the checkpoint belongs to another split or batch size"
-        )
+        there = f"an epoch of {len(rows)} images has {steps} steps of {global_batch_size}"
+        remedy = "the checkpoint belongs to another split or batch size"
+        raise UserError(f"cannot start at step {start_step}: {there}; {remedy}")
     order = epoch_order(rows, seed, epoch)
 
     def generate() -> Iterator[MicroBatch]:
@@ -102,10 +99,8 @@ def train_batches(
 def eval_batches(rows: Rows, device_batch_size: int, rank: int, world_size: int) -> Iterator[Rows]:
     """The batches of row positions that `rank` evaluates, each row once over all ranks.
 
-    Batches are cut from `rows` before they are dealt out (batch i to rank i % world_size), so a batch has the same
-    images at any world size and scores do not depend on it. Ranks may get different counts, or none: no collective
-    per batch.
-    Raises UserError when there is no image.
+    Batches are cut from `rows` before they are dealt out (batch i to rank i % world_size), so scores do not depend on
+    the world size. Ranks may get different counts, or none: no collective per batch. UserError when there is no image.
     """
     _check_sizes(rows, device_batch_size, rank, world_size)
     rows = np.asarray(rows, np.int64)

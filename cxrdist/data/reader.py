@@ -7,12 +7,13 @@ cache as memory of the process, and turns a cut file or a failing disk into a SI
 import os
 import threading
 import weakref
+from pathlib import Path
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import ShardIndex
+from cxrdist.shards.index import MAKE_AGAIN, ShardIndex
 
-# Files kept open (the usual limit of a process is 1024); images of further shards cost an open and a close each,
-# about 20 us where decoding takes 1,000.
+# Files kept open, of a process's usual 1024; images of further shards cost an open and a close each, 20 us where
+# decoding takes 1,000.
 MAX_OPEN = 512
 
 
@@ -33,42 +34,36 @@ class ShardReader:
         try:
             file = self._files.get(shard)
             if file is None:
-                file = self._open(shard)
-            if file is None:
-                file = self._open_file(shard)
-                try:
-                    data = os.pread(file, length, offset)
-                finally:
-                    os.close(file)
-            else:
+                file = self._keep_open(shard)
+            if file is not None:
                 data = os.pread(file, length, offset)
+            else:
+                with open(self._path(shard), "rb", buffering=0) as once:
+                    data = os.pread(once.fileno(), length, offset)
         except OSError as error:
             raise UserError(f"{self.where(row)}: {error.strerror}; check the shards with cxrdist.verify") from error
         if len(data) != length:
-            raise UserError(
-                f"{self.where(row)}: only {len(data)} of {length} bytes are there, the shard was cut; "
-                "run cxrdist.preprocess again or copy it again"
-            )
+            what = f"only {len(data)} of {length} bytes are there, the shard was cut"
+            raise UserError(f"{self.where(row)}: {what}; {MAKE_AGAIN}")
         return data
 
     def where(self, row: int) -> str:
         """Shard file, key and name of a row, for messages."""
-        index = self.index
-        shard = index.shards[int(index.shard_ids[row])]
-        return f"{index.folder / shard}, key {index.key_text(row)} ({index.image_names[row]})"
+        about = f"key {self.index.key_text(row)} ({self.index.image_names[row]})"
+        return f"{self._path(int(self.index.shard_ids[row]))}, {about}"
 
     def close(self) -> None:
         """Close the files. Must not run while another thread reads."""
         self._closer()
 
-    def _open(self, shard: int) -> int | None:
+    def _path(self, shard: int) -> Path:
+        return self.index.folder / self.index.shards[shard]
+
+    def _keep_open(self, shard: int) -> int | None:
         with self._lock:
             if shard not in self._files and len(self._files) < MAX_OPEN:
-                self._files[shard] = self._open_file(shard)
+                self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             return self._files.get(shard)
-
-    def _open_file(self, shard: int) -> int:
-        return os.open(self.index.folder / self.index.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _close_all(files: dict[int, int]) -> None:

@@ -4,13 +4,14 @@ Fake tensors have shapes and no values, so nothing is computed and every recipe 
 """
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from cxrdist.errors import UserError
 from cxrdist.models import architecture_of
@@ -21,6 +22,10 @@ GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
 TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
 DECODED_BATCHES = 3  # in flight
+FORMULAS = {  # torch has them for its GPU kernels only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: inspect.unwrap(sdpa_flop),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: inspect.unwrap(sdpa_backward_flop),
+}
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
@@ -38,19 +43,11 @@ class Cost:
 
 @functools.cache
 def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", size_px: int = SIZE_PX) -> Cost:
-    """Count FLOPs and saved activations of one image on the recipe's model; takes seconds and no memory to speak of.
-
-    size_px: side of the shard set's images.
-    """
+    """What an image of a shard set with sides of `size_px` costs on the recipe's model; in seconds, hardly memory."""
     architecture = architecture_of(recipe.model)
     with torch.device("meta"):
         model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
     num_images = 2
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    formulas = {
-        attention: _attention_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +58,7 @@ def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", s
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         images = torch.empty(num_images, 3, recipe.image_size, recipe.image_size)
-        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
         with counter, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = model(images)
@@ -77,16 +74,6 @@ def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", s
         num_parameters=sum(counts.values()),
         num_trained=sum(counts[name] for name in architecture.trainable_names(model)),
     )
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
-
-
-def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:

@@ -14,65 +14,70 @@ from typing import Literal, cast
 import torch
 
 from cxrdist.distributed.environment import world_size
-from cxrdist.distributed.precision import resolve_precision
+from cxrdist.distributed.precision import DTYPES, resolve_precision
 from cxrdist.estimate.count import GB, Cost, Precision
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Machine:
     """Hardware that a run is estimated for. Peak is dense, in the precision named, per device."""
 
     name: str
-    kind: Literal["cuda", "cpu"] = "cuda"
     num_devices: int
     memory_bytes: float  # of one device, usable
     peak_flops: float  # per second
     efficiency: float  # share of the peak that training reaches
     precision: Precision
     source: str  # where the efficiency comes from
+    kind: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def flops(self) -> float:
+        """FLOP per second that all its devices reach."""
+        return self.peak_flops * self.efficiency * self.num_devices
+
+    def __str__(self) -> str:
+        peak = f"{self.peak_flops / 1e12:.3g} TFLOP/s {self.precision}"
+        return f"{self.efficiency:.0%} of {peak} ({self.source})"
 
 
-PUBLISHED_T4 = Machine(
-    name="T4 x 2",
-    num_devices=2,
-    memory_bytes=14.6 * GB,
-    peak_flops=65e12,
-    efficiency=0.113,
-    precision="fp16",
-    source="efficiency of the published EVA-X run",
-)
+PUBLISHED_T4 = Machine("T4 x 2", 2, 14.6 * GB, 65e12, 0.113, "fp16", "efficiency of the published EVA-X run")
 MACHINES = (
     PUBLISHED_T4,
-    Machine(
-        name="A100 80 GB",
-        num_devices=1,
-        memory_bytes=79 * GB,
-        peak_flops=312e12,
-        efficiency=0.35,
-        precision="bf16",
-        source="efficiency assumed",
-    ),
-    Machine(
-        name="H100 x 8",
-        num_devices=8,
-        memory_bytes=79 * GB,
-        peak_flops=989e12,
-        efficiency=0.30,
-        precision="bf16",
-        source="efficiency assumed",
-    ),
+    Machine("A100 80 GB", 1, 79 * GB, 312e12, 0.35, "bf16", "efficiency assumed"),
+    Machine("H100 x 8", 8, 79 * GB, 989e12, 0.30, "bf16", "efficiency assumed"),
 )
 
 
 def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine) -> float:
     """Hours of arithmetic at the machine's stated efficiency."""
-    speed = machine.peak_flops * machine.efficiency * machine.num_devices
-    return cost.step_flops * num_images * epochs / speed / 3600
+    return cost.step_flops * num_images * epochs / machine.flops / 3600
 
 
-def measured_machine(device: torch.device, num_devices: int, precision: Precision, memory_available: float) -> Machine:
-    """The machine at hand, its peak being the speed of a matrix multiplication on one device right now."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+def this_machine(precision: str) -> Machine:
+    """All GPUs, or the processes that were launched; its peak is what a matrix multiplication reaches for 0.5 s."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    chosen = resolve_precision(precision, device)[0]
+    num_devices = max(world_size(), torch.cuda.device_count() if on_gpu else 2)
+    if on_gpu:
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / num_devices
+    return Machine(
+        name=f"this machine ({num_devices} {'GPUs' if on_gpu else 'CPU processes'})",
+        num_devices=num_devices,
+        memory_bytes=memory,
+        peak_flops=_measured_flops(device, DTYPES[chosen]),
+        efficiency=0.9 if chosen == "fp32" else 0.5,
+        precision=cast(Precision, chosen),
+        source="share of its measured matrix multiplication",
+        kind="cuda" if on_gpu else "cpu",
+    )
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -83,33 +88,4 @@ def measured_machine(device: torch.device, num_devices: int, precision: Precisio
         left @ right
         synchronize()
         count += 1
-    peak = 2 * size**3 * count / (time.perf_counter() - begun)
-    return Machine(
-        name=f"this machine ({num_devices} {'GPUs' if device.type == 'cuda' else 'CPU processes'})",
-        kind="cuda" if device.type == "cuda" else "cpu",
-        num_devices=num_devices,
-        memory_bytes=memory_available,
-        peak_flops=peak,
-        efficiency=0.5 if precision != "fp32" else 0.9,
-        precision=precision,
-        source="share of its measured matrix multiplication",
-    )
-
-
-def this_machine(precision: str) -> Machine:
-    """All GPUs, or the processes that were launched; its speed is measured for half a second."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen, _ = resolve_precision(precision, device)
-    launched = world_size()
-    if device.type == "cuda":
-        num_devices = max(launched, torch.cuda.device_count())
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
-        num_devices = max(launched, 2)
-        memory = _available_memory() / num_devices
-    return measured_machine(device, num_devices, cast(Precision, chosen), memory)
-
-
-def _available_memory() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 2 * size**3 * count / (time.perf_counter() - begun)

@@ -25,18 +25,14 @@ def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size:
     """Raises UserError naming the flag that helps when memory or disk cannot hold the run."""
     best = _best_batch(cost, recipe, machine)
     chosen = device_batch_size or best
-    if best == 0:
-        need = memory_bytes(cost, 1, machine.kind, machine.num_devices)
-        raise UserError(
-            f"{recipe.name} needs about {need / GB:.1f} GB per device for one image, but {machine.name} has "
-            f"{machine.memory_bytes / GB:.1f} GB: use a smaller --model or --set image_size=N"
-        )
-    need = memory_bytes(cost, chosen, machine.kind, machine.num_devices)
+    need = memory_bytes(cost, chosen if best else 1, machine.kind, machine.num_devices)
     if need > machine.memory_bytes:
-        raise UserError(
-            f"--device-batch-size {chosen} needs about {need / GB:.1f} GB per device, but {machine.name} has "
-            f"{machine.memory_bytes / GB:.1f} GB: use --device-batch-size {best} (the same images a step)"
-        )
+        what = f"--device-batch-size {chosen} needs about {need / GB:.1f} GB per device"
+        remedy = f"--device-batch-size {best} (the same images a step)"
+        if best == 0:
+            what = f"{recipe.name} needs about {need / GB:.1f} GB per device for one image"
+            remedy = "a smaller --model or --set image_size=N"
+        raise UserError(f"{what}, but {machine.name} has {machine.memory_bytes / GB:.1f} GB: use {remedy}")
     epoch, step = checkpoint_bytes(cost)
     disk = epoch * recipe.epochs + 2 * step
     if disk > free_disk:
@@ -72,11 +68,8 @@ def report(
         need = memory_bytes(cost, batch, machine.kind, machine.num_devices) / GB
         total = train_hours(cost, num_images, recipe.epochs, machine)
         speed = f"{num_images * recipe.epochs / total / 3600:.3g}"
-        peak = f"{machine.efficiency:.0%} of {machine.peak_flops / 1e12:.3g} TFLOP/s {machine.precision}"
-        lines.append(
-            f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10}{_duration(total / recipe.epochs):>9}"
-            f"{_duration(total):>9}  {peak} ({machine.source})"
-        )
+        times = f"{_duration(total / recipe.epochs):>9}{_duration(total):>9}"
+        lines.append(f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10}{times}  {machine}")
     lines.append(TIMES.format("reading"))
     return "\n".join(lines)
 
@@ -88,40 +81,29 @@ def infer_report(task: Task, num_images: int, here: Machine) -> str:
     task that was not published).
     """
     members = (eva_x(task.name), chexfound(task.name))
-    flops = [count_cost(recipe, task.num_labels, here.precision).forward_flops for recipe in members]
-    # views of every epoch, but one pass of a frozen backbone for all epochs
-    passes = [
-        len(distinct_views(recipe.inference.views))
-        * (1 if architecture_of(recipe.model).features else len(recipe.inference.member_epochs))
-        for recipe in members
-    ]
-    need, published = (
-        sum(count * cost for count, cost in zip(counts, flops, strict=True))
-        for counts in (passes, PUBLISHED_INFER_PASSES)
-    )
+    need, published, passes = 0.0, 0.0, []
+    for recipe, published_passes in zip(members, PUBLISHED_INFER_PASSES, strict=True):
+        flops = count_cost(recipe, task.num_labels, here.precision).forward_flops
+        # views of every epoch, but one pass of a frozen backbone for all epochs
+        epochs = 1 if architecture_of(recipe.model).features else len(recipe.inference.member_epochs)
+        count = len(distinct_views(recipe.inference.views)) * epochs
+        passes.append(f"{count} of {recipe.name}")
+        need, published = need + count * flops, published + published_passes * flops
     division = task.name if task.name in PUBLISHED_INFER_HOURS else "b"
     hours, images = PUBLISHED_INFER_HOURS[division], PUBLISHED_IMAGES[division]["test"]
-    speed = published * images / (hours * 3600)
-    t4 = dataclasses.replace(
-        PUBLISHED_T4,
-        efficiency=speed / (PUBLISHED_T4.peak_flops * PUBLISHED_T4.num_devices),
-        source="efficiency of the published inference",
-    )
-    each = ", ".join(f"{count} of {recipe.name}" for count, recipe in zip(passes, members, strict=True))
+    reached = published * images / (hours * 3600) / (PUBLISHED_T4.peak_flops * PUBLISHED_T4.num_devices)
+    t4 = dataclasses.replace(PUBLISHED_T4, efficiency=reached, source="efficiency of the published inference")
     lines = [
-        f"dry run: inference of task {task.name}, {num_images:,} images, each decoded once; passes: {each}; "
-        f"{need / 1e9:,.0f} GFLOP an image",
+        f"dry run: inference of task {task.name}, {num_images:,} images, each decoded once; passes: "
+        f"{', '.join(passes)}; {need / 1e9:,.0f} GFLOP an image",
         f"published: {PUBLISHED_INFER_PASSES[0]} and {PUBLISHED_INFER_PASSES[1]} passes, {published / 1e9:,.0f} GFLOP, "
         f"{hours} h on two T4s for {images:,} images",
         "",
         f"{'estimates':<30}{'images/s':>10}{'all':>10}  efficiency",
     ]
     for machine in (here, t4, *MACHINES[1:]):
-        rate = machine.peak_flops * machine.efficiency * machine.num_devices / need
-        lines.append(
-            f"{machine.name:<30}{rate:>10.3g}{_duration(num_images / rate / 3600):>10}  {machine.efficiency:.0%} of "
-            f"{machine.peak_flops / 1e12:.3g} TFLOP/s {machine.precision} ({machine.source})"
-        )
+        rate = machine.flops / need
+        lines.append(f"{machine.name:<30}{rate:>10.3g}{_duration(num_images / rate / 3600):>10}  {machine}")
     return "\n".join([*lines, TIMES.format("decoding")])
 
 
@@ -130,8 +112,7 @@ def dry_run(
 ) -> str:
     """The report for a training as it would start here: on all GPUs, or on the processes that were launched.
 
-    Counts the images of the shard set where it is there, else those of the published division. Raises UserError when
-    the run cannot fit this machine (see `require_fit`), and where there is no count.
+    Raises UserError when the run cannot fit this machine (see `require_fit`), and where images cannot be counted.
     """
     num_images, size_px, note = _count_images(task, shards, "train")
     here = this_machine(precision)

@@ -42,9 +42,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries_BCD: Tensor, tokens_BND: Tensor) -> Tensor:
         """(B, C, D) what each query gathers from the tokens; in training with dropout on the attention weights."""
-        gathered = F.scaled_dot_product_attention(
-            *self.project(queries_BCD, tokens_BND), dropout_p=self.drop_rate if self.training else 0.0
-        )
+        drop_rate = self.drop_rate if self.training else 0.0
+        gathered = F.scaled_dot_product_attention(*self.project(queries_BCD, tokens_BND), dropout_p=drop_rate)
         out_BCD: Tensor = self.out_proj(gathered.transpose(1, 2).flatten(2))
         return out_BCD
 

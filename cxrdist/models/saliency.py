@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxrdist.models.architecture import Maps
 
@@ -20,25 +20,22 @@ def attention_maps(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Map
     `model.attention` returns (B, heads, classes, patches) of images (B, 3, S, S).
     """
     maps = model.attention(images).float().mean(dim=1)
-    chosen = maps[torch.arange(len(images)), torch.as_tensor(labels)]
-    return _grids(chosen)
+    return _grids(maps[torch.arange(len(images)), torch.as_tensor(labels)])
 
 
-def grad_cam(model: nn.Module, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+def grad_cam(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Maps:
     """(B, h, w) Grad-CAM >= 0 of label `labels[b]` on the last block's patch tokens, for a timm vision transformer.
 
     Source: Selvaraju et al. 2017, with tokens as channels: the gradient's mean over the patches weighs each channel.
     """
-    network: Any = model
     with torch.no_grad():
-        tokens = network.forward_features(images)
+        tokens = model.forward_features(images)
     tokens = tokens.detach().requires_grad_()
-    logits = network.forward_head(tokens)
+    logits = model.forward_head(tokens)
     (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), torch.as_tensor(labels)].sum(), tokens)
-    num_prefix = int(network.num_prefix_tokens)
+    num_prefix = int(model.num_prefix_tokens)
     weights = gradient[:, num_prefix:].mean(dim=1, keepdim=True)
-    cam = (weights * tokens[:, num_prefix:].detach()).sum(dim=-1).relu()
-    return _grids(cam)
+    return _grids((weights * tokens[:, num_prefix:].detach()).sum(dim=-1).relu())
 
 
 def _grids(values: Tensor) -> Maps:

@@ -85,11 +85,9 @@ def resized_to_store(content: bytes, mode: Mode) -> Image.Image:
 
 
 def encode(resized: Image.Image) -> Converted:
-    """The 600x600 image as JPEG.
-
-    Without the published run's `optimize`: it changes no pixel, saves 1 % of the bytes and triples the encoding time.
-    """
+    """The 600x600 image as JPEG."""
     buffer = io.BytesIO()
+    # Without the published run's `optimize`: it changes no pixel, saves 1 % of the bytes and triples the encoding time.
     resized.save(buffer, "JPEG", quality=JPEG_QUALITY)
     jpeg = buffer.getvalue()
     hashes = (hashlib.sha256(jpeg).hexdigest(), xxhash.xxh3_64_intdigest(jpeg))
@@ -97,10 +95,7 @@ def encode(resized: Image.Image) -> Converted:
 
 
 def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
-    """The pixels in mode L or RGB: those of Pillow's `convert("RGB")`, in one channel where that is known to be enough.
-
-    Differs from it on purpose for more than 8 bits, which it would clip to white.
-    """
+    """The pixels of Pillow's `convert("RGB")`, in mode L where that is enough; scaled where it would clip 16 bits."""
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         try:
             return _decode_jpeg(content, image.size, image.mode, mode)
@@ -116,13 +111,10 @@ def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
 
 
 def _decode_jpeg(content: bytes, size: tuple[int, int], kind: str, mode: Mode) -> Image.Image:
-    """Decode with simplejpeg: Pillow's pixels (both are libjpeg-turbo), without its copies.
-
-    In fast mode a grey image is decoded at half size if that leaves both sides at least twice the target: 50 dB or more
-    from the exact pixels. Stronger shrinking saves little, as most of the time goes into the entropy code, and fell to
-    47 dB.
-    """
+    """Decode with simplejpeg: Pillow's pixels (both are libjpeg-turbo), without its copies."""
     options = {}
+    # Half size where that leaves twice the target: 50 dB or more from the exact pixels. Shrinking more fell to 47 dB
+    # and saves little: most of the time goes into the entropy code.
     if mode == "fast" and min(size) >= 4 * SIZE_PX:
         options = {"min_factor": 2, "min_height": -(-size[1] // 2), "min_width": -(-size[0] // 2)}
     if kind == "L":
@@ -152,44 +144,35 @@ def _grey_of(pixels: np.ndarray) -> np.ndarray | None:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Mode L of an image with 9 to 32 bits, scaled by the fewest bits (at least 8) that hold its largest value.
-
-    So a 12-bit radiograph in a 16-bit file fills the range, and one that uses 16 bits is divided by 257.
-    """
+    """Mode L of an image with 9 to 32 bits, scaled by the fewest bits (at least 8) that hold its largest value."""
     values = np.asarray(image).astype(np.int64).clip(min=0)
     top = (1 << max(8, int(values.max()).bit_length())) - 1
     return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
 
 
 def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generator[Converted | str, None, None]:
-    """`convert` of each path, in order, by `workers` processes (1: in this one). Close the iterator to stop early.
+    """`convert` of each path, in order, by `workers` processes (1: in this one); UserError when a worker dies.
 
-    Reads ahead only a few images per worker, so memory stays bounded. Raises UserError when a worker dies.
+    Close the iterator to stop early.
     """
     if workers <= 1:
         yield from (convert(path, mode) for path in paths)
         return
     # A fork server rather than a fork: the parent may hold threads (progress bar, test runner) that a fork would break.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        # What a worker imports with the parent's main module, most of it unused: once, and its memory shared.
-        context.set_forkserver_preload(["cxrdist.tables", "cxrdist.shards.writer"])
+    context = multiprocessing.get_context("forkserver")
+    # What a worker imports with the parent's main module, most of it unused: once, and its memory shared.
+    context.set_forkserver_preload(["cxrdist.tables", "cxrdist.shards.writer"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[Converted | str]] = deque()
     try:
-        for path in itertools.islice(paths, AHEAD * workers):
-            waiting.append(pool.submit(convert, path, mode))
+        waiting.extend(pool.submit(convert, path, mode) for path in itertools.islice(paths, AHEAD * workers))
         while waiting:
             result = waiting.popleft().result()
-            for path in itertools.islice(paths, 1):
-                waiting.append(pool.submit(convert, path, mode))
+            waiting.extend(pool.submit(convert, path, mode) for path in itertools.islice(paths, 1))
             yield result
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed (out of memory?); give fewer --workers and run the same command again: "
-            "finished shards are kept"
-        ) from None
+        remedy = "give fewer --workers and run the same command again: finished shards are kept"
+        raise UserError(f"a worker process was killed (out of memory?); {remedy}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -206,11 +189,10 @@ def _start_worker() -> None:
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent stops the workers
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        # A killed parent closes no queue: without this its workers would wait forever.
-        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    assert parent is not None
 
+    def exit_with_parent() -> None:  # which closes no queue when it is killed: its workers would wait forever
+        parent.join()
+        os._exit(1)
 
-def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

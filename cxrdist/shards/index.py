@@ -42,9 +42,11 @@ COLUMNS = {
     "sex": TEXT,
     "age": TEXT,
 }
+ABOUT = tuple(name for name, kind in COLUMNS.items() if kind == TEXT)
 LABEL = "label:"  # before a label's name: the column of its cells
 SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-AGAIN = "run cxrdist.preprocess again, or copy the shard set again"
+AGAIN = "copy the shard set again, or run cxrdist.preprocess again"
+MAKE_AGAIN = "copy the shard again, or delete it and run cxrdist.preprocess again"  # for one that has its old size
 
 
 class Texts:
@@ -159,24 +161,24 @@ class ShardIndex:
     """
 
     folder: Path
+    meta: SplitMeta
     task: Task
     split: str
     shards: tuple[str, ...]
-    keys: NDArray[np.int64]
+    keys: NDArray[np.int64]  # from here in the order of COLUMNS
     image_names: Texts
     patients: Texts
     studies: Texts
-    views: Texts
-    sexes: Texts
-    ages: Texts
     shard_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     digests: NDArray[np.uint8]
     checksums: NDArray[np.uint64] | None
     channels: NDArray[np.uint8]
+    views: Texts
+    sexes: Texts
+    ages: Texts
     targets: NDArray[np.float32] | None
-    meta: SplitMeta
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -239,13 +241,13 @@ def task_of(folder: Path) -> Task:
     return read_meta(folder, (finished or ["train"])[0]).task
 
 
-def found_version(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The format version that the split's JSON `path` states (None: nothing readable), and its fields."""
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a split's JSON, unchecked; none when nothing is readable."""
     try:
         fields = json.loads(read_bounded(path))
     except (ValueError, RecursionError):
-        return None, {}
-    return (fields.get("format_version"), fields) if isinstance(fields, dict) else (None, {})
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
@@ -260,11 +262,10 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no finished split"
         raise UserError(f"{path} is missing (the folder holds {there}); run or finish `{command} --split {split} ...`")
-    version, fields = found_version(path)
+    fields = read_fields(path)
+    version = fields.get("format_version")
     if isinstance(version, int) and version not in (1, FORMAT_VERSION):
-        raise UserError(
-            f"{path}: format version {version}, this cxrdist reads 1 and {FORMAT_VERSION}; preprocess again"
-        )
+        raise UserError(f"{path}: format version {version}, this cxrdist reads 1 and 2; run cxrdist.preprocess again")
     try:
         content = json.dumps(_from_version_1(path, fields)) if version == 1 else read_bounded(path)
         meta = SplitMeta.from_json(content, path)
@@ -273,15 +274,12 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
     if meta.split != split:
         raise UserError(f"{path} is of split {meta.split!r}; it was renamed, copy the shard set again")
     if task is not None and (differences := task.differences(meta.task)):
-        raise UserError(
-            f"{folder} holds split {split!r} of another task ({'; '.join(differences)}); give the shards of the task "
-            "that you name with --task"
-        )
+        what = f"split {split!r} of another task ({'; '.join(differences)})"
+        raise UserError(f"{folder} holds {what}; give the shards of the task that you name with --task")
     return meta
 
 
 def _from_version_1(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    fields = dict(fields)
     task, labels = TASKS.get(str(fields.pop("div", None))), fields.pop("labels", None)
     if task is None or labels != list(task.labels):
         raise UserError(f"{path}: its labels are not those of its task, in order")
@@ -291,60 +289,41 @@ def _from_version_1(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
 def open_index(folder: Path, split: str, task: Task | None = None) -> ShardIndex:
     """Open one split after checking that its tars are the ones the index was written for, by name and size.
 
-    Reads the JSON, hashes the index and stats each tar; no image is read. Raises UserError, naming the file, what was
-    expected and the remedy, when anything is missing, extra, damaged, unfinished or of another task.
+    No image is read. Raises UserError, naming the file, what was expected and the remedy, when anything is missing,
+    extra, damaged, unfinished or of another task.
     """
-    folder = Path(folder)
     meta = read_meta(folder, split, task)
-    check_tars(folder, meta)
+    _check_tars(folder, meta)
     path = folder / meta.index.name
     if meta.counts.images == 0:
         raise UserError(f"{folder}: split {split!r} holds no image; see left_out in {split}.json")
     batch = read_rows(folder, meta)
-    columns = {name: batch.column(name) for name in batch.schema.names}
-    text = {name: Texts(columns[name]) for name, kind in COLUMNS.items() if kind == TEXT}
-    number = {name: column.to_numpy() for name, column in columns.items() if name not in text and name != "sha256"}
-    _check_rows(path, meta, number, text["image_name"])
-    return ShardIndex(
-        folder=folder,
-        task=meta.task,
-        split=split,
-        shards=tuple(shard.name for shard in meta.shards),
-        keys=number["key"],
-        image_names=text["image_name"],
-        patients=text["patient"],
-        studies=text["study"],
-        views=text["view"],
-        sexes=text["sex"],
-        ages=text["age"],
-        shard_ids=number["shard"],
-        offsets=number["offset"],
-        lengths=number["length"],
-        digests=np.frombuffer(columns["sha256"].buffers()[1], np.uint8)[: 32 * len(batch)].reshape(-1, 32),
-        checksums=number["xxh3_64"] if meta.format_version > 1 else None,
-        channels=number["channels"],
-        targets=_targets(path, meta.task, number),
-        meta=meta,
-    )
+    columns: dict[str, Any] = dict(zip(batch.schema.names, batch.columns, strict=True))
+    digests = np.frombuffer(columns.pop("sha256").buffers()[1], np.uint8)[: 32 * len(batch)].reshape(-1, 32)
+    columns = {name: Texts(column) if name in ABOUT else column.to_numpy() for name, column in columns.items()}
+    _check_rows(path, meta, columns)
+    targets = _targets(path, meta.task, columns)
+    columns |= {"sha256": digests, "xxh3_64": columns["xxh3_64"] if meta.format_version > 1 else None}
+    fields = [*(columns[name] for name in COLUMNS), targets]
+    return ShardIndex(folder, meta, meta.task, split, tuple(shard.name for shard in meta.shards), *fields)
 
 
-def check_tars(folder: Path, meta: SplitMeta) -> None:
-    """Compare the tars in the folder with those in `meta` by name and size; UserError names the first that differs."""
-    again = "run cxrdist.preprocess again, or copy this shard again"
+def _check_tars(folder: Path, meta: SplitMeta) -> None:
+    """UserError for the first tar that differs from `meta` by name or size."""
     for shard in meta.shards:
         expected = f"{shard.count:,} images in {shard.bytes:,} bytes"
         try:
             found = (folder / shard.name).stat().st_size
         except OSError as error:
-            raise UserError(f"{folder / shard.name}: {error.strerror}; it should hold {expected}; {again}") from None
+            raise UserError(f"{folder / shard.name}: {error.strerror}; it should hold {expected}; {AGAIN}") from None
         if found != shard.bytes:
-            raise UserError(f"{folder / shard.name}: {found:,} bytes instead of {expected}; {again}")
+            raise UserError(f"{folder / shard.name}: {found:,} bytes instead of {expected}; {AGAIN}")
     listed = {shard.name for shard in meta.shards}
     own = re.compile(rf"{meta.split}-\d{{6,}}\.tar")
     extra = sorted(path.name for path in folder.glob("*.tar") if own.fullmatch(path.name) and path.name not in listed)
     if extra:
         raise UserError(
-            f"{folder / extra[0]} does not belong to this set of {len(listed)} shards ({len(extra)} extra); remove it"
+            f"{folder / extra[0]} is not of this set of {len(listed)} shards ({len(extra)} extra); remove it"
         )
 
 
@@ -355,8 +334,7 @@ def index_rows(
 
     targets: (N, K) float32, NaN where masked. A split with no value but 0, 1 and NaN stores them as uint8.
     """
-    content = dict(columns)
-    kinds = dict(COLUMNS)
+    content, kinds = dict(columns), dict(COLUMNS)
     if targets is not None:
         hard = bool((np.isnan(targets) | (targets == 0) | (targets == 1)).all())
         values = np.where(np.isnan(targets), MASKED, targets).astype(np.uint8) if hard else targets
@@ -393,18 +371,13 @@ def read_rows(folder: Path, meta: SplitMeta) -> pa.RecordBatch:
         batch.validate(full=True)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as an index ({str(error).splitlines()[0]}); {AGAIN}") from None
-    kinds = {field.name: field.type for field in batch.schema}
-    labels = [name for name in kinds if name not in COLUMNS]
-    if (
-        {name: kinds.get(name) for name in COLUMNS} != COLUMNS
-        or labels not in ([], [LABEL + label for label in meta.task.labels])
-        or {kinds[name] for name in labels} not in (set(), {pa.uint8()}, {pa.float32()})
-        or any(column.null_count for column in batch.columns)
-    ):
+    labels = [LABEL + label for label in meta.task.labels]
+    known = [COLUMNS, *(COLUMNS | dict.fromkeys(labels, kind) for kind in (pa.uint8(), pa.float32()))]
+    found = [(field.name, field.type) for field in batch.schema]
+    if found not in [list(kinds.items()) for kinds in known] or any(column.null_count for column in batch.columns):
         raise UserError(f"{path}: its columns are not those of the format and task; {AGAIN}")
     if len(batch) != meta.counts.images:
-        expected = f"{meta.counts.images:,} images of {meta.split}.json"
-        raise UserError(f"{path}: its {len(batch):,} rows do not fit the {expected}; {AGAIN}")
+        raise UserError(f"{path}: {len(batch):,} rows, but {meta.counts.images:,} in {meta.split}.json; {AGAIN}")
     return batch
 
 
@@ -426,9 +399,10 @@ def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
     return index_rows(columns, labels, np.stack(targets, axis=1) if labels else None)
 
 
-def _check_rows(path: Path, meta: SplitMeta, number: Mapping[str, NDArray[Any]], names: Texts) -> None:
+def _check_rows(path: Path, meta: SplitMeta, columns: Mapping[str, Any]) -> None:
     """UserError for the first row whose numbers or name cannot be right."""
-    keys, shard, offset, length = (number[name] for name in ("key", "shard", "offset", "length"))
+    names, *numbers = (columns[name] for name in ("image_name", "key", "shard", "offset", "length"))
+    keys, shard, offset, length = numbers
     known = (shard >= 0) & (shard < len(meta.shards))
     size = np.array([file.bytes for file in meta.shards], np.int64)[np.where(known, shard, 0)]
     first = pc.dictionary_encode(names.array).indices.to_numpy()  # a text gets the next number where it is first met
@@ -437,7 +411,7 @@ def _check_rows(path: Path, meta: SplitMeta, number: Mapping[str, NDArray[Any]],
         "its shard is not one of the split": ~known,
         "its shard comes after a later one": np.diff(shard, prepend=0) < 0,
         "its image lies outside its tar": (offset <= 0) | (length <= 0) | (offset > size) | (length > size - offset),
-        "its channels are not 1 or 3": ~np.isin(number["channels"], (1, 3)),
+        "its channels are not 1 or 3": ~np.isin(columns["channels"], (1, 3)),
         "its image name is there twice": first != np.arange(len(keys)),
     }
     for problem, bad in problems.items():
@@ -446,12 +420,12 @@ def _check_rows(path: Path, meta: SplitMeta, number: Mapping[str, NDArray[Any]],
             raise UserError(f"{path}, row {row:,} ({names[row]!r}): {problem}; {AGAIN}")
 
 
-def _targets(path: Path, task: Task, number: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
-    if LABEL + task.labels[0] not in number:
+def _targets(path: Path, task: Task, columns: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    if LABEL + task.labels[0] not in columns:
         return None
-    targets = np.empty((len(number["key"]), task.num_labels), np.float32)
+    targets = np.empty((len(columns["key"]), task.num_labels), np.float32)
     for place, label in enumerate(task.labels):
-        cells, values = number[LABEL + label], targets[:, place]
+        cells, values = columns[LABEL + label], targets[:, place]
         values[:] = cells
         if cells.dtype == np.uint8:
             values[cells == MASKED] = np.nan

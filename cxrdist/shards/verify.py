@@ -4,26 +4,16 @@ import csv
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import COLUMNS, LABEL, MASKED, ShardIndex, open_index, read_rows
+from cxrdist.shards.index import COLUMNS, LABEL, MAKE_AGAIN, MASKED, ShardIndex, open_index, read_rows
 from cxrdist.task import Task
 
-ROWS_AT_ONCE = 4096  # of a printed table
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was found in order: images and shards of the split, and whether their bytes were hashed."""
-
-    num_images: int
-    num_shards: int
-    hashed: bool
+ROWS_AT_ONCE = 4096  # of a printed table, whose size then does not matter
 
 
 def verify(
@@ -32,8 +22,8 @@ def verify(
     task: Task | None = None,
     hashes: bool = False,
     progress: Callable[[range], Iterable[int]] = iter,
-) -> Report:
-    """Check one split; UserError names the first shard, and the key, that is not what the index says.
+) -> ShardIndex:
+    """The index of one split, checked; UserError names the first shard, and the key, that is not what it says.
 
     Without `hashes`: index, tar names and sizes, and every tar header (no image is read). With: also the SHA-256 of
     every image and tar. `progress` may wrap the range of shards in a progress bar.
@@ -41,14 +31,11 @@ def verify(
     index = open_index(folder, split, task)
     for number in progress(range(len(index.shards))):
         _check_shard(index, number, hashes)
-    return Report(len(index), len(index.shards), hashes)
+    return index
 
 
 def write_table(index: ShardIndex, file: TextIO) -> None:
-    """The index as CSV, a row per image: the columns of the format, then the labels, blank where masked.
-
-    Written piece by piece, so that its size does not matter.
-    """
+    """The index as CSV, a row per image: the columns of the format, then the labels, blank where masked."""
     batch = read_rows(index.folder, index.meta)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(name.removeprefix(LABEL) for name in batch.schema.names)
@@ -68,8 +55,7 @@ def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
     path = index.folder / index.shards[number]
 
     def damaged(what: str) -> UserError:
-        again = "copy this shard again, or delete it and run cxrdist.preprocess again"
-        return UserError(f"{path}: damaged: {what}; {again}")
+        return UserError(f"{path}: damaged: {what}; {MAKE_AGAIN}")
 
     with path.open("rb") as file:
         position = 0

@@ -22,13 +22,15 @@ class Ema:
             decay: in [0, 1). ramp: the decay of update t (from 0) is min(decay, (1 + t) / (10 + t)).
             frozen: names of buffers and parameters never to track, as those of a frozen backbone.
         """
-        self.decay = decay
-        self.ramp = ramp
-        tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
-        self._live = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or _is_buffer(tensor)}
+        self.decay, self.ramp = decay, ramp
+        self._live = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if name not in frozen and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+        }
         self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         floating = [name for name, tensor in self._live.items() if tensor.is_floating_point()]
-        self._counters = [name for name in self._live if name not in set(floating)]
+        self._counters = self._live.keys() - set(floating)
         # the parameters themselves, not views of their memory: preparing a model for DDP gives them other memory
         self._live_list = [self._live[name] for name in floating]
         self._average_list = [self._average[name] for name in floating]
@@ -39,16 +41,14 @@ class Ema:
     def update(self, skip: Tensor | None = None) -> None:
         """average = decay * average + (1 - decay) * model, rounded as published; integer buffers are copied.
 
-        The shorter lerp drifts from the published averages by 1.3e-6 in 20 updates.
-
-        skip: 0-dim, 1.0 leaves the average as it is. It stays on the device: nothing here waits for the GPU.
+        The shorter lerp drifts from the published averages by 1.3e-6 in 20 updates. `skip` (0-dim): 1.0 leaves the
+        average as it is. It and the factors stay on the device: nothing here waits for the GPU.
         """
         keep = torch.full_like(self.num_updates, self.decay)
         if self.ramp:
             keep = torch.minimum(keep, (1.0 + self.num_updates) / (10.0 + self.num_updates))
         take = 1.0 if skip is None else 1.0 - skip.double()
         weight = (1.0 - keep) * take
-        # The factors stay on the device: reading them would wait for it.
         torch._foreach_mul_(self._average_list, (1.0 - weight).float())
         torch._foreach_addcmul_(self._average_list, self._live_list, [weight.float()] * len(self._live_list))
         for name in self._counters:
@@ -81,7 +81,3 @@ class Ema:
         finally:
             for tensor, value in zip(self._live.values(), kept, strict=True):
                 tensor.detach().copy_(value)
-
-
-def _is_buffer(tensor: Tensor) -> bool:
-    return not isinstance(tensor, nn.Parameter)

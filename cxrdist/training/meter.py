@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cxrdist.data.loader import Batch, Loader
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
+from cxrdist.models.architecture import listed
 from cxrdist.training.optim import GuardedAdamW
 from cxrdist.training.tracking import Tracker
 from cxrdist.training.validate import Validation
@@ -26,8 +27,8 @@ Rows = NDArray[np.int64]
 class LoopState:
     """Where the run is and what has been summed since the last row; all that resume needs beside the weights.
 
-    window, epoch_sums: (P + 1,) float64 on the device, this rank's share of each part of the loss (`parts`, P of them)
-    and, last, the number of steps taken.
+    window, epoch_sums: (P + 1,) float64 on the device, this rank's share of each of the P `parts` of the loss and,
+    last, the number of steps taken.
     """
 
     def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
@@ -65,28 +66,18 @@ class Meter:
         global_batch_size: int,
         max_skips: int,
     ) -> None:
-        """
-        Args:
-            tracker: on rank 0, None elsewhere. num_steps: optimizer steps of an epoch.
-            max_skips: this many skipped steps in a row end the run.
-        """
-        self._ranks = ranks
-        self._optimizer = optimizer
-        self._state = state
-        self._loader = loader
-        self._tracker = tracker
-        self._epochs = epochs
-        self._total_steps = num_steps * epochs
-        self._global_batch_size = global_batch_size
-        self._max_skips = max_skips
+        """tracker: on rank 0, None elsewhere. num_steps: of an epoch. max_skips: so many skips in a row end the run."""
+        self._ranks, self._optimizer, self._state, self._loader = ranks, optimizer, state, loader
+        self._tracker, self._epochs, self._max_skips = tracker, epochs, max_skips
+        self._global_batch_size, self._total_steps = global_batch_size, num_steps * epochs
         self._num_bad = 0
         self._finite: list[tuple[Rows, Tensor]] = []
         self._images = 0
         self._since = time.perf_counter()
-        self._waited = self._loader.wait_s
-        self._skipped = float(self._optimizer.num_skipped)
-        quiet = self._ranks.rank != 0 or not sys.stderr.isatty()
-        self._bar = tqdm(total=self._total_steps, initial=self._state.global_step, unit="step", disable=quiet)
+        self._waited = loader.wait_s
+        self._skipped = float(optimizer.num_skipped)
+        quiet = ranks.rank != 0 or not sys.stderr.isatty()
+        self._bar = tqdm(total=self._total_steps, initial=state.global_step, unit="step", disable=quiet)
 
     def __enter__(self) -> "Meter":
         return self
@@ -110,40 +101,28 @@ class Meter:
         """
         state, optimizer, ranks = self._state, self._optimizer, self._ranks
         scale = optimizer.loss_scale if optimizer.loss_scale is not None else torch.ones((), device=ranks.device)
-        numbers = torch.cat(
-            [
-                ranks.sum(state.window),
-                torch.stack(
-                    [
-                        optimizer.num_skipped,
-                        optimizer.longest_streak,
-                        optimizer.grad_norm,
-                        optimizer.lr_factor(),
-                        scale.double(),
-                    ]
-                ),
-                *[flags.double() for _, flags in self._finite],
-            ]
-        ).tolist()
-        num_parts = len(state.parts)
-        losses, (taken, skipped, in_a_row, grad_norm, factor, scale_now), finite = (
-            numbers[:num_parts],
-            numbers[num_parts : num_parts + 6],
-            numbers[num_parts + 6 :],
-        )
-        steps_taken = taken / ranks.world_size
-        seen = np.concatenate([rows for rows, _ in self._finite]) if self._finite else np.empty(0, np.int64)
-        bad = [
-            str(self._loader.index.image_names[int(row)]) for row, good in zip(seen, finite, strict=True) if not good
+        counted = [
+            optimizer.num_skipped,
+            optimizer.longest_streak,
+            optimizer.grad_norm,
+            optimizer.lr_factor(),
+            scale.double(),
         ]
+        flags = [finite.double() for _, finite in self._finite]
+        numbers = torch.cat([ranks.sum(state.window), torch.stack(counted), *flags]).tolist()
+        num_parts = len(state.parts)
+        losses, finite = numbers[:num_parts], numbers[num_parts + 6 :]
+        taken, skipped, in_a_row, grad_norm, factor, scale_now = numbers[num_parts : num_parts + 6]
+        steps_taken = taken / ranks.world_size
+        seen = [int(row) for rows, _ in self._finite for row in rows]
+        bad = [self._loader.index.image_names[row] for row, good in zip(seen, finite, strict=True) if not good]
         row: dict[str, Any] = {"kind": "train", "step": state.global_step, "epoch": state.epoch + 1}
         for name, value in zip(state.parts, losses, strict=True):
             row[_shown_part(name)] = value / steps_taken if steps_taken else None
         row |= {"grad_norm": grad_norm, "skipped": int(skipped), "loss_scale": scale_now}
-        row |= {
-            f"lr/{_shown_pattern(pattern)}": lr * factor
-            for pattern, lr in zip(optimizer.patterns, optimizer.base_lrs, strict=True)
-        }
+        for pattern, lr in zip(optimizer.patterns, optimizer.base_lrs, strict=True):
+            shown = re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
+            row[f"lr/{shown}"] = lr * factor
         new_skips, self._skipped = skipped - self._skipped, skipped
         speed = self._speed()
         if self._tracker is not None:
@@ -178,12 +157,11 @@ class Meter:
         self._since = time.perf_counter()  # validation is not training speed
 
     def _speed(self) -> dict[str, Any]:
-        now = time.perf_counter()
+        now, wait_s = time.perf_counter(), self._loader.wait_s
         seconds = max(now - self._since, 1e-9)
-        waited = self._loader.wait_s - self._waited
         own = {
             "images_per_s": self._images / seconds,
-            "wait_share": waited / seconds,
+            "wait_share": (wait_s - self._waited) / seconds,
             "memory_bytes": _memory_bytes(self._ranks.device),
         }
         new = [f"{item.image_name}: {item.reason}" for item in self._loader.skipped[self._num_bad :]]
@@ -192,7 +170,7 @@ class Meter:
         for rank, reasons in enumerate(bad):
             for reason in reasons:
                 self._ranks.say(f"warning: rank {rank} leaves out {reason}")
-        self._since, self._waited, self._images = now, self._loader.wait_s, 0
+        self._since, self._waited, self._images = now, wait_s, 0
         return {
             "images_per_s": sum(part["images_per_s"] for part in parts),
             "wait_share": max(part["wait_share"] for part in parts),
@@ -200,29 +178,19 @@ class Meter:
         }
 
     def _print(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
-        state = self._state
-        total = self._total_steps
-        left = (total - state.global_step) * self._global_batch_size / max(speed["images_per_s"], 1e-9)
+        step, total = self._state.global_step, self._total_steps
         facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
         if self._bar.disable:
-            left_text = datetime.timedelta(seconds=round(left))
-            self._ranks.say(f"epoch {row['epoch']} step {state.global_step}/{total}: {facts}, {left_text} left")
+            left = (total - step) * self._global_batch_size / max(speed["images_per_s"], 1e-9)
+            text = f"{facts}, {datetime.timedelta(seconds=round(left))} left"
+            self._ranks.say(f"epoch {row['epoch']} step {step}/{total}: {text}")
         else:
             self._bar.set_postfix_str(facts)
 
     def _report_skips(self, new_skips: int, in_a_row: int, bad: list[str]) -> None:
         """Collective: every rank has seen the same counts."""
-        named = self._ranks.gather(bad)
-        where = [
-            f"rank {rank}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            for rank, names in enumerate(named)
-            if names
-        ]
-        cause = (
-            f"non-finite logits on {'; '.join(where)}"
-            if where
-            else "the gradient was non-finite, the logits were finite"
-        )
+        where = [f"rank {rank}: {listed(names, 5)}" for rank, names in enumerate(self._ranks.gather(bad)) if names]
+        cause = f"non-finite logits on {'; '.join(where)}" if where else "non-finite gradient of finite logits"
         self._ranks.say(f"warning: {new_skips} steps skipped on all ranks up to {self._state.global_step}: {cause}")
         if in_a_row >= self._max_skips:
             raise UserError(
@@ -235,10 +203,6 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _shown_pattern(pattern: str) -> str:
-    return re.sub(r"[^\w.-]", "", pattern).strip(".") or "all"
 
 
 def _shown_part(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cxrdist.errors import UserError
+from cxrdist.models.architecture import listed
 from cxrdist.recipes import Group
 
 INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
@@ -28,16 +29,15 @@ def param_groups(model: nn.Module, groups: Sequence[Group]) -> list[tuple[Group,
     found: list[tuple[Group, dict[str, nn.Parameter]]] = [(group, {}) for group in groups]
     unmatched = []
     for name, parameter in model.named_parameters():
-        row = next((row for row, group in enumerate(groups) if re.search(group.pattern, name)), None)
-        if row is None:
+        for group, members in found:
+            if re.search(group.pattern, name):
+                parameter.requires_grad_(group.lr is not None)
+                members[name] = parameter
+                break
+        else:
             unmatched.append(name)
-            continue
-        parameter.requires_grad_(groups[row].lr is not None)
-        found[row][1][name] = parameter
     if unmatched:
-        raise UserError(
-            f"no row of the recipe's groups matches {', '.join(unmatched[:5])} ({len(unmatched)} parameters)"
-        )
+        raise UserError(f"no row of the recipe's groups matches {listed(unmatched, 5)}; add one (lr None: no training)")
     if not any(group.lr is not None and members for group, members in found):
         raise UserError("the recipe's groups train no parameter of this model")
     return found
@@ -49,15 +49,13 @@ def lr_factors(schedule: str, total_steps: int, warmup_steps: int) -> Tensor:
     Linear warm-up from 1 / warmup_steps, then constant, or a cosine that would reach 0 one step after the last.
     Returns float64, on the CPU.
     """
-    factors = []
+    factors = [1.0] * (total_steps + 1)
     for step in range(total_steps + 1):
         if step < warmup_steps:
-            factors.append((step + 1) / warmup_steps)
+            factors[step] = (step + 1) / warmup_steps
         elif schedule == "cosine":
             progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-            factors.append(0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
-        else:
-            factors.append(1.0)
+            factors[step] = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return torch.tensor(factors, dtype=torch.float64)
 
 
@@ -80,8 +78,7 @@ class GuardedAdamW:
         """
         Args:
             groups: from `param_groups`, parameters on their device. factors: from `lr_factors`.
-            clip_grad_norm: largest L2 norm of all gradients together, or None.
-            loss_scale: where the dynamic loss scale of fp16 starts; None for no scaling.
+            clip_grad_norm: largest L2 norm of the gradient. loss_scale: where the dynamic scale of fp16 starts.
         """
         trained = [(group, members) for group, members in groups if group.lr is not None and members]
         self.named = {name: parameter for _, members in trained for name, parameter in members.items()}
@@ -91,14 +88,11 @@ class GuardedAdamW:
         self.patterns = [group.pattern for group, _ in trained]
         # lr as a tensor: how far the schedule has come is known on the device only
         self._lrs = [torch.tensor(lr, dtype=torch.float32, device=self.device) for lr in self.base_lrs]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": list(members.values()), "lr": lr, "weight_decay": group.weight_decay}
-                for (group, members), lr in zip(trained, self._lrs, strict=True)
-            ],
-            betas=betas,
-            fused=True,
-        )
+        rows = [
+            {"params": list(members.values()), "lr": lr, "weight_decay": group.weight_decay}
+            for (group, members), lr in zip(trained, self._lrs, strict=True)
+        ]
+        self.adamw = torch.optim.AdamW(rows, betas=betas, fused=True)
         self._clip = clip_grad_norm
         self._factors = factors.to(self.device)
         self._moving = bool((factors != 1.0).any())
@@ -121,9 +115,9 @@ class GuardedAdamW:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         skipped = (~torch.isfinite(norm)).float()
-        if self.loss_scale is not None:
-            norm = norm / self.loss_scale
         divisor = self.loss_scale
+        if divisor is not None:
+            norm = norm / divisor
         if self._clip is not None:
             excess = (norm / self._clip).clamp(min=1.0)
             divisor = excess if divisor is None else divisor * excess
@@ -147,11 +141,8 @@ class GuardedAdamW:
         if self.loss_scale is not None:
             good = (self._good_steps + 1.0) * (1.0 - skipped)
             grow = good >= LOSS_SCALE_INTERVAL
-            self.loss_scale = torch.where(
-                skipped.bool(),
-                self.loss_scale / LOSS_SCALE_FACTOR,
-                torch.where(grow, self.loss_scale * LOSS_SCALE_FACTOR, self.loss_scale),
-            )
+            grown = torch.where(grow, self.loss_scale * LOSS_SCALE_FACTOR, self.loss_scale)
+            self.loss_scale = torch.where(skipped.bool(), self.loss_scale / LOSS_SCALE_FACTOR, grown)
             self._good_steps = torch.where(grow, 0.0, good)
 
     def lr_factor(self) -> Tensor:
@@ -161,13 +152,9 @@ class GuardedAdamW:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments by parameter name, the counters, and the loss scale: flat, for safetensors."""
-        state = {
-            f"{kind}/{name}": value
-            for name, parameter in self.named.items()
-            for kind, value in self.adamw.state[parameter].items()
-        }
-        for name in COUNTERS:
-            state[f"counter/{name}"] = getattr(self, name)
+        moments = {name: self.adamw.state[parameter] for name, parameter in self.named.items()}
+        state = {f"{kind}/{name}": value for name, kinds in moments.items() for kind, value in kinds.items()}
+        state |= {f"counter/{name}": getattr(self, name) for name in COUNTERS}
         if self.loss_scale is not None:
             state["counter/loss_scale"] = self.loss_scale
         return state

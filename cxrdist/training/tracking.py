@@ -6,6 +6,7 @@ slow, offline or broken without the training noticing.
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -15,7 +16,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,13 +38,9 @@ class Tracker:
     """Writes rows on rank 0. A context manager; make it on one rank only."""
 
     def __init__(self, run: Path, *, wandb_mode: WandbMode = "off", config: dict[str, Any] | None = None) -> None:
-        """
-        Args:
-            wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment.
-        """
-        self.run = run
+        """wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment."""
         mode = resolve_mode(wandb_mode)
-        history = [] if mode == "off" else _history(run)
+        history = [] if mode == "off" else _history(run)  # of earlier sessions, before this one writes
         self._metrics = _open_to_append(run / "metrics.jsonl")
         self._timings = _open_to_append(run / "timings.jsonl")
         self._wandb = None if mode == "off" else _WandbThread(run, mode, config or {}, history)
@@ -70,13 +66,15 @@ class Tracker:
 
     def images(self, step: int, name: str, images: NDArray[np.uint8], captions: list[str]) -> None:
         """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard."""
-        if self._wandb is not None:
-            self._wandb.send({"step": step, name: _Images(list(images), captions)})
+        pairs = list(zip(images, captions, strict=True))
+        self._show(step, name, lambda wandb: [wandb.Image(array, caption=caption) for array, caption in pairs])
 
     def curves(self, step: int, name: str, curves: dict[str, tuple[list[float], list[float]]], x_name: str) -> None:
         """Show lines, each of x and y values, in one plot under `name` on the dashboard."""
-        if self._wandb is not None:
-            self._wandb.send({"step": step, name: _Curves(name, curves, x_name)})
+        xs, ys = [x for x, _ in curves.values()], [y for _, y in curves.values()]
+        self._show(
+            step, name, lambda wandb: wandb.plot.line_series(xs, ys, keys=list(curves), title=name, xname=x_name)
+        )
 
     def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
@@ -90,6 +88,11 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
+
+    def _show(self, step: int, name: str, draw: Callable[[Any], Any]) -> None:
+        """`draw` makes what wandb shows, in its thread."""
+        if self._wandb is not None:
+            self._wandb.send({"step": step, name: draw})
 
     def _write(self, file: io.FileIO, row: dict[str, Any]) -> None:
         line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
@@ -141,16 +144,15 @@ def _open_to_append(path: Path) -> io.FileIO:
 
 def _history(run: Path) -> list[dict[str, Any]]:
     """The rows of both local files up to the last one of metrics.jsonl, by step."""
-    files: list[list[dict[str, Any]]] = []
-    for name in ("metrics.jsonl", "timings.jsonl"):
-        lines = (run / name).read_text().splitlines() if (run / name).exists() else []
-        files.append([])
-        for line in lines:
+    rows: list[dict[str, Any]] = []
+    last_step = -1
+    for path in (run / "metrics.jsonl", run / "timings.jsonl"):
+        for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                files[-1].append(json.loads(line))
-    metrics, timings = files
-    last_step = max((row["step"] for row in metrics), default=-1)
-    return sorted(metrics + [row for row in timings if row["step"] <= last_step], key=lambda row: int(row["step"]))
+                rows.append(json.loads(line))
+        if path.name == "metrics.jsonl":
+            last_step = max((row["step"] for row in rows), default=-1)
+    return sorted((row for row in rows if row["step"] <= last_step), key=lambda row: int(row["step"]))
 
 
 def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:
@@ -182,19 +184,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True)
-class _Images:
-    arrays: list[NDArray[np.uint8]]
-    captions: list[str]
-
-
-@dataclass(frozen=True)
-class _Curves:
-    title: str
-    curves: dict[str, tuple[list[float], list[float]]]
-    x_name: str
-
-
 class _WandbThread:
     """Starts wandb and feeds it. Every failure ends in one printed line; none reaches the training.
 
@@ -205,10 +194,7 @@ class _WandbThread:
     def __init__(
         self, run: Path, mode: Literal["online", "offline"], config: dict[str, Any], history: list[dict[str, Any]]
     ) -> None:
-        self._run = run
-        self._history = history
-        self._mode = mode
-        self._config = config
+        self._run, self._mode, self._config, self._history = run, mode, config, history
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
         self._dropped = 0
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -242,59 +228,36 @@ class _WandbThread:
                 if past["step"] > known:
                     session.log(past)
             while (row := self._rows.get()) is not None:
-                session.log({key: _shown(wandb, value) for key, value in row.items()})
+                session.log({key: value(wandb) if callable(value) else value for key, value in row.items()})
             session.finish()
         except Exception as error:  # a dashboard must never end a training, whatever it raises
             _say(f"stopped ({type(error).__name__}: {error}); the local files continue")
 
     def _start(self, wandb: Any) -> Any:
-        settings: dict[str, Any] = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}
-        arguments: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", "cxrdist"),
-            "group": self._run.name,
-            "name": self._run.name,
-            "dir": str(self._run),
-            "config": self._config,
-        }
+        init = functools.partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "cxrdist"),
+            group=self._run.name,
+            name=self._run.name,
+            dir=str(self._run),
+            config=self._config,
+        )
+        settings = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}
         session: Any = None
         if self._mode == "online":
             try:
-                session = wandb.init(
-                    **arguments,
-                    id=_run_id(self._run),
-                    resume="allow",
-                    mode="online",
-                    settings=wandb.Settings(**settings),
-                )
+                file = self._run / "wandb_id"  # the id on wandb, the same for every session of the run folder
+                if not file.exists():
+                    file.write_text(os.urandom(6).hex())
+                session = init(id=file.read_text().strip(), resume="allow", mode="online", settings=settings)
             except Exception as error:
                 _say(f"not reachable ({type(error).__name__}); recording offline, send it later with `wandb sync`")
         if session is None:
             # an offline run with an old id would overwrite it: a new id each time, tied together by the group
-            session = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
+            session = init(mode="offline", settings=settings)
         session.define_metric("step")
         session.define_metric("*", step_metric="step")
         return session
-
-
-def _run_id(run: Path) -> str:
-    """The id of this run on wandb, the same for every session of the run folder."""
-    path = run / "wandb_id"
-    if not path.exists():
-        path.write_text(os.urandom(6).hex())
-    return path.read_text().strip()
-
-
-def _shown(wandb: Any, value: Any) -> Any:
-    """What wandb draws in place of our pictures and curves; made in its thread."""
-    if isinstance(value, _Images):
-        pairs = zip(value.arrays, value.captions, strict=True)
-        return [wandb.Image(array, caption=caption) for array, caption in pairs]
-    if isinstance(value, _Curves):
-        xs, ys = zip(*value.curves.values(), strict=True)
-        return wandb.plot.line_series(
-            list(xs), list(ys), keys=list(value.curves), title=value.title, xname=value.x_name
-        )
-    return value
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 from torch import nn
 
 from cxrdist.errors import UserError
-from cxrdist.models import ARCHITECTURES
 from cxrdist.models.architecture import Architecture, Tensors, found_misfits, listed, named_misfits
 from cxrdist.models.weights.layouts import WeightFile, read_weights, size_of_file
 
@@ -15,9 +14,9 @@ WEIGHTS_FOLDER = Path("weights")
 
 
 def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...]:
-    """The files that `--init` stands for: FILE, several as FILE,FILE, a folder with the official files, or None.
+    """The files that `--init` stands for: FILE, several as FILE,FILE, a folder of the official ones (None: weights/).
 
-    None looks into `weights/`. Raises UserError that says which file to get, from where, when one is missing.
+    UserError says which file to get, from where, when one is missing.
     """
     if init is not None and not init.is_dir():
         files = (init,) if init.is_file() else tuple(Path(part) for part in str(init).split(","))
@@ -85,11 +84,9 @@ def _fit(
 ) -> tuple[Tensors, list[str]]:
     """The tensors as the model takes them for `own`, and notes on what was adapted; UserError lists what cannot be."""
     source = ", ".join(map(str, found.paths))
-    family = ARCHITECTURES.get(found.family, architecture)
-    if family.recognise is not architecture.recognise:
-        raise UserError(
-            f"{source}: holds weights of {found.family}, but the model is {architecture.name}; check --model and --init"
-        )
+    if found.architecture.recognise is not architecture.recognise:
+        kinds = f"weights of {found.architecture.name}, but the model is {architecture.name}"
+        raise UserError(f"{source}: holds {kinds}; check --model and --init")
     tensors = dict(found.tensors)
     notes = [] if architecture.fit is None else architecture.fit(model, tensors, source)
     head = {name for name in own if name.startswith(architecture.head)}

@@ -70,24 +70,16 @@ def safe_torch_load(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What one weight file, or several that belong together, holds, in our names. Tensors are on the CPU, as stored.
-
-    Attributes:
-        family: the first architecture that reads such files; its other sizes read them too (`architecture_of_file`).
-        tensors: the weights; where a file holds nothing but an EMA, the EMA's.
-        report: one line that says what was found, chosen and left out.
-        optimizer: AdamW's state by parameter name (`step`, `exp_avg`, `exp_avg_sq`).
-        epoch: the published run's epoch, from 1.
-    """
+    """What one weight file, or several that belong together, holds, in our names. Tensors are on the CPU, as stored."""
 
     paths: tuple[Path, ...]
     layout: str
-    family: str
-    tensors: Tensors
-    report: str
+    architecture: Architecture  # the first that reads such files; its other sizes read them too
+    tensors: Tensors  # where a file holds nothing but an EMA, the EMA's
+    report: str  # one line that says what was found, chosen and left out
     ema: Tensors | None = None
-    optimizer: dict[str, Tensors] | None = None
-    epoch: int | None = None
+    optimizer: dict[str, Tensors] | None = None  # AdamW's step, exp_avg, exp_avg_sq by parameter name
+    epoch: int | None = None  # of the published run, from 1
 
 
 def read_weights(path: Path, *more: Path, architecture: Architecture | None = None) -> WeightFile:
@@ -102,23 +94,22 @@ def read_weights(path: Path, *more: Path, architecture: Architecture | None = No
 
 def architecture_of_file(found: WeightFile) -> str:
     """Name of the architecture whose names and shapes a file has; the first of its family where no size fits."""
-    return size_of_file(found) or found.family
+    return size_of_file(found) or found.architecture.name
 
 
 def size_of_file(found: WeightFile) -> str | None:
     """Name of the architecture in whose own sizes every tensor of a file fits, head and position embedding aside."""
-    family = ARCHITECTURES.get(found.family)
-    if family is None or family.recognise is None:
-        return None
-    for architecture in (item for item in ARCHITECTURES.values() if item.recognise is family.recognise):
-        with torch.device("meta"):
-            own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
-        if all(
-            name == architecture.position or (name in own and own[name].shape == tensor.shape)
-            for name, tensor in found.tensors.items()
-            if not name.startswith(architecture.head)
-        ):
-            return architecture.name
+    for architecture in ARCHITECTURES.values():
+        if architecture.recognise is not None and architecture.recognise is found.architecture.recognise:
+            with torch.device("meta"):
+                own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
+            aside = (architecture.head, architecture.position or architecture.head)
+            if all(
+                name in own and own[name].shape == tensor.shape
+                for name, tensor in found.tensors.items()
+                if not name.startswith(aside)
+            ):
+                return architecture.name
     return None
 
 
@@ -163,7 +154,7 @@ def _weight_file(
     summary = f"{path}: {layout} ({architecture.name}), {where}{len(found.tensors)} tensors, {count:,} values"
     report = "; ".join([summary, *found.notes])
     ema = ours["ema"][1].tensors if "ema" in ours else None
-    return WeightFile((path,), layout, architecture.name, found.tensors, report, ema, optimizer, epoch)
+    return WeightFile((path,), layout, architecture, found.tensors, report, ema, optimizer, epoch)
 
 
 def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tuple[Architecture, Recognised]:
@@ -185,8 +176,9 @@ def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tu
 def _together(first: WeightFile, second: WeightFile) -> WeightFile:
     paths, report = (*first.paths, *second.paths), f"{first.report}; {second.report}"
     names = ", ".join(map(str, paths))
-    if first.family != second.family:
-        raise UserError(f"{names}: hold two different models ({first.family}, {second.family}); give files of one")
+    kinds = (first.architecture.name, second.architecture.name)
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{names}: hold two different models ({', '.join(kinds)}); give files of one")
     if first.layout == second.layout and first.epoch is not None:
         if first.epoch != second.epoch:
             raise UserError(f"{names}: are of epochs {first.epoch} and {second.epoch}; give files of one epoch")
@@ -197,7 +189,7 @@ def _together(first: WeightFile, second: WeightFile) -> WeightFile:
     if both := first.tensors.keys() & second.tensors.keys():
         raise UserError(f"{names}: all hold {listed(both)}; give one file for each part")
     layouts = f"{first.layout} + {second.layout}"
-    return WeightFile(paths, layouts, first.family, first.tensors | second.tensors, report)
+    return WeightFile(paths, layouts, first.architecture, first.tensors | second.tensors, report)
 
 
 def _flat(path: Path, state: Mapping[Any, Any]) -> Tensors:
