@@ -119,18 +119,6 @@ def test_opening_maps_the_file_and_makes_no_object_per_row(tmp_path: Path) -> No
         assert not column.flags.writeable
 
 
-@pytest.mark.slow
-def test_a_set_of_a_million_rows_opens_in_three_seconds(tmp_path: Path) -> None:
-    import time
-
-    large_set(tmp_path / "large", 1_000_000)
-    started = time.monotonic()
-    open_index(tmp_path / "large", "train")
-    seconds = time.monotonic() - started
-    print(f"opened in {seconds:.2f} s")
-    assert seconds < 3
-
-
 def changed(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
     def change(columns: dict[str, list[Any]]) -> None:
         columns[name][row] = value
