@@ -21,16 +21,14 @@ class Parser(argparse.ArgumentParser):
     """argparse with no abbreviations, and "did you mean" for a mistyped flag."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **kwargs)
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **(ours | kwargs))
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
             known = [option for action in self._actions for option in action.option_strings]
             for word in message.split(":", 1)[1].split():
-                close = difflib.get_close_matches(word.split("=")[0], known, n=1) if word.startswith("-") else []
-                if close:
+                if word.startswith("-") and (close := difflib.get_close_matches(word.split("=")[0], known, n=1)):
                     message += f" (did you mean {close[0]}?)"
         line = f"error: {message}; see `{self.prog} --help`\n"
         self.exit(2, "" if environment.rank() else line)  # every rank makes the same mistake: said once
@@ -40,20 +38,16 @@ def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[s
     """An argparse type: a number of that kind that is finite and not below `minimum`."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'an integer' if kind is int else 'a number'} of at least {minimum}"
-            )
-        return value
+        with contextlib.suppress(ValueError):
+            if minimum <= (value := kind(text)) < math.inf:
+                return value
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {minimum}")
 
     return parse
 
 
-def task_argument(text: str) -> Task:
+def task_type(text: str) -> Task:
     """`load_task` as an argparse type."""
     try:
         return load_task(text)
@@ -63,17 +57,12 @@ def task_argument(text: str) -> Task:
 
 def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> dict[str, Any]:
     """Keywords of `add_argument` for a flag with a value."""
-    return {
-        "type": kind,
-        "metavar": metavar,
-        "help": text + (" (default %(default)s)" if "default" in more else ""),
-    } | more
+    text += " (default %(default)s)" if "default" in more else ""
+    return {"type": kind, "metavar": metavar, "help": text} | more
 
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--task": flag(
-        task_argument, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"
-    ),
+    "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
     "--data": flag(Path, "DIR", "folder in the competition's layout (train1.csv, train1/, ...)"),
     "--images": flag(Path, "DIR", "folder of images"),
     "--csv": flag(Path, "FILE", "label CSV (train) or sample submission (test)"),
@@ -85,10 +74,8 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--init": flag(str, "FILE|random", "weights to start from (default: the official file in weights/)"),
     "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
-    "--set": flag(
-        str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)", dest="overrides"
-    )
-    | {"action": "append", "default": []},
+    "--set": flag(str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)")
+    | {"dest": "overrides", "action": "append", "default": []},
     "--device-batch-size": flag(
         at_least(1),
         "N",
@@ -133,19 +120,15 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **changes: dict[str,
 
 def shards_of(args: argparse.Namespace) -> Path:
     """The shard set that --shards names, or --task's own folder; UserError where neither was given."""
-    if args.shards is not None:
-        return Path(args.shards)
-    if args.task is None:
+    if args.shards is None and args.task is None:
         raise UserError("give --shards DIR (a shard set says its task), or --task NAME for shards/<task>")
-    task: Task = args.task
-    return Path("shards") / task.folder
+    return Path("shards", args.task.folder) if args.shards is None else Path(args.shards)
 
 
 def run_entry(main: Callable[[], None]) -> int:
-    """Run an entry's `main` and return the process's exit code.
+    """Run an entry's `main` and return the exit code: 0; 2 for a `UserError` (one line on stderr); 130 if interrupted.
 
-    0 on success; 2 for a `UserError` (printed to stderr as one line, with the rank where there are several);
-    130 when interrupted. Any other exception is ours and passes through with its traceback.
+    Any other exception is ours and passes through with its traceback.
     """
     rank = environment.rank()
     where = f" [rank {rank}]" if rank else ""
@@ -153,17 +136,11 @@ def run_entry(main: Callable[[], None]) -> int:
         main()
     except UserError as error:
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        _tell_launcher(f"error: {error}")
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch's launcher then ends its own traceback with it
+            with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+                json.dump({"message": f"error: {error}", "timestamp": int(time.time())}, file)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume from what is already written", file=sys.stderr)
         return 130
     return 0
-
-
-def _tell_launcher(text: str) -> None:
-    """Leave `text` where torch's launcher looks for a failed rank's reason: it then ends its own traceback with it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": text, "timestamp": int(time.time())}, file)

@@ -96,11 +96,9 @@ def gpus(problems: list[str]) -> str:
         names = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
         return f"{len(cards)}: {names}; CUDA {torch.version.cuda}"
     if shutil.which("nvidia-smi") is not None:
-        build = torch.version.cuda or "no CUDA"
-        problems.append(
-            f"nvidia-smi is here, but torch {torch.__version__} (built for {build}) sees no GPU; install a torch build "
-            "that fits the driver (pytorch.org, 'Get Started') and check CUDA_VISIBLE_DEVICES"
-        )
+        found = f"nvidia-smi is here, but torch {torch.__version__} (built for {torch.version.cuda or 'no CUDA'})"
+        remedy = "a torch build that fits the driver (pytorch.org, 'Get Started') and check CUDA_VISIBLE_DEVICES"
+        problems.append(f"{found} sees no GPU; install {remedy}")
     return f"none (torch {torch.__version__}): training runs on the CPU, which is fit for the demo only"
 
 
@@ -109,12 +107,11 @@ def processes(problems: list[str]) -> str:
     if not Path(plan.config).is_file():
         problems.append(f"{plan.config} is missing; run from a checkout of the project, or set CXRDIST_ACCEL_CONFIG")
     if plan.num_processes > 1:
+        host = socket.gethostname()
         try:
-            socket.getaddrinfo(socket.gethostname(), None)
+            socket.getaddrinfo(host, None)
         except OSError:
-            problems.append(
-                f"the host name {socket.gethostname()!r} has no address, which gloo needs; set GLOO_SOCKET_IFNAME=lo"
-            )
+            problems.append(f"the host name {host!r} has no address, which gloo needs; set GLOO_SOCKET_IFNAME=lo")
     return plan.reason
 
 
@@ -135,7 +132,6 @@ def disk(problems: list[str]) -> str:
 
 
 def wandb_state() -> str:
-    """Whether runs would go online."""
     mode = resolve_mode("auto")
     if mode == "online":
         return "logged in: runs go online (--wandb off: local files only)"

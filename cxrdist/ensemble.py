@@ -66,8 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def studies_of(args: argparse.Namespace, table: ScoreTable) -> Sequence[tuple[str, str] | None]:
     """The study of each image, from --shards or else from the images' names."""
     if args.shards is None:
-        task = task_of(table, args.task)
-        return [task.ids_in_name(name) for name in table.image_names]
+        return list(map(task_of(table, args.task).ids_in_name, table.image_names))
     index = open_index(args.shards, table.meta.split or "test", args.task or table.meta.task)
     rows = index.rows_of(table.image_names)
     if len(unknown := table.image_names[rows < 0]):
@@ -78,18 +77,15 @@ def studies_of(args: argparse.Namespace, table: ScoreTable) -> Sequence[tuple[st
 def searched_weights(args: argparse.Namespace, tables: Sequence[ScoreTable]) -> list[float]:
     """Weights for `tables`, found on the out-of-fold tables of the members with the same names."""
     by_name = {table.name: table for table in read_members(args.search_with, args.task)[0]}
-    names = [table.name for table in tables]
-    if sorted(names) != sorted(by_name):
+    if sorted(names := [table.name for table in tables]) != sorted(by_name):
         both = f"--search-with holds members {', '.join(by_name)}, --scores {', '.join(names)}"
         raise UserError(f"{both}; weights can be searched for the same members only")
     folds = [by_name[name] for name in names]
     targets = match_labels(folds[0], read_label_csv(args.csv, task_of(folds[0], args.task)), args.csv).targets
     weights = score_tables.search_weights(folds, targets)
     found, equal = (macro_auroc(targets, average_tables(folds, way).probs)[0] for way in (weights, None))
-    print(
-        f"weights searched on {len(targets):,} out-of-fold images: macro AUROC {found:.4f}, equal weights {equal:.4f} "
-        "(the first is optimistic by the search)"
-    )
+    gain = f"macro AUROC {found:.4f}, equal weights {equal:.4f} (the first is optimistic by the search)"
+    print(f"weights searched on {len(targets):,} out-of-fold images: {gain}")
     return weights
 
 

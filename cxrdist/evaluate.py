@@ -30,8 +30,6 @@ from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_membe
 from cxrdist.shards.index import open_index
 from cxrdist.tables import read_label_csv
 
-AVERAGES = {"prob": "probabilities", "logit": "logits", "rank": "ranks"}
-
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -60,7 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     paths |= {f"run {run.name}": str(run) for run in args.run}
     paths |= {} if args.shards is None else {"shards": str(args.shards)}
     sections.append(figures.files_section(paths, {} if args.timings is None else read_timings(args.timings)))
-    write_report(args.out / "report.html", args.title, subtitle(tables[0], result), sections)
+    first = tables[0].meta
+    where = "" if first.task is None else f"task {first.task.name}, split {first.split or '?'}; "
+    about = f"{where}{result.num_images:,} images of {result.num_patients:,} patients; cxrdist {__version__}"
+    write_report(args.out / "report.html", args.title, about, sections)
     for score in result.scores:
         low, high = score.macro_interval
         counted = f"{score.num_labels} of {len(result.labels)} labels"
@@ -70,24 +71,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.evaluate", description=__doc__)
-    flags = ("--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average")
     add_flags(
         parser,
-        *("--scores", *flags),
+        *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
         csv={"required": True, "help": "label CSV of the scored images"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images, for pictures (default: none)"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
     )
-    own = {
-        "--resamples": flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000),
-        "--run": flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []},
-        "--show": flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []},
-        "--timings": flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'),
-        "--title": flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"),
-    }
-    for name, options in own.items():
-        parser.add_argument(name, **options)
+    add = parser.add_argument
+    add("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000))
+    add("--run", **flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []})
+    add("--show", **flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []})
+    add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
+    add("--title", **flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"))
     return parser.parse_args(argv)
 
 
@@ -96,12 +93,13 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
     found, first = [], tables[0].meta
     if len(tables) > 1:
         members = [f"{name} (weight {weight:g})" for name, weight in first.members.items()]
-        found.append(f"ensemble: {AVERAGES[first.average]} averaged over {', '.join(members)}")
+        averaged = {"prob": "probabilities", "logit": "logits", "rank": "ranks"}[first.average]
+        found.append(f"ensemble: {averaged} averaged over {', '.join(members)}")
     for meta in (table.meta for table in tables):
         if meta.checkpoints:
-            views = sorted({view for item in meta.checkpoints for view in item.views})
+            views = ", ".join(sorted({view for item in meta.checkpoints for view in item.views}))
             sources = ", ".join(item.source for item in meta.checkpoints)
-            found.append(f"{meta.member}: {sources}; views {', '.join(views)}; {meta.precision}")
+            found.append(f"{meta.member}: {sources}; views {views}; {meta.precision}")
         elif meta.task is None and not meta.members:
             found.append(f"{meta.member}: the table does not say its task, split, shards and models.")
     if first.split == "train" and not first.out_of_fold:
@@ -119,11 +117,6 @@ def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[
         place = next((place for source, place in sources if source.startswith(f"{run}@")), number)
         colours[run.name] = figures.COLOURS[place % len(figures.COLOURS)]
     return colours
-
-
-def subtitle(table: ScoreTable, result: Evaluation) -> str:
-    where = "" if table.meta.task is None else f"task {table.meta.task.name}, split {table.meta.split or '?'}; "
-    return f"{where}{result.num_images:,} images of {result.num_patients:,} patients; cxrdist {__version__}"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
@@ -35,8 +34,8 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
-from cxrdist.inference.members import Ensemble, common_split, default_members, held_out, load_ensemble, parse_member
-from cxrdist.inference.parts import Basis, Part, PartStore, batches_done, collect, merge
+from cxrdist.inference.members import Ensemble, MemberSpec, common_split, held_out, load_ensemble, parse_member
+from cxrdist.inference.parts import Basis, Part, PartStore, Rows, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
 from cxrdist.inference.score import check_finite, in_parts, member_table, score
 from cxrdist.scoring.submission import check_template, template_of, write_submission
@@ -55,8 +54,8 @@ class Job:
     template: Template | None
     ensemble: Ensemble
     passes: list[Pass]
-    rows: NDArray[np.int64]
-    batches: list[NDArray[np.int64]]  # the global list; its composition does not depend on the number of ranks
+    rows: Rows
+    batches: list[Rows]  # the global list; its composition does not depend on the number of ranks
     basis: Basis
     store: PartStore
 
@@ -92,27 +91,22 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     size = job.basis.device_batch_size
     done = batches_done(job.store.read_all(), ranks)
     own = [number for number in range(len(job.batches)) if number not in done][ranks.rank :: ranks.world_size]
-    batches = [job.batches[number] for number in own]
+    batches = {number: job.batches[number] for number in own}
     ranks.say(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
     ranks.say(f"  {ranks.world_size} processes on {ranks.device.type}, {job.basis.precision}, {size} images a batch")
     if done:
         ranks.say(f"resuming: {len(done):,} of {len(job.batches):,} batches are scored already")
-    show = tqdm(
-        total=sum(len(batch) for batch in batches),
-        unit=" images",
-        desc=f"infer, process 1 of {ranks.world_size}",
-        disable=ranks.rank != 0,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
-        maxinterval=60,
-    )
-    shape = len(job.basis.columns), job.index.task.num_labels
+    total, desc = sum(map(len, batches.values())), f"infer, process 1 of {ranks.world_size}"
+    every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
+    show = tqdm(total=total, unit=" images", desc=desc, disable=ranks.rank != 0, mininterval=every_s, maxinterval=60)
+    none = torch.zeros(len(job.basis.columns), 0, job.index.task.num_labels, device=ranks.device)
     with (
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
         Loader(job.index, ranks.device, on_bad="skip", max_bad=args.max_unreadable) as loader,
         show,
     ):
-        scored = score(loader, batches, job.passes, job.ensemble.models, job.basis.precision)
-        for part in in_parts(scored, loader, own, batches, shape, args.checkpoint_minutes * 60, show):
+        scored = score(loader, list(batches.values()), job.passes, job.ensemble.models, job.basis.precision)
+        for part in in_parts(scored, loader, batches, none, args.checkpoint_minutes * 60, show):
             job.store.write(part, ranks.rank)
 
 
@@ -122,7 +116,8 @@ def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job
     index = open_index(shards, args.split, args.task)
     out = args.out or Path("predictions") / index.task.folder
     template = choose_template(args, index)
-    ensemble = load_ensemble([parse_member(text) for text in args.member] or default_members(index.task), index.task)
+    published = [MemberSpec(name, Path("runs") / f"{name}_{index.task.name}") for name in ("eva_x", "chexfound")]
+    ensemble = load_ensemble([parse_member(text) for text in args.member] or published, index.task)
     rows = np.arange(len(index), dtype=np.int64)
     if args.fold is not None:
         rows = rows_of_fold(index.patients, common_split(ensemble, index.task), args.fold)[1]
@@ -147,18 +142,17 @@ def choose_template(args: argparse.Namespace, index: ShardIndex) -> Template | N
         return template
     if index.targets is not None:
         return None
-    left_out = [(entry.key, entry.image_name) for entry in index.meta.left_out]
-    by_key = sorted([*zip(index.keys.tolist(), index.image_names, strict=True), *left_out])
-    return template_of(index.task, [name for _, name in by_key])
+    by_key = [(entry.key, entry.image_name) for entry in index.meta.left_out]
+    by_key += zip(index.keys.tolist(), index.image_names, strict=True)
+    return template_of(index.task, [name for _, name in sorted(by_key)])
 
 
 def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> None:
     """Average what was scored into score tables and the submission, and say what lies where."""
     index, basis = job.index, job.basis
     logits, kept, undecodable = merge(parts, len(index), job.rows)
-    unreadable = {index.image_names[row]: reason for row, reason in sorted(undecodable.items())}
-    if args.fold is None:
-        unreadable = index.left_out | unreadable
+    left_out = index.left_out if args.fold is None else {}
+    unreadable = left_out | {index.image_names[row]: reason for row, reason in sorted(undecodable.items())}
     image_names = np.array(index.image_names[kept].to_list(), dtype=object)
     check_finite(logits, job.passes, image_names, basis.precision)
     shared = TableMeta(

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.task import TASKS
+from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
 DEFAULT_SEED = 22  # of the published recipes for every task without a published seed: division B's EVA-X
@@ -129,10 +129,7 @@ def chexfound(task: str) -> Recipe:
         epochs=6,
         seed={"a": 42, "b": 32}.get(task, DEFAULT_SEED),
         global_batch_size=PUBLISHED_BATCH,
-        groups=(
-            Group(pattern=r"^backbone\.", lr=None),
-            Group(pattern=r"^glori\.", lr=2e-4, weight_decay=1e-5),
-        ),
+        groups=(Group(pattern=r"^backbone\.", lr=None), Group(pattern=r"^glori\.", lr=2e-4, weight_decay=1e-5)),
         ema_decay=0.99967,
     )
 
@@ -142,26 +139,25 @@ def eva_x_224(task: str) -> Recipe:
     return dataclasses.replace(eva_x(task), name="eva_x_224", image_size=224)
 
 
+def _demo(recipe: Recipe, **changes: Any) -> Recipe:
+    changes |= {"global_batch_size": 16, "lr_schedule": "cosine", "clip_grad_norm": 1.0, "augment": "crop_flip"}
+    return dataclasses.replace(recipe, ema_decay=0.98, ema_ramp=True, **changes)
+
+
 def demo_eva_x(task: str) -> Recipe:
     """EVA-X-Ti cut to six blocks, from random weights, on the demo's phantoms: about a minute on two CPU cores.
 
     Command: `./launch.sh demo`. Held-out macro AUROC 0.92 on phantoms.
     From random weights the published learning rates learn nothing; steps matter more than pixels or depth.
     """
-    return dataclasses.replace(
+    return _demo(
         eva_x(task),
         name="demo_eva_x",
         model="eva_x_tiny",
         image_size=112,
         epochs=30,
-        global_batch_size=16,
         groups=(Group(pattern=r"", lr=5e-4, weight_decay=0.02),),
-        lr_schedule="cosine",
         warmup_steps=40,
-        clip_grad_norm=1.0,
-        ema_decay=0.98,
-        ema_ramp=True,
-        augment="crop_flip",
         model_kwargs=(("depth", 6),),
         inference=Inference(views=PUBLISHED_VIEWS, member_epochs=(29, 30)),
     )
@@ -173,22 +169,13 @@ def demo_chexfound(task: str) -> Recipe:
     Command: `./launch.sh demo`. Held-out macro AUROC 0.86 on phantoms.
     LayerScale is 1: at its usual 1e-5 the random blocks pass the patch embedding on unchanged.
     """
-    return dataclasses.replace(
+    return _demo(
         chexfound(task),
         name="demo_chexfound",
         image_size=160,
         epochs=36,
-        global_batch_size=16,
-        groups=(
-            Group(pattern=r"^backbone\.", lr=None),
-            Group(pattern=r"^glori\.", lr=1e-3, weight_decay=1e-5),
-        ),
-        lr_schedule="cosine",
+        groups=(Group(pattern=r"^backbone\.", lr=None), Group(pattern=r"^glori\.", lr=1e-3, weight_decay=1e-5)),
         warmup_steps=20,
-        clip_grad_norm=1.0,
-        ema_decay=0.98,
-        ema_ramp=True,
-        augment="crop_flip",
         model_kwargs=(("decoder_dim", 192), ("depth", 4), ("embed_dim", 192), ("init_values", 1.0), ("num_heads", 3)),
         inference=Inference(member_epochs=(35, 36)),
     )
@@ -204,15 +191,8 @@ def eva_x_tiny(task: str) -> Recipe:
     return dataclasses.replace(eva_x(task), name="eva_x_tiny", model="eva_x_tiny")
 
 
-RECIPES: dict[str, Callable[[str], Recipe]] = {
-    "eva_x": eva_x,
-    "chexfound": chexfound,
-    "eva_x_224": eva_x_224,
-    "eva_x_small": eva_x_small,
-    "eva_x_tiny": eva_x_tiny,
-    "demo_eva_x": demo_eva_x,
-    "demo_chexfound": demo_chexfound,
-}
+PUBLIC = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny, demo_eva_x, demo_chexfound)
+RECIPES: dict[str, Callable[[str], Recipe]] = {function.__name__: function for function in PUBLIC}
 
 
 def recipe_for(model: str, task: str) -> Recipe:
@@ -222,21 +202,12 @@ def recipe_for(model: str, task: str) -> Recipe:
     return RECIPES[model](task)
 
 
-def with_global_batch_size(recipe: Recipe, global_batch_size: int) -> Recipe:
-    """The recipe at another global batch, its EMA spanning the same number of images: decay^(new / old).
-
-    Without it a decay made for 64 images a step leaves 83 % of the initial weights after 6 epochs at 1024.
-    """
-    scale = global_batch_size / recipe.global_batch_size
-    return dataclasses.replace(recipe, global_batch_size=global_batch_size, ema_decay=recipe.ema_decay**scale)
-
-
 def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Literal["none", "sqrt", "linear"]) -> Recipe:
     """The recipe with its learning rates times `ratio` (of global batches) or its root; unchanged for "none"."""
     if rule == "none" or ratio == 1.0:
         return recipe
     factor = ratio if rule == "linear" else ratio**0.5
-    groups = (dataclasses.replace(group, lr=None if group.lr is None else group.lr * factor) for group in recipe.groups)
+    groups = (dataclasses.replace(group, lr=group.lr and group.lr * factor) for group in recipe.groups)
     return dataclasses.replace(recipe, groups=tuple(groups))
 
 
@@ -247,26 +218,19 @@ def to_json(recipe: Recipe) -> str:
 
 def from_json(content: bytes | str, source: object = "recipe") -> Recipe:
     """The recipe in JSON `content`, of format version 1, too; UserError names `source` and the field that is wrong."""
-    return _read(content, source)[0]
+    return from_json_with_task(content, source)[0]
 
 
-def task_of_version_1(content: bytes | str, source: object) -> str | None:
-    """The name of the task that a recipe of version 1 held; None for a later one."""
-    return _read(content, source)[1]
-
-
-def _read(content: bytes | str, source: object) -> tuple[Recipe, str | None]:
+def from_json_with_task(content: bytes | str, source: object) -> tuple[Recipe, Task | None]:
+    """`from_json`, and the task that a recipe of version 1 held; None for a later one."""
     remedy = "it is damaged or of another version of cxrdist"
     try:
         data = json.loads(content)
         version = data.pop("format_version", 1)
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        task = TASKS[data.pop("div")] if version == 1 else None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{source} is not a recipe: {remedy}") from None
-    task = None
     if version == 1:
-        task = data.pop("div", None)
-        if task not in TASKS:
-            raise UserError(f"{source} is not a recipe: {remedy}")
         data["inference"] = {name: data.pop(name) for name in ("views", "member_epochs") if name in data}
     elif version != FORMAT_VERSION:
         raise UserError(f"{source}: format version {version!r}, this cxrdist reads {FORMAT_VERSION}")
@@ -279,7 +243,8 @@ def _read(content: bytes | str, source: object) -> tuple[Recipe, str | None]:
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
     """The recipe with `field=value` texts applied, each typed from its field; tuples are written with commas.
 
-    `global_batch_size` also scales `ema_decay` (see `with_global_batch_size`) unless that is set too.
+    `global_batch_size` also makes `ema_decay` decay^(new / old), unless that is set too: the EMA spans as many images.
+    A decay made for 64 images a step would leave 83 % of the initial weights after 6 epochs at 1024.
     Raises UserError for an unknown field, a value of another type, or a field that is not one value.
     """
     data: dict[str, Any] = dataclasses.asdict(recipe)
@@ -300,13 +265,12 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
     changed = Recipe.from_json(json.dumps(data), " ".join(f"--set {text}" for text in overrides), strict=False)
     names = {text.partition("=")[0] for text in overrides}
     if "global_batch_size" in names and "ema_decay" not in names:
-        decay = with_global_batch_size(recipe, changed.global_batch_size).ema_decay
-        changed = dataclasses.replace(changed, ema_decay=decay)
+        scale = changed.global_batch_size / recipe.global_batch_size
+        return dataclasses.replace(changed, ema_decay=recipe.ema_decay**scale)
     return changed
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """`field: old -> new` for every field of what is learned in which two recipes differ; empty when equal."""
-    names = [item.name for item in dataclasses.fields(Recipe) if item.compare]
-    pairs = ((name, getattr(old, name), getattr(new, name)) for name in names)
+    pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(Recipe) if f.compare]
     return [f"{name}: {before!r} -> {after!r}" for name, before, after in pairs if before != after]

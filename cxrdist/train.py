@@ -13,7 +13,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cxrdist import recipes
 from cxrdist.augment.training import TrainingAugment
@@ -35,15 +34,15 @@ from cxrdist.models import architecture_of
 from cxrdist.models.weights import fit, layouts
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
+from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
-from cxrdist.runs.folder import RunFolder, run_id
 from cxrdist.shards.index import ShardIndex, open_index, task_of
 from cxrdist.shards.verify import verify
 from cxrdist.task import Task
 from cxrdist.training.ema import Ema
-from cxrdist.training.learner import Learner
+from cxrdist.training.learner import Learner, LoopState
 from cxrdist.training.losses import make_criterion, part_names
-from cxrdist.training.meter import LoopState, Meter
+from cxrdist.training.meter import Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
@@ -51,8 +50,9 @@ from cxrdist.training.validate import validate
 MAX_DEVICE_BATCH_SIZE = 32  # of the default: what the published runs put through one 16 GB GPU
 NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
-
-
+SWITCH = {"action": "store_true"}
+SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
+INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 OWN_FLAGS = {
     "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
     "--validate-fold": flag(at_least(0), "K", "hold out fold K (from 0) and validate on it"),
@@ -61,6 +61,12 @@ OWN_FLAGS = {
     "--threads": flag(at_least(0), "N", "decode threads per process (default: its share of cores)"),
     "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
     "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
+    "--continue-init": SWITCH | {"help": INIT},
+    "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
+    "--compile": SWITCH | {"help": "torch.compile the model"},
+    "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
+    "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
+    "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
 
 
@@ -73,18 +79,6 @@ def parser() -> Parser:
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable")
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
-    switch = functools.partial(flags.add_argument, action="store_true")
-    switch(
-        "--continue-init", help="continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
-    )
-    switch("--grad-checkpointing", help="less memory, about a third more compute")
-    switch("--compile", help="torch.compile the model")
-    flags.add_argument(
-        "--wandb", choices=("auto", "online", "offline", "off"), default="auto", help="auto: if logged in"
-    )
-    flags.add_argument("--on-bad", choices=("error", "skip"), default="error", help="what an unreadable image does")
-    scaled = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
-    flags.add_argument("--scale-lr", choices=("none", "sqrt", "linear"), default="none", help=scaled)
     return flags
 
 
@@ -146,10 +140,11 @@ def train(
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"))
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
-            checkpoint_gradients(model)
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise UserError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
     accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
-    ranks.say(report)
-    ranks.say(recipes.to_json(recipe))
+    ranks.say(f"{report}\n{recipes.to_json(recipe)}")
     ranks.say(
         f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(rows.train):,} images, "
         f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
@@ -161,12 +156,10 @@ def train(
     stack.enter_context(out_of_memory_named(ranks.device, device_batch_size, remedy))
     parallel = ranks.prepare(model.to(ranks.device))  # NCCL connects here
     num_steps = order.num_steps(len(rows.train), recipe.global_batch_size)
+    factors = lr_factors(recipe.lr_schedule, num_steps * recipe.epochs, recipe.warmup_steps)
+    scale = INITIAL_LOSS_SCALE if precision == "fp16" else None
     optimizer = GuardedAdamW(
-        groups,
-        betas=recipe.betas,
-        factors=lr_factors(recipe.lr_schedule, num_steps * recipe.epochs, recipe.warmup_steps),
-        clip_grad_norm=recipe.clip_grad_norm,
-        loss_scale=INITIAL_LOSS_SCALE if precision == "fp16" else None,
+        groups, betas=recipe.betas, factors=factors, clip_grad_norm=recipe.clip_grad_norm, loss_scale=scale
     )
     ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(architecture.frozen_names(model)))
     state = LoopState(parts, ranks.device)
@@ -181,8 +174,7 @@ def train(
     ranks.on_main(write_start, run, recipe, task, facts, rows, index, session)
     tracker: Tracker | None = None
     if ranks.rank == 0:
-        lost = cut_metrics(run, 0 if begin.state is None else begin.state.metrics_bytes)
-        if lost is not None:
+        if lost := cut_metrics(run, 0 if begin.state is None else begin.state.metrics_bytes):
             ranks.say(f"warning: {lost}")
         config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
         tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, config=config))
@@ -190,23 +182,16 @@ def train(
     loader = stack.enter_context(
         Loader(index, ranks.device, num_threads=threads, on_bad=args.on_bad, max_bad=args.max_unreadable)
     )
-    step_state = StepState(
-        data=facts,
-        frozen=frozen,
-        parts=parts,
-        world_size=ranks.world_size,
-        device_batch_size=device_batch_size,
-        precision=precision,
-    )
+    hardware = {name: getattr(session, name) for name in ("world_size", "device_batch_size", "precision")}
+    step_state = StepState(data=facts, frozen=frozen, parts=parts, **hardware)
     meta = EpochMeta(data=facts, frozen=frozen, recipe=recipe.name, model=recipe.model, task=task)
     folder = RunFolder(path=run, id=ranks.on_main(run_id, run), state=step_state, meta=meta, keep_steps=args.keep_steps)
     meter = Meter(
-        ranks,
-        optimizer,
-        state,
-        loader,
-        tracker,
-        num_steps=num_steps,
+        ranks=ranks,
+        learner=learner,
+        loader=loader,
+        tracker=tracker,
+        total_steps=num_steps * recipe.epochs,
         epochs=recipe.epochs,
         global_batch_size=recipe.global_batch_size,
         max_skips=args.max_skips,
@@ -226,11 +211,11 @@ def train(
         world_size=ranks.world_size,
     )
     sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
-    if tracker is not None and tracker.has_dashboard:
+    if tracker is not None and tracker.dashboard is not None:
         epoch = min(state.epoch, recipe.epochs - 1)
         first = order.epoch_order(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
         show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
-    with control.signals(), meter:
+    with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
             model.train()
             first_in_step = True
@@ -259,31 +244,21 @@ def train(
                 state.step, state.global_step = batch.step + 1, state.global_step + 1
                 if state.global_step % args.log_every == 0 or state.step == num_steps:
                     meter.log()  # the only place where the host waits for the device
-                meter.advance()
+                bar.update()
                 decision = control.after_step(state.global_step)
-                if decision.save and state.step < num_steps:
+                if decision.stop or (decision.save and state.step < num_steps):
                     save_step(folder, learner, tracker, ranks)
                 if decision.stop:
-                    if not decision.save or state.step == num_steps:
-                        save_step(folder, learner, tracker, ranks)
                     again = "the same command with --resume continues"
                     ranks.say(f"stopped after step {state.global_step} ({decision.stop}); {again}")
                     return
             save_step(folder, learner, tracker, ranks)
             validation = None
             if rows.validation is not None:
-                resize = TrainingAugment(recipe.image_size, "none", recipe.seed)
+                resize = functools.partial(TrainingAugment(recipe.image_size, "none", recipe.seed), epoch=0)
                 with ema.applied():
                     validation = validate(
-                        model,
-                        loader,
-                        rows.validation,
-                        functools.partial(resize, epoch=0),
-                        criterion_on_cpu,
-                        ranks,
-                        labels=task.labels,
-                        device_batch_size=device_batch_size,
-                        precision=precision,
+                        model, loader, rows.validation, resize, criterion_on_cpu, ranks, device_batch_size, precision
                     )
             meter.log_epoch(validation)
             scores = None if validation is None else validation.summary()
@@ -306,11 +281,10 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
         folds=None if args.validate_fold is None else args.folds,
         validate_fold=args.validate_fold,
     )
-    before, recorded = None, None
+    before = None
     with contextlib.suppress(UserError):  # named by find_start
         before = start.read_facts(run) if args.resume and args.validate_fold is not None else None
-    if before == facts:
-        recorded = folds.read_split(run / "split.csv", index.task)
+    recorded = folds.read_split(run / "split.csv", index.task) if before == facts else None
     return facts, select(index, args.validate_fold, args.folds, recipe.seed, recorded)
 
 
@@ -321,14 +295,7 @@ def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Rank
         return most
     free_bytes = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0]))
     with ranks.agree():
-        fits = fitting_batch(recipe, task.num_labels, precision, free_bytes, ranks.world_size)
-    return min(most, fits)
-
-
-def checkpoint_gradients(model: nn.Module) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
-        raise UserError("--grad-checkpointing: this model's backbone is frozen and keeps no activations; leave it out")
-    model.set_grad_checkpointing(True)  # type: ignore[operator]
+        return min(most, fitting_batch(recipe, task.num_labels, precision, free_bytes, ranks.world_size))
 
 
 def restore(
@@ -337,8 +304,7 @@ def restore(
     """Resume this run from its checkpoint, or with --continue-init a published one from its file."""
     state = learner.state
     if begin.folder is not None and begin.state is not None:
-        folder = begin.folder
-        learner.restore(lambda name: checkpoint.read_tensors(folder, name), folder, ranks)
+        learner.restore(functools.partial(checkpoint.read_tensors, begin.folder), begin.folder, ranks)
         state.epoch, state.step, state.global_step = begin.state.epoch, begin.state.step, begin.state.global_step
     elif args.continue_init:
         if args.init in (None, "random"):

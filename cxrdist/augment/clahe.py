@@ -5,7 +5,6 @@ device. Only the conversion of colour images is kornia's.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,25 +19,21 @@ RGB_SHARES = (871.0, 2929.0, 296.0)  # of 4096, in luminance
 
 def clip_counts(clip_limit: NDArray[np.float64], image_size: int) -> NDArray[np.float64]:
     """(n,) pixels that one bin of a tile's histogram may hold, from OpenCV's relative clip limit."""
-    area = (image_size // TILES) ** 2
-    return np.maximum(np.floor(clip_limit * area / BINS), 1.0)
+    return np.maximum(np.floor(clip_limit * (image_size // TILES) ** 2 / BINS), 1.0)
 
 
 def equalise(levels: Tensor, counts: Tensor) -> Tensor:
-    """CLAHE with 8x8 tiles.
+    """CLAHE with 8x8 tiles: (n, C, S, S) float32 integer levels, within 2 of albumentations 2.0.8 on three channels.
 
-    Args:
-        levels: (n, C, S, S) float32 integer grey levels in [0, 255], or three channels of RGB; S a multiple of 8.
-        counts: (n,) float32, from `clip_counts`.
-    Returns: (n, C, S, S) float32 integer levels, within 2 of albumentations 2.0.8 on three channels.
+    levels: (n, C, S, S) float32 integers in [0, 255], grey or RGB; S a multiple of 8. counts: (n,) of `clip_counts`.
     """
-    tables = _tables_of_lightness(levels.device)
+    linear, lightness, lightness_of_grey, grey = _tables_of_lightness(levels.device)
     if levels.shape[1] == 1:
-        plane = equalise_plane(_look_up(tables.lightness_of_grey, levels[:, 0]), counts)
-        return _look_up(tables.grey, plane).unsqueeze(1)
-    red, green, blue = _look_up(tables.linear, levels).unbind(1)
+        plane = equalise_plane(_look_up(lightness_of_grey, levels[:, 0]), counts)
+        return _look_up(grey, plane).unsqueeze(1)
+    red, green, blue = _look_up(linear, levels).unbind(1)
     luminance = ((red * RGB_SHARES[0] + green * RGB_SHARES[1] + blue * RGB_SHARES[2] + 2048.0) / 4096.0).floor_()
-    plane = equalise_plane(_look_up(tables.lightness, luminance), counts)
+    plane = equalise_plane(_look_up(lightness, luminance), counts)
     # on a GPU kornia's matrix is a convolution, which by default computes with 10-bit mantissas
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         chroma = rgb_to_lab(levels / 255.0)[:, 1:].round_()
@@ -49,9 +44,8 @@ def equalise(levels: Tensor, counts: Tensor) -> Tensor:
 def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
     """OpenCV's CLAHE of (n, S, S) float32 integer levels, whatever they mean; `counts` as in `equalise`."""
     num, size, _ = plane.shape
-    device = plane.device
-    tile_px = size // TILES
-    if tile_px * TILES != size:
+    device, tile_px = plane.device, size // TILES
+    if size % TILES:
         raise ValueError(f"CLAHE needs a size that is a multiple of {TILES} px, not {size}")
     pixel = torch.arange(size, device=device, dtype=torch.int32)
     image = torch.arange(num, device=device, dtype=torch.int32).view(-1, 1, 1)
@@ -73,10 +67,10 @@ def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
     side = TILES + 2
     index = (levels + ((image * side + first.view(-1, 1)) * side + first) * BINS).view(-1)
     corners = [tables[tiles * BINS :].index_select(0, index).view(plane.shape) for tiles in (0, 1, side, side + 1)]
-    upper_left, upper_right, lower_left, lower_right = corners
+    upper, upper_right, lower, lower_right = corners
     rest = 1.0 - share  # two products and a sum, as in OpenCV: torch.lerp would round some pixels to the other side
-    upper = upper_left.mul_(rest).add_(upper_right.mul_(share))
-    lower = lower_left.mul_(rest).add_(lower_right.mul_(share))
+    upper.mul_(rest).add_(upper_right.mul_(share))
+    lower.mul_(rest).add_(lower_right.mul_(share))
     share, rest = share.view(-1, 1), rest.view(-1, 1)
     return upper.mul_(rest).add_(lower.mul_(share)).round_()
 
@@ -100,16 +94,12 @@ def _look_up(table: Tensor, levels: Tensor) -> Tensor:
     return table.index_select(0, levels.reshape(-1).int()).view(levels.shape)
 
 
-class LightnessTables(NamedTuple):
-    linear: Tensor  # sRGB level -> light, of 2040
-    lightness: Tensor  # light -> 8-bit CIE L
-    lightness_of_grey: Tensor  # grey level -> 8-bit CIE L
-    grey: Tensor  # 8-bit CIE L -> grey level
-
-
 @cache
-def _tables_of_lightness(device: torch.device) -> LightnessTables:
-    """CLAHE makes ten levels of one of L, so L must be OpenCV's own: its fixed-point steps, rounded where it rounds."""
+def _tables_of_lightness(device: torch.device) -> list[Tensor]:
+    """sRGB level -> light, of 2040; light -> 8-bit CIE L; grey level -> L; L -> grey level.
+
+    CLAHE makes ten levels of one of L, so L must be OpenCV's own: its fixed-point steps, rounded where it rounds.
+    """
     level = np.arange(256)
     share = level / 255.0
     linear = np.rint(2040 * np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)).astype(int)
@@ -120,4 +110,4 @@ def _tables_of_lightness(device: torch.device) -> LightnessTables:
     share = np.where(star > 8, ((star + 16) / 116) ** 3, star * 27 / 24389)
     grey = np.rint(255 * np.where(share <= 0.0031308, 12.92 * share, 1.055 * share ** (1 / 2.4) - 0.055))
     tables = (linear, lightness, lightness[linear], grey)
-    return LightnessTables(*(torch.from_numpy(table).float().to(device) for table in tables))
+    return [torch.from_numpy(table).float().to(device) for table in tables]

@@ -2,7 +2,7 @@
 
 Resampling three times, as published, blurs; once is sharper and less work. Black falls where the published order puts
 it: what the rotation leaves outside is black before CLAHE and brightness, what the last shift leaves outside stays
-black, and nothing outside the crop window is ever seen. It works on one channel (three where the batch has three).
+black, and nothing outside the crop window is ever seen.
 
 Positions run through three frames, from the output back to the stored image, each counted in px from its own centre:
 output --(shift, scale)--> frame --(rotation)--> crop --(flip, resize)--> source. All but the source are S x S.
@@ -28,12 +28,8 @@ HOLES = slice(18, 18 + 4 * MAX_HOLES)  # centre and half width, in x and in y
 
 
 def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Augment a batch part by part.
+    """Augment images (B, C, H, W), uint8 on any device, by their `draws`, part by part, to `image_size` (S, px).
 
-    Args:
-        images: (B, C, H, W) uint8 on any device.
-        draws: the parameters of the B images.
-        image_size: S, px.
     Returns: pairs (rows of the batch, (b, C, S, S) float32 integer levels). A part is one image on a CPU, where the
     work then stays in the cache, and the full batch on a GPU.
     """
@@ -42,18 +38,17 @@ def composed(images: Tensor, draws: Draws, image_size: int) -> Iterator[tuple[sl
     parts = [slice(start, min(start + part, num)) for start in range(0, num, part)]
     table = _table(draws, (height, width), image_size)
     # Which images a step concerns is known here: the rows travel with the table, and nothing waits for the device.
-    masked = draws.cut | draws.shifted
-    steps = (draws.clip_limit > 0.0, draws.adjusted, masked)
+    steps = (draws.clip_limit > 0.0, draws.adjusted, draws.cut | draws.shifted)
     chosen = [np.flatnonzero(step[rows]) for rows in parts for step in steps]
     packed = torch.from_numpy(np.concatenate([table.ravel(), *chosen]).astype(np.float32))
     if images.is_cuda:
         packed = packed.pin_memory().to(images.device, non_blocking=True)
     flat, *ids = torch.split(packed, [table.size, *map(len, chosen)])
-    columns = flat.view(*table.shape, 1, 1)
+    columns = flat.view(*table.shape, 1, 1)  # each is (B, 1, 1)
     centre = (image_size - 1) / 2
     place = torch.arange(image_size, device=images.device, dtype=torch.float32) - centre
     for index, rows in enumerate(parts):
-        values = columns[rows]  # a column is (b, 1, 1)
+        values = columns[rows]
         with_clahe, with_tone, with_mask = (some.long() for some in ids[3 * index : 3 * index + 3])
         slope_x, offset_x, slope_y, offset_y = values[:, FRAME].unbind(1)
         x = place * slope_x + offset_x  # (b, 1, S)
@@ -94,11 +89,9 @@ def _table(draws: Draws, source_size: tuple[int, int], size: int) -> NDArray[np.
 
 def _warp(images: Tensor, values: Tensor, x: Tensor, y: Tensor, rotated: bool) -> Tensor:
     """(b, C, S, S) integer levels of `images` at frame positions x (b, 1, S) and y (b, S, 1); black beside the crop."""
-    num, size = len(images), x.shape[2]
-    grid = torch.empty((num, 2, size, size), device=images.device)
+    grid = torch.empty((len(images), 2, x.shape[2], x.shape[2]), device=images.device)
     planes = grid.unbind(1)
     source = [values[:, columns].unbind(1) for columns in (SOURCE_X, SOURCE_Y)]
-    inside = None
     if rotated:
         cos, sin, half_width = values[:, ROTATION].unbind(1)
         torch.add(x * cos, y * -sin, out=planes[0])
@@ -113,7 +106,7 @@ def _warp(images: Tensor, values: Tensor, x: Tensor, y: Tensor, rotated: bool) -
     # warp_affine) twice as long as the sampling.
     pairs = grid.permute(0, 2, 3, 1)
     levels = grid_sample(images.float(), pairs, mode="bilinear", padding_mode="border", align_corners=False)
-    if inside is not None:
+    if rotated:
         levels.mul_(inside.unsqueeze(1))
     return levels.round_()
 

@@ -31,19 +31,11 @@ PROBABILITY = {"flip": 0.5, "rotate": 0.4, "clahe": 0.3, "brightness": 0.3, "hol
 MAX_HOLES = 2
 
 
-@dataclass(frozen=True)
-class HoleRange:
-    """How many holes are cut and how long a side may be: in px, or as a fraction of the image's side below 1."""
-
-    num: tuple[int, int]
-    side: tuple[float, float]
-
-
-HOLES = {
-    "as_run": HoleRange(num=(1, 2), side=(0.1, 0.2)),  # the library ignored the arguments of the call
-    "as_asked": HoleRange(num=(1, 1), side=(1, 20)),
-}
 HoleMode = Literal["as_run", "as_asked"]
+HOLES: dict[HoleMode, tuple[int, float, float]] = {  # at most so many, each side between: px, or of the image's below 1
+    "as_run": (2, 0.1, 0.2),  # the library ignored the arguments of the call
+    "as_asked": (1, 1, 20),
+}
 
 
 @dataclass(frozen=True)
@@ -90,37 +82,32 @@ def uniforms(seed: int, epoch: int, keys: Ints, num: int) -> Floats:
 
 def draw(
     keys: Ints,
-    *,
     seed: int,
     epoch: int,
     source_size: tuple[int, int],
     image_size: int,
+    *,
     crop_flip_only: bool = False,
     holes: HoleMode = "as_run",
 ) -> Draws:
-    """Parameters of the images `keys` in `epoch`.
+    """Parameters of the images `keys` (B,), their numbers in the shard set, in `epoch`.
 
     Args:
-        keys: (B,) the images' numbers in their shard set; an equal key gets equal parameters.
         source_size: height and width of the stored images, px.
         image_size: the model's, px; holes and shifts are in its pixels.
         crop_flip_only: leave the other steps out. Crop and flip are the same as with them.
     """
-    num = len(keys)
     values: Iterator[Floats] = iter(uniforms(seed, epoch, keys, 4 * CROP_TRIES + 24).T)
 
     def between(low: float, high: float) -> Floats:
         return low + (high - low) * next(values)
 
     def happens(step: str) -> Mask:
-        return np.less(next(values), PROBABILITY[step], dtype=np.bool_)
+        probability = PROBABILITY[step] if step == "flip" or not crop_flip_only else 0.0
+        return np.less(next(values), probability, dtype=np.bool_)
 
     crop = _draw_crop(np.stack([next(values) for _ in range(4 * CROP_TRIES)], 1), source_size)
     flip = happens("flip")
-    if crop_flip_only:
-        zero, one = np.zeros((num, 2)), np.ones((num, 2))
-        no_holes = np.zeros((num, MAX_HOLES, 4), np.int64)
-        return Draws(crop, flip, zero[:, 0], zero[:, 0], one[:, 0], zero[:, 0], no_holes, one, zero.astype(np.int64))
     angle = np.where(happens("rotate"), between(-MAX_ANGLE_DEG, MAX_ANGLE_DEG), 0.0)
     clip_limit = np.where(happens("clahe"), between(*CLIP_LIMIT), 0.0)
     adjust = happens("brightness")
@@ -128,7 +115,7 @@ def draw(
     brightness = np.where(adjust, between(-BRIGHTNESS * 255.0, BRIGHTNESS * 255.0), 0.0)
     pierced = happens("holes")
     sides = np.stack([next(values) for _ in range(1 + 4 * MAX_HOLES)], 1)
-    cut = _draw_holes(pierced, sides, HOLES[holes], image_size)
+    cut = _draw_holes(pierced, sides, *HOLES[holes], image_size)
     move = happens("shift")
     scale = np.stack([np.where(move, between(1.0 - SCALE, 1.0 + SCALE), 1.0) for _ in "xy"], 1)
     # Integer pixels, cut towards zero as the library's int() does.
@@ -152,18 +139,14 @@ def _draw_crop(values: Floats, source_size: tuple[int, int]) -> Ints:
     return np.stack([x, y, crop_width, crop_height], 1).astype(np.int64)
 
 
-def _draw_holes(cut: Mask, values: Floats, holes: HoleRange, image_size: int) -> Ints:
+def _draw_holes(cut: Mask, values: Floats, most: int, smallest: float, largest: float, image_size: int) -> Ints:
     """(B, MAX_HOLES, 4) from (B, 1 + 4 * MAX_HOLES) uniforms."""
-    low, high = holes.num
-    num = low + np.floor((high - low + 1) * values[:, 0])
+    num = 1 + np.floor(most * values[:, 0])
     used = cut[:, None] & (np.arange(MAX_HOLES) < num[:, None])
     height, width, y, x = np.moveaxis(values[:, 1:].reshape(len(values), MAX_HOLES, 4), 2, 0)
-    smallest, largest = holes.side
-    if largest < 1:
-        height, width = (np.floor((smallest + (largest - smallest) * side) * image_size) for side in (height, width))
-    else:
-        largest = min(largest, image_size)
-        height, width = (np.floor(smallest + (largest - smallest + 1) * side) for side in (height, width))
+    unit, one = (image_size, 0) if largest < 1 else (1, 1)  # px are drawn up to the longest side itself
+    span = min(largest, image_size) - smallest + one
+    height, width = (np.floor((smallest + span * side) * unit) for side in (height, width))
     y, x = np.floor((image_size - height + 1) * y), np.floor((image_size - width + 1) * x)
     boxes = np.stack([x, y, x + width, y + height], 2)
     return np.where(used[..., None], boxes, 0.0).astype(np.int64)

@@ -17,11 +17,7 @@ from cxrdist.augment.views import resize
 
 def stepwise(images: Tensor, draws: Draws, image_size: int) -> Tensor:
     """(B, C, H, W) uint8 -> (B, C, S, S) float32 integer grey levels, augmented as `draws` says."""
-    batch = []
-    for row in range(len(images)):
-        *_, (_, levels) = steps(images[row : row + 1], draws, row, image_size)
-        batch.append(levels)
-    return torch.cat(batch)
+    return torch.cat([list(steps(images[row : row + 1], draws, row, image_size))[-1][1] for row in range(len(images))])
 
 
 def steps(image: Tensor, draws: Draws, row: int, image_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -33,7 +29,8 @@ def steps(image: Tensor, draws: Draws, row: int, image_size: int) -> Iterator[tu
         levels = levels.flip(-1)
         yield "flip", levels
     if draws.angle[row] != 0.0:
-        cos, sin = np.cos(np.deg2rad(draws.angle[row])), np.sin(np.deg2rad(draws.angle[row]))
+        angle = np.deg2rad(draws.angle[row])
+        cos, sin = np.cos(angle), np.sin(angle)
         levels = _affine(levels, np.array([[cos, -sin], [sin, cos]]), np.zeros(2))
         yield "rotate", levels
     if draws.clip_limit[row] > 0.0:
@@ -41,8 +38,7 @@ def steps(image: Tensor, draws: Draws, row: int, image_size: int) -> Iterator[tu
         levels = equalise(levels, count.to(levels.device))
         yield "clahe", levels
     if draws.adjusted[row]:
-        levels = levels * float(draws.contrast[row]) + float(draws.brightness[row])
-        levels = levels.clamp_(0.0, 255.0).floor_()
+        levels = (levels * float(draws.contrast[row]) + float(draws.brightness[row])).clamp_(0.0, 255.0).floor_()
         yield "brightness", levels
     if draws.cut[row]:
         levels = levels.clone()

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cxrdist.augment.composed import composed
-from cxrdist.augment.draws import Draws, HoleMode, Ints, draw
+from cxrdist.augment.draws import HoleMode, Ints, draw
 from cxrdist.augment.reference import stepwise
 from cxrdist.augment.views import empty_batch, keep_freed_blocks, normalise, resize
 from cxrdist.errors import UserError
@@ -19,39 +18,21 @@ AugmentMode = Literal["published", "crop_flip", "none"]
 
 @dataclass(frozen=True)
 class TrainingAugment:
-    """The random augmentation of one run.
+    """The random augmentation of one run; what happens to an image is a pure function of (seed, epoch, key).
 
-    Args:
-        image_size: S, the model's, px.
-        mode: "published"; "crop_flip": its random crop, flip and normalisation only; "none": the evaluation resize.
-        seed: the run's. What happens to an image is a pure function of (seed, epoch, key).
-        reference: the published steps one after the other, each rounded to grey levels, instead of one composed warp.
-        holes: "as_run" cuts 1-2 holes of 10-20 % of the side, "as_asked" one of at most 20 px.
     Raises UserError for an unknown mode.
     """
 
-    image_size: int
-    mode: AugmentMode
+    image_size: int  # S, the model's, px
+    mode: AugmentMode  # "crop_flip": the published random crop, flip and normalisation only; "none": evaluation resize
     seed: int
-    reference: bool = False
-    holes: HoleMode = "as_run"
+    reference: bool = False  # the published steps one by one, each rounded to grey levels, instead of one composed warp
+    holes: HoleMode = "as_run"  # 1-2 holes of 10-20 % of the side; "as_asked": one of at most 20 px
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(AugmentMode):
             raise UserError(f"augment={self.mode!r} is unknown; one of {', '.join(get_args(AugmentMode))}")
         keep_freed_blocks()
-
-    def draws(self, keys: Ints, epoch: int, source_size: tuple[int, int]) -> Draws:
-        """The parameters that `keys` (B,) get in `epoch`; `source_size` is (height, width) of the stored images."""
-        return draw(
-            np.asarray(keys, np.int64),
-            seed=self.seed,
-            epoch=epoch,
-            source_size=source_size,
-            image_size=self.image_size,
-            crop_flip_only=self.mode == "crop_flip",
-            holes=self.holes,
-        )
 
     def levels(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
         """The augmented batch before normalisation: (B, C, S, S) float32 integer grey levels in [0, 255]."""
@@ -60,12 +41,11 @@ class TrainingAugment:
 
     def _parts(self, images: Tensor, keys: Ints, epoch: int) -> Iterable[tuple[slice, Tensor]]:
         """Rows of the batch and their levels."""
+        (height, width), size, less = images.shape[2:], self.image_size, self.mode == "crop_flip"
         if self.mode == "none":
-            return [(slice(None), resize(images, self.image_size))]
-        draws = self.draws(keys, epoch, (images.shape[2], images.shape[3]))
-        if self.reference:
-            return [(slice(None), stepwise(images, draws, self.image_size))]
-        return composed(images, draws, self.image_size)
+            return [(slice(None), resize(images, size))]
+        draws = draw(keys, self.seed, epoch, (height, width), size, crop_flip_only=less, holes=self.holes)
+        return [(slice(None), stepwise(images, draws, size))] if self.reference else composed(images, draws, size)
 
     def __call__(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
         """Augment and normalise `images`, (B, 1 or 3, H, W) uint8 on any device, whose `keys`, (B,), are on the host.

@@ -6,7 +6,6 @@ were trained on it, and an antialiased resize is off by up to 50 levels. A view 
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,16 +34,13 @@ def keep_freed_blocks() -> None:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear resize without antialias to (size, size), equal to OpenCV's for uint8 images, level by level.
+    """Bilinear resize without antialias, equal to OpenCV's for uint8 images, level by level.
 
-    Args:
-        images: (B, C, H, W) uint8.
-    Returns: (B, C, size, size) float32 integer grey levels in [0, 255]. In integers, so the same on every device.
+    (B, C, H, W) uint8 -> (B, C, size, size) float32 integer levels in [0, 255]. In integers: the same on every device.
     Source: OpenCV's fixed-point rule: weights of 11 bits, rows after columns with 4 bits dropped in between.
     """
     out = empty_batch((*images.shape[:2], size, size), images.device)
-    columns = _taps(images.shape[-1], size, images.device)
-    rows = _taps(images.shape[-2], size, images.device)
+    rows, columns = (_taps(length, size, images.device) for length in images.shape[-2:])
     # A CPU goes plane by plane, so that its work stays in the cache: twice as fast.
     planes = [(images, out)] if images.is_cuda else zip(images.flatten(0, 1), out.flatten(0, 1), strict=True)
     for source, target in planes:
@@ -52,36 +48,30 @@ def resize(images: Tensor, size: int) -> Tensor:
     return out
 
 
-class Taps(NamedTuple):
-    """The two pixels that each new one is mixed from (the same one at a rim), and their weights of 2048; int32."""
-
-    first: Tensor
-    second: Tensor
-    first_weight: Tensor
-    second_weight: Tensor
-
-
-def _resize(images: Tensor, columns: Taps, rows: Taps, out: Tensor) -> None:
+def _resize(images: Tensor, columns: list[Tensor], rows: list[Tensor], out: Tensor) -> None:
+    left, _, left_weight, right_weight = columns
+    upper_row, lower_row, upper_weight, lower_weight = rows
     pairs = images.int()  # a pixel and its right neighbour in one number: picking columns is what takes the time
     pairs[..., :-1] |= pairs[..., 1:] << 8
-    pairs = pairs.index_select(-1, columns.first)
-    across = (pairs & 255).mul_(columns.first_weight).add_((pairs >> 8).mul_(columns.second_weight))
+    pairs = pairs.index_select(-1, left)
+    across = (pairs & 255).mul_(left_weight).add_((pairs >> 8).mul_(right_weight))
     across >>= 4
-    upper = across.index_select(-2, rows.first).mul_(rows.first_weight.view(-1, 1))
-    lower = across.index_select(-2, rows.second).mul_(rows.second_weight.view(-1, 1))
+    upper = across.index_select(-2, upper_row).mul_(upper_weight.view(-1, 1))
+    lower = across.index_select(-2, lower_row).mul_(lower_weight.view(-1, 1))
     upper >>= 16
     lower >>= 16
     out.copy_(upper.add_(lower).add_(2).bitwise_right_shift_(2))
 
 
 @cache
-def _taps(length: int, size: int, device: torch.device) -> Taps:
+def _taps(length: int, size: int, device: torch.device) -> list[Tensor]:
+    """The two pixels that each new one is mixed from (the same one at a rim), and their weights of 2048; int32."""
     place = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
     first = np.floor(place)
     share = np.where((first < 0) | (first >= length - 1), np.float32(0.0), place - first)
     first = first.clip(0, length - 1)
     columns = (first, (first + 1).clip(max=length - 1), np.rint((1 - share) * 2048), np.rint(share * 2048))
-    return Taps(*(torch.from_numpy(column.astype(np.int32)).to(device) for column in columns))
+    return [torch.from_numpy(column.astype(np.int32)).to(device) for column in columns]
 
 
 def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -93,10 +83,9 @@ def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 @cache
-def _shift_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+def _shift_and_scale(device: torch.device) -> list[Tensor]:
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    shift, scale = (torch.from_numpy(each).float().view(3, 1, 1).to(device) for each in (-mean / std, 1 / (255 * std)))
-    return shift, scale
+    return [torch.from_numpy(each).float().view(3, 1, 1).to(device) for each in (-mean / std, 1 / (255 * std))]
 
 
 def distinct_views(views: Sequence[str]) -> dict[str, float]:
@@ -138,10 +127,9 @@ def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterat
 
 
 def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
-    """The distinct views of a batch, one after the other, so that only one is held at a time.
+    """The distinct views (see `distinct_views`) of a batch (B, 1 or 3, H, W), uint8 on any device, one at a time.
 
-    images: (B, 1 or 3, H, W) uint8 on any device. views: names from `VIEWS`.
-    Returns: pairs of a view's name (see `distinct_views`) and its (B, 3, S, S) float32 normalised images.
+    Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images.
     """
     keep_freed_blocks()
     with torch.autocast(images.device.type, enabled=False):

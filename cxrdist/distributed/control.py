@@ -30,14 +30,9 @@ class Control:
     """
 
     def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None, max_steps: int | None) -> None:
-        self._ranks = ranks
-        self._max_steps = max_steps
-        self._checkpoint_s = checkpoint_s
-        self._max_s = max_s
-        self._started = self._saved = time.monotonic()
-        self._signal = 0
-        self._slowest_s = 0.0
-        self._last = self._started
+        self._ranks, self._checkpoint_s, self._max_s, self._max_steps = ranks, checkpoint_s, max_s, max_steps
+        self._started = self._saved = self._last = time.monotonic()
+        self._signal, self._slowest_s = 0, 0.0
         self._pending: tuple[Any, Tensor] | None = None
 
     @contextlib.contextmanager

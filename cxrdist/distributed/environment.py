@@ -44,9 +44,8 @@ def check_processes(expected: int | None) -> None:
     """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
     if expected is not None and world_size() != expected:
         raise UserError(
-            f"{world_size()} processes were started, {expected} expected (--expect-processes): start them with "
-            "accelerate launch and a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one), or use "
-            "./launch.sh"
+            f"{world_size()} processes were started, {expected} expected (--expect-processes): use ./launch.sh, or "
+            "accelerate launch with a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one)"
         )
 
 
@@ -54,13 +53,11 @@ def node_of(
     node_rank: int | None, num_nodes: int | None, environ: Mapping[str, str] = os.environ
 ) -> tuple[int, int, str]:
     """(rank, count, who said so) of this process among those that share a work: flags, else a launcher or Slurm."""
+    found = [sharer for sharer in SHARERS if sharer[1] in environ and sharer[2] in environ]
     source = "flags"
-    if num_nodes is None and node_rank is None:
-        for name, own, count, first in SHARERS:
-            if own in environ and count in environ:
-                source, num_nodes = name, int(environ[count])
-                node_rank = int(environ[own]) - int(environ.get(first, "0"))
-                break
+    if num_nodes is None and node_rank is None and found:
+        source, own, count, first = found[0]
+        node_rank, num_nodes = int(environ[own]) - int(environ.get(first, "0")), int(environ[count])
     node_rank, num_nodes = node_rank or 0, num_nodes or 1
     if not 0 <= node_rank < num_nodes:
         raise UserError(f"--node-rank {node_rank} with --num-nodes {num_nodes}: ranks run from 0 to {num_nodes - 1}")

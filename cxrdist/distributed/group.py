@@ -5,7 +5,6 @@ import datetime
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -21,14 +20,6 @@ GROUP_ERRORS = re.compile(r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR")
 
 
-def use_cpu() -> bool:
-    """Whether accelerate has to be told cpu=True.
-
-    Else, without a GPU, each of two processes assumes that it is the only one.
-    """
-    return not torch.cuda.is_available() or environment.cpu_wanted()
-
-
 def check_gpus_seen() -> None:
     """UserError where a machine has GPUs that torch does not see, unless accelerate was told to use the CPU."""
     if not environment.cpu_wanted() and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None:
@@ -40,7 +31,7 @@ def check_gpus_seen() -> None:
 
 @contextlib.contextmanager
 def process_group(timeout_s: float, *, then: str) -> Iterator[Ranks]:
-    """The ranks of this run, inside; every failure of the group in the block is named.
+    """The ranks of this run, inside, where a lost, hung or unreachable process becomes one line that names the cause.
 
     Args:
         timeout_s: a process that sends nothing for so long counts as lost.
@@ -48,48 +39,32 @@ def process_group(timeout_s: float, *, then: str) -> Iterator[Ranks]:
     Raises UserError when the processes started do not form one group.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    # DDP rebuilds its buckets after a session's first step, and with three ranks or more a ring's sum depends on the
-    # place in the bucket: a resumed run would differ in the last bit. Looking for unused parameters keeps the buckets.
-    keep_buckets = use_cpu() and environment.world_size() > 2
+    # accelerate has to be told: else, without a GPU, each of two processes assumes that it is the only one
+    on_cpu = not torch.cuda.is_available() or environment.cpu_wanted()
+    started = environment.world_size()
     handlers = [
         # The gloo group of Ranks shall notice first: NCCL's watchdog ends the process without a word of ours.
-        InitProcessGroupKwargs(timeout=timeout if use_cpu() else timeout + NCCL_EXTRA),
+        InitProcessGroupKwargs(timeout=timeout if on_cpu else timeout + NCCL_EXTRA),
+        # DDP rebuilds its buckets after a session's first step, and with three ranks or more a ring's sum depends on
+        # the place in the bucket: a resumed run would differ in the last bit. Looking for unused parameters keeps them.
         DistributedDataParallelKwargs(
-            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=keep_buckets
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=on_cpu and started > 2
         ),
     ]
-    with group_failures_named(then):
+    try:
         # precision is resolved and applied by us, so accelerate is told not to
-        accelerator = Accelerator(cpu=use_cpu(), mixed_precision="no", kwargs_handlers=handlers)
-        started, joined = environment.world_size(), accelerator.num_processes
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        rank, joined, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         if joined != started:
             raise UserError(
                 f"{started} processes were started but each assumes that it is the only one: all would write into one "
                 "folder; start with accelerate launch and a file of accel_configs/, or ./launch.sh"
             )
-        ranks = Ranks(
-            accelerator.process_index,
-            joined,
-            accelerator.device,
-            timeout=timeout,
-            parallel=accelerator.prepare_model,
-        )
-        try:
-            yield ranks
-        finally:
-            if sys.exc_info()[0] is None:
-                accelerator.end_training()
-
-
-@contextlib.contextmanager
-def group_failures_named(then: str) -> Iterator[None]:
-    """Turn a lost, hung or unreachable process into a line that names the network settings and the next step."""
-    try:
-        yield
+        yield Ranks(rank, joined, device, timeout=timeout, parallel=accelerator.prepare_model)
+        accelerator.end_training()
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        if not isinstance(error, dist.DistError) and not GROUP_ERRORS.search(str(error)):
+        lost = isinstance(error, dist.DistError) or GROUP_ERRORS.search(str(error))
+        if isinstance(error, torch.OutOfMemoryError) or not lost:
             raise
         shown = ", ".join(f"{name} {os.environ.get(name, 'not set')}" for name in INTERFACES)
         raise UserError(

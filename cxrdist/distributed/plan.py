@@ -25,21 +25,18 @@ class LaunchPlan:
 def plan_launch() -> LaunchPlan:
     """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
     found = capabilities()
-    if len(found) < 2:
-        name = "gpu1" if found else "cpu"
-    else:
-        name = "gpu8_bf16" if min(found) >= FIRST_WITH_BF16 else "gpu2_fp16"
+    several = "gpu8_bf16" if min(found, default=(0, 0)) >= FIRST_WITH_BF16 else "gpu2_fp16"
+    name = {0: "cpu", 1: "gpu1"}.get(len(found), several)
     folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
     config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
     on_cpu = not found or (Path(config).is_file() and "use_cpu: true" in Path(config).read_text())
     num_processes = int(os.environ.get("CXRDIST_PROCESSES", 2 if on_cpu else len(found)))
     # Two processes that each start a thread per core fight for the cores: several times slower on two of them.
-    cores = usable_cores()
-    threads = str(max(cores // num_processes, 1))
+    threads = str(max(usable_cores() // num_processes, 1))
     wanted = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if on_cpu:
         wanted["ACCELERATE_USE_CPU"] = "true"  # accelerate itself sets it for a single process only
-        reason = f"{num_processes} processes on the CPU (gloo), {threads} of {cores} cores each, {config}"
+        reason = f"{num_processes} processes on the CPU (gloo), {threads} of {usable_cores()} cores each, {config}"
     else:
         reason = f"{num_processes} process{'es' * (num_processes > 1)}, one for each GPU (nccl), {config}"
     return LaunchPlan(config, num_processes, {k: v for k, v in wanted.items() if k not in os.environ}, reason)
@@ -47,6 +44,5 @@ def plan_launch() -> LaunchPlan:
 
 def capabilities() -> list[tuple[int, int]]:
     """The compute capability of each GPU that torch sees."""
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
+    numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [torch.cuda.get_device_capability(number) for number in numbers]

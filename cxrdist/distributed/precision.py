@@ -15,19 +15,25 @@ def resolve_precision(flag: str, device: torch.device) -> tuple[str, str]:
 
     Raises UserError when what was asked for cannot run here; nothing is replaced silently.
     """
+    on_gpu, cpuinfo = device.type == "cuda", Path("/proc/cpuinfo")
+    if on_gpu:
+        name, has_bf16 = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        name, has_bf16 = "this CPU", cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if flag != "auto":
         chosen, why = flag, "--precision"
     elif told != "no":
         chosen, why = told, "accelerate's mixed_precision"
+    elif has_bf16:
+        chosen, why = "bf16", f"{name} has it"
     else:
-        chosen, why = _best(device)
+        chosen, why = "fp16" if on_gpu else "fp32", f"{name} has no bf16"
     if chosen not in DTYPES:
         raise UserError(f"{why} {chosen}: not supported; use --precision bf16, fp16 or fp32")
     if chosen == "fp16" and device.type == "cpu":
         raise UserError(f"{why} fp16: a CPU cannot train in fp16; use --precision bf16 or fp32")
-    if chosen == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name(device)
+    if chosen == "bf16" and on_gpu and not has_bf16:
         raise UserError(f"{why} bf16: {name} has no bf16; use --precision fp16")
     return chosen, why
 
@@ -35,15 +41,3 @@ def resolve_precision(flag: str, device: torch.device) -> tuple[str, str]:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for a forward pass; does nothing in fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-
-
-def _best(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"{name} has it"
-        return "fp16", f"{name} has no bf16"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text():
-        return "bf16", "this CPU has it"
-    return "fp32", "this CPU has no bf16"

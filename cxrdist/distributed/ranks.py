@@ -36,14 +36,10 @@ class Ranks:
         timeout: datetime.timedelta = datetime.timedelta(minutes=10),
         parallel: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
+        """timeout: of small messages; with more than one process torch's process group must be up.
+        parallel: makes a model average its gradients over the ranks; None leaves it as it is.
         """
-        Args:
-            timeout: of small messages. With more than one process torch's process group must be up.
-            parallel: makes a model average its gradients over the ranks; None leaves it as it is.
-        """
-        self.rank = rank
-        self.world_size = world_size
-        self.device = torch.device(device)
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._parallel = parallel
 

@@ -7,7 +7,6 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +25,6 @@ FORMULAS = {  # torch has them for its GPU kernels only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: inspect.unwrap(sdpa_flop),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: inspect.unwrap(sdpa_backward_flop),
 }
-Precision = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Cost:
 
 
 @functools.cache
-def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", size_px: int = SIZE_PX) -> Cost:
+def count_cost(recipe: Recipe, num_labels: int, precision: str = "bf16", size_px: int = SIZE_PX) -> Cost:
     """What an image of a shard set with sides of `size_px` costs on the recipe's model; in seconds, hardly memory."""
     architecture = architecture_of(recipe.model)
     with torch.device("meta"):
@@ -77,11 +75,9 @@ def count_cost(recipe: Recipe, num_labels: int, precision: Precision = "bf16", s
 
 
 def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:
-    """Peak memory of one device: weights, gradients (twice under DDP, which copies them into buckets), two Adam
-    moments and the EMA in float32, activations of a device batch, decoded images, and the runtime itself.
-    """
-    gradients = 2 if num_devices > 1 else 1
-    weights = 4 * (cost.num_parameters + cost.num_trained * (gradients + 3))
+    """Peak memory of one device: weights, activations of a device batch, decoded images, and the runtime itself."""
+    gradients = 2 if num_devices > 1 else 1  # DDP copies them into buckets
+    weights = 4 * (cost.num_parameters + cost.num_trained * (gradients + 3))  # + two Adam moments and the EMA; float32
     images = DECODED_BATCHES * device_batch_size * cost.image_bytes
     return weights + TRANSIENT * cost.activation_bytes * device_batch_size + images + RUNTIME_BYTES[kind]
 
@@ -102,12 +98,11 @@ def fitting_batch(
     recipe: Recipe, num_labels: int, precision: str, free_bytes: float, world_size: int, size_px: int = SIZE_PX
 ) -> int:
     """The largest device batch of a training that fits a GPU's free memory. Raises UserError when not even one does."""
-    cost = count_cost(recipe, num_labels, cast(Precision, precision), size_px)
+    cost = count_cost(recipe, num_labels, precision, size_px)
     batch = best_device_batch(cost, recipe.global_batch_size, "cuda", world_size, free_bytes)
     if batch == 0:
         need = memory_bytes(cost, 1, "cuda", world_size)
-        raise UserError(
-            f"{recipe.name} needs about {need / GB:.1f} GB for one image, and the GPU with the least free memory has "
-            f"{free_bytes / GB:.1f} GB: end what else runs there, or try --grad-checkpointing --device-batch-size 1"
-        )
+        free = f"the GPU with the least free memory has {free_bytes / GB:.1f} GB"
+        remedy = "end what else runs there, or try --grad-checkpointing --device-batch-size 1"
+        raise UserError(f"{recipe.name} needs about {need / GB:.1f} GB for one image, and {free}: {remedy}")
     return batch

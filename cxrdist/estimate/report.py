@@ -1,14 +1,24 @@
-"""What a run needs before it starts: memory per device, FLOPs, hours, files. For `--dry-run` of `train` and `infer`."""
+"""What a run needs before it starts: memory per device, FLOPs, hours, files. For `--dry-run` of `train` and `infer`.
+
+Times divide counted FLOPs by peak speed times a stated efficiency: estimates, printed as such. Efficiencies: T4, what
+the published EVA-X training reached (31.3 images/s on two); A100 and H100, assumed; the CPU, half of the
+matrix-multiplication speed measured on the spot (0.48-0.56 seen for both models in bf16).
+"""
 
 import dataclasses
 import math
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cxrdist.augment.views import distinct_views
+from cxrdist.distributed.environment import world_size
+from cxrdist.distributed.precision import DTYPES, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, Cost, best_device_batch, checkpoint_bytes, count_cost, memory_bytes
-from cxrdist.estimate.machines import MACHINES, PUBLISHED_T4, Machine, this_machine, train_hours
 from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe, chexfound, eva_x
 from cxrdist.shards.convert import SIZE_PX
@@ -19,6 +29,78 @@ PUBLISHED_IMAGES = {"a": {"train": 107_374, "test": 46_233}, "b": {"train": 108_
 PUBLISHED_INFER_HOURS = {"a": 6.1, "b": 6.8}  # two T4s, all test images, 12 passes of EVA-X and 2 of CheXFound
 PUBLISHED_INFER_PASSES = (12, 2)
 TIMES = "times are arithmetic only, with {} and Python keeping up; expect to be off by a factor of two"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware that a run is estimated for: a known machine, or the one at hand, whose speed is measured."""
+
+    name: str
+    num_devices: int
+    memory_bytes: float  # of one device, usable
+    peak_flops: float  # per second and device, dense, in the precision named
+    efficiency: float  # share of the peak that training reaches
+    precision: str
+    source: str  # where the efficiency comes from
+    kind: str = "cuda"
+
+    @property
+    def flops(self) -> float:
+        """FLOP per second that all its devices reach."""
+        return self.peak_flops * self.efficiency * self.num_devices
+
+    def __str__(self) -> str:
+        return f"{self.efficiency:.0%} of {self.peak_flops / 1e12:.3g} TFLOP/s {self.precision} ({self.source})"
+
+
+PUBLISHED_T4 = Machine("T4 x 2", 2, 14.6 * GB, 65e12, 0.113, "fp16", "efficiency of the published EVA-X run")
+MACHINES = (
+    PUBLISHED_T4,
+    Machine("A100 80 GB", 1, 79 * GB, 312e12, 0.35, "bf16", "efficiency assumed"),
+    Machine("H100 x 8", 8, 79 * GB, 989e12, 0.30, "bf16", "efficiency assumed"),
+)
+
+
+def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine) -> float:
+    """Hours of arithmetic at the machine's stated efficiency."""
+    return cost.step_flops * num_images * epochs / machine.flops / 3600
+
+
+def this_machine(precision: str) -> Machine:
+    """All GPUs, or the processes that were launched; its peak is what a matrix multiplication reaches for 0.5 s."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    chosen = resolve_precision(precision, device)[0]
+    num_devices = max(world_size(), torch.cuda.device_count() if on_gpu else 2)
+    if on_gpu:
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / num_devices
+    return Machine(
+        name=f"this machine ({num_devices} {'GPUs' if on_gpu else 'CPU processes'})",
+        num_devices=num_devices,
+        memory_bytes=memory,
+        peak_flops=_measured_flops(device, DTYPES[chosen]),
+        efficiency=0.9 if chosen == "fp32" else 0.5,
+        precision=chosen,
+        source="share of its measured matrix multiplication",
+        kind=device.type,
+    )
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    device_module = torch.get_device_module(device)
+    left @ right
+    device_module.synchronize()
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < 0.5:
+        left @ right
+        device_module.synchronize()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - begun)
 
 
 def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size: int | None, free_disk: float) -> None:
@@ -36,10 +118,8 @@ def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size:
     epoch, step = checkpoint_bytes(cost)
     disk = epoch * recipe.epochs + 2 * step
     if disk > free_disk:
-        raise UserError(
-            f"the run's checkpoints need about {disk / GB:.1f} GB, but {free_disk / GB:.1f} GB are free: "
-            "give --out a folder on a larger disk"
-        )
+        needed = f"about {disk / GB:.1f} GB, but {free_disk / GB:.1f} GB are free"
+        raise UserError(f"the run's checkpoints need {needed}: give --out a folder on a larger disk")
 
 
 def report(
@@ -67,9 +147,9 @@ def report(
             continue
         need = memory_bytes(cost, batch, machine.kind, machine.num_devices) / GB
         total = train_hours(cost, num_images, recipe.epochs, machine)
-        speed = f"{num_images * recipe.epochs / total / 3600:.3g}"
-        times = f"{_duration(total / recipe.epochs):>9}{_duration(total):>9}"
-        lines.append(f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10}{times}  {machine}")
+        speed, times = num_images * recipe.epochs / total / 3600, (_duration(total / recipe.epochs), _duration(total))
+        row = f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10.3g}{times[0]:>9}{times[1]:>9}"
+        lines.append(f"{row}  {machine}")
     lines.append(TIMES.format("reading"))
     return "\n".join(lines)
 
@@ -77,8 +157,7 @@ def report(
 def infer_report(task: Task, num_images: int, here: Machine) -> str:
     """The table `infer --dry-run` prints: hours of the published members on `here` and other machines.
 
-    T4: at the speed that the published inference reached, found from its counted FLOPs and its hours (of task b for a
-    task that was not published).
+    T4: at the published inference's speed, from its counted FLOPs and its hours (task b's for an unpublished task).
     """
     members = (eva_x(task.name), chexfound(task.name))
     need, published, passes = 0.0, 0.0, []
@@ -110,10 +189,7 @@ def infer_report(task: Task, num_images: int, here: Machine) -> str:
 def dry_run(
     recipe: Recipe, task: Task, shards: Path, out: Path, *, device_batch_size: int | None, precision: str
 ) -> str:
-    """The report for a training as it would start here: on all GPUs, or on the processes that were launched.
-
-    Raises UserError when the run cannot fit this machine (see `require_fit`), and where images cannot be counted.
-    """
+    """The report of a training on this machine. UserError: it does not fit (`require_fit`), no images to count."""
     num_images, size_px, note = _count_images(task, shards, "train")
     here = this_machine(precision)
     folder = next(path for path in (out, *out.absolute().parents) if path.exists())

@@ -66,8 +66,7 @@ def parse_member(text: str) -> MemberSpec:
     VIEWS is tta, plain or view names with commas.
     """
     form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
-    found = MEMBER.fullmatch(text)
-    if found is None:
+    if (found := MEMBER.fullmatch(text)) is None:
         raise UserError(f"{form}; a name has letters, digits, '.', '_', '-'")
     epochs = tuple(int(epoch) for epoch in (found["epochs"] or "").split(",") if epoch)
     views = VIEW_SETS.get(found["views"]) or tuple(view for view in (found["views"] or "").split(",") if view)
@@ -76,20 +75,15 @@ def parse_member(text: str) -> MemberSpec:
         weight = None if found["weight"] is None else float(found["weight"])
     except ValueError:
         weight = math.nan
-    problems = {
+    checks = {
         f"weight {found['weight']!r} is not a number of 0 or more": weight is None or 0 <= weight < math.inf,
         f"view {''.join(unknown[:1])!r} is unknown: tta, plain or of {', '.join(PUBLISHED_VIEWS)}": not unknown,
         "an epoch is named twice": len(set(epochs)) == len(epochs),
         f"recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}": found["recipe"] in (None, *RECIPES),
     }
-    for problem, absent in problems.items():
-        if not absent:
-            raise UserError(f"{form}; {problem}")
+    if problems := [problem for problem, absent in checks.items() if not absent]:
+        raise UserError(f"{form}; {problems[0]}")
     return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
-
-
-def default_members(task: Task) -> list[MemberSpec]:
-    return [MemberSpec(name, Path("runs") / f"{name}_{task.name}") for name in ("eva_x", "chexfound")]
 
 
 def load_ensemble(specs: Sequence[MemberSpec], task: Task) -> Ensemble:
@@ -122,10 +116,8 @@ def load_checkpoints(spec: MemberSpec, task: Task) -> Iterator[tuple[Origin, Rec
         for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
             loaded, label = load_member(spec.source, epoch), f"{spec.source}@{epoch}"
             if found := task.differences(loaded.task):
-                raise UserError(
-                    f"{label} was trained for another task than the shards' ({'; '.join(found)}); its scores would "
-                    "land in wrong columns: use a run of that task"
-                )
+                problem = f"was trained for another task than the shards' ({'; '.join(found)})"
+                raise UserError(f"{label} {problem}; use a run of that task")
             yield Origin(label, spec.source, loaded.meta.data), loaded.recipe, loaded.model
         return
     files, member = [Path(part) for part in str(spec.source).split(",")], f"--member {spec.name}: {spec.source}"
@@ -149,11 +141,10 @@ def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence
     state, frozen = model.state_dict(), architecture_of(recipe.model).frozen_names(model)
     backbone = tensors_sha256(state, frozen) if frozen else None
     trained = tensors_sha256(state, [name for name in state if name not in set(frozen)])
-    sha256 = hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest()
     return Checkpoint(
         source=source,
         model=recipe.model,
-        sha256=sha256,
+        sha256=hashlib.sha256(f"{trained} {backbone} {recipe.image_size}".encode()).hexdigest(),
         backbone_sha256=backbone,
         image_size=recipe.image_size,
         views=distinct_views(views),
@@ -168,9 +159,8 @@ def common_split(ensemble: Ensemble, task: Task) -> dict[str, int]:
     if len(splits) < len(runs):
         raise UserError("--fold needs members from run folders: a weight file does not say who was held out")
     (first, wanted), *others = splits.items()
-    for run, split in others:
-        if split != wanted:
-            raise UserError(f"{run} and {first} differ in split.csv; --fold needs one split for all members")
+    if other := [run for run, split in others if split != wanted]:
+        raise UserError(f"{other[0]} and {first} differ in split.csv; --fold needs one split for all members")
     return wanted
 
 

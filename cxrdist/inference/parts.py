@@ -18,6 +18,10 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
+from cxrdist.inference.passes import Column
+
+Rows = NDArray[np.int64]
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class Basis(Document):
 
     shards: str  # fingerprint
     rows: str  # SHA-256 (hex) of the rows that are scored
-    columns: tuple[tuple[str, int, str], ...]  # see `passes.columns_of`
+    columns: tuple[Column, ...]
     device_batch_size: int
     precision: str
     device: str
@@ -40,8 +44,8 @@ class Part:
     """
 
     batches: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    rows: Rows
+    logits: Logits
     unreadable: dict[int, str]
 
     def to_bytes(self) -> bytes:
@@ -92,9 +96,7 @@ def collect(store: PartStore, ranks: Ranks) -> list[Part]:
     return list({name: part for parts in (own, *gathered) for name, part in parts.items()}.values())
 
 
-def merge(
-    parts: Sequence[Part], num_rows: int, wanted: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[int, str]]:
+def merge(parts: Sequence[Part], num_rows: int, wanted: Rows) -> tuple[Logits, Rows, dict[int, str]]:
     """Logits (P, n, K) of the wanted index rows that were scored, those rows (n,) in index order, and the unreadable.
 
     Raises UserError unless every wanted row is in a part, scored or unreadable.
@@ -106,5 +108,4 @@ def merge(
     kept = wanted[found[wanted] >= 0]
     if missing := set(wanted[found[wanted] < 0].tolist()) - unreadable.keys():
         raise UserError(f"{len(missing):,} images have no score yet; run the same command again to score them")
-    logits = np.concatenate([part.logits for part in parts], axis=1)
-    return logits[:, found[kept]], kept, unreadable
+    return np.concatenate([part.logits for part in parts], axis=1)[:, found[kept]], kept, unreadable

@@ -1,14 +1,16 @@
 """Which forward passes the members of an ensemble need, each planned once.
 
-The published inference decoded every image once per pass, ran one of six views twice and a frozen backbone once per
-head: 12 + 2 passes where 10 + 1 give the same numbers. Views are canonical here (equal ones are one, with their summed
-weight), and checkpoints whose frozen backbones are equal byte for byte share its pass.
+The published inference decoded an image for each pass, ran one of six views twice and a frozen backbone once per head:
+12 + 2 passes where 10 + 1 give the same numbers. Equal views are one here, with their summed weight, and checkpoints
+whose frozen backbones are equal byte for byte share its pass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cxrdist.scoring.tables import Checkpoint
+
+Column = tuple[str, int, str]  # checkpoint sha256, image size, view
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,16 @@ def plan_passes(members: Sequence[Member]) -> list[Pass]:
     wanted: dict[tuple[int, str, str], dict[str, dict[str, Checkpoint]]] = {}
     for member in members:
         for checkpoint in member.checkpoints:
-            weights = checkpoint.backbone_sha256 or checkpoint.sha256
-            backbone = (checkpoint.image_size, checkpoint.model, weights)
+            backbone = checkpoint.image_size, checkpoint.model, checkpoint.backbone_sha256 or checkpoint.sha256
             for view in checkpoint.views:
                 wanted.setdefault(backbone, {}).setdefault(view, {}).setdefault(checkpoint.sha256, checkpoint)
-    sizes = list(dict.fromkeys(size for size, _, _ in wanted))
-    ordered = [(backbone, views) for size in sizes for backbone, views in wanted.items() if backbone[0] == size]
+    sizes = [size for size, _, _ in wanted]
+    ordered = sorted(wanted.items(), key=lambda item: sizes.index(item[0][0]))
     return [Pass(size, view, tuple(heads.values())) for (size, _, _), views in ordered for view, heads in views.items()]
 
 
-def columns_of(passes: Sequence[Pass]) -> list[tuple[str, int, str]]:
-    """What each logit column of a run is: (checkpoint sha256, image size, view), in the order the passes make them."""
+def columns_of(passes: Sequence[Pass]) -> list[Column]:
+    """What each logit column of a run is, in the order the passes make them."""
     return [(head.sha256, item.image_size, item.view) for item in passes for head in item.heads]
 
 
@@ -63,8 +64,6 @@ def describe_plan(members: Sequence[Member], passes: Sequence[Pass], num_images:
             views = ", ".join(view if n == 1 else f"{view} (counts {n}x)" for view, n in counts.items())
             lines.append(f"  {member.name}: {checkpoint.source}, {checkpoint.image_size} px, views: {views}")
     naive, shared = num_naive_passes(members), sum(len(item.heads) - 1 for item in passes)
-    lines.append(
-        f"  {len(passes)} backbone passes instead of {naive}: {naive - len(passes) - shared} equal views or weights "
-        f"and {shared} shared frozen backbones run once; each image decoded once instead of {naive} times"
-    )
-    return "\n".join(lines)
+    once = f"{naive - len(passes) - shared} equal views or weights and {shared} shared frozen backbones run once"
+    decoded = f"each image decoded once instead of {naive} times"
+    return "\n".join([*lines, f"  {len(passes)} backbone passes instead of {naive}: {once}; {decoded}"])

@@ -15,22 +15,19 @@ from cxrdist.augment.views import make_views
 from cxrdist.data.loader import Loader
 from cxrdist.distributed.precision import autocast
 from cxrdist.errors import UserError
-from cxrdist.inference.parts import Part
-from cxrdist.inference.passes import Member, Pass
+from cxrdist.inference.parts import Logits, Part, Rows
+from cxrdist.inference.passes import Column, Member, Pass
 from cxrdist.models import architecture_of
 from cxrdist.scoring.tables import ScoreTable, TableMeta, average, sigmoid
 
 HELD_BATCHES = 32  # decoded batches kept while models that do not fit together take turns on the device
 RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
+Scored = tuple[int, Rows, Tensor]
 
 
 def score(
-    loader: Loader,
-    batches: Sequence[NDArray[np.int64]],
-    passes: Sequence[Pass],
-    models: dict[str, nn.Module],
-    precision: str,
-) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
+    loader: Loader, batches: Sequence[Rows], passes: Sequence[Pass], models: dict[str, nn.Module], precision: str
+) -> Iterator[Scored]:
     """(place in `batches`, rows (n,), logits (P, n, K) float32 on the device) of every batch, in order.
 
     Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
@@ -83,76 +80,55 @@ def fits(models: Iterable[nn.Module], device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     weights = {tensor.data_ptr(): tensor.nbytes for model in models for tensor in model.state_dict().values()}
-    free, _ = torch.cuda.mem_get_info(device)
-    return bool(sum(weights.values()) < RESIDENT_SHARE * free)
+    return bool(sum(weights.values()) < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
 def in_parts(
-    scored: Iterable[tuple[int, NDArray[np.int64], Tensor]],
-    loader: Loader,
-    numbers: Sequence[int],
-    batches: Sequence[NDArray[np.int64]],
-    shape: tuple[int, int],
-    save_every_s: float,
-    show: Any,
+    scored: Iterable[Scored], loader: Loader, batches: dict[int, Rows], none: Tensor, save_every_s: float, show: Any
 ) -> Iterator[Part]:
     """Collect scores into parts of about `save_every_s`. The host waits for the device only where a part ends.
 
-    shape: columns of the passes and labels. show: a progress bar that counts images.
+    batches: by number, in the order of the scores. none: logits (P, 0, K). show: a progress bar that counts images.
     """
-    first, saved = 0, time.monotonic()
-    no_rows, no_logits = np.empty(0, np.int64), torch.zeros(shape[0], 0, shape[1], device=loader.device)
-    rows, logits = [no_rows], [no_logits]
+    first, saved, numbers = 0, time.monotonic(), list(batches)
+    rows, logits = [np.empty(0, np.int64)], [none]
 
     def close(end: int) -> Part:
-        wanted = set(np.concatenate(batches[first:end]).tolist())
-        return Part(
-            batches=np.array(numbers[first:end], dtype=np.int64),
-            rows=np.concatenate(rows),
-            logits=torch.cat(logits, dim=1).cpu().numpy(),
-            unreadable={item.row: item.reason for item in loader.skipped if item.row in wanted},
-        )
+        wanted = {row for number in numbers[first:end] for row in batches[number].tolist()}
+        unreadable = {item.row: item.reason for item in loader.skipped if item.row in wanted}
+        on_host = torch.cat(logits, dim=1).cpu().numpy()
+        return Part(np.array(numbers[first:end]), np.concatenate(rows), on_host, unreadable)
 
     for place, batch_rows, batch_logits in scored:
         rows.append(batch_rows)
         logits.append(batch_logits)
-        show.update(len(batches[place]))
+        show.update(len(batches[numbers[place]]))
         if time.monotonic() - saved >= save_every_s:
             yield close(place + 1)
-            first, rows, logits, saved = place + 1, [no_rows], [no_logits], time.monotonic()
+            first, rows, logits, saved = place + 1, rows[:1], [none], time.monotonic()
     if first < len(batches):
         yield close(len(batches))
 
 
-def check_finite(
-    logits: NDArray[np.float32], passes: Sequence[Pass], image_names: NDArray[np.object_], precision: str
-) -> None:
+def check_finite(logits: Logits, passes: Sequence[Pass], image_names: NDArray[np.object_], precision: str) -> None:
     """UserError that names checkpoint, view and image of the first non-finite score of logits (P, n, K)."""
-    bad = np.argwhere(~np.isfinite(logits).all(axis=2))
-    if len(bad):
+    if len(bad := np.argwhere(~np.isfinite(logits).all(axis=2))):
         head, view = [(head, item.view) for item in passes for head in item.heads][bad[0, 0]]
         remedy = "use --precision bf16 or fp32" if precision == "fp16" else "train again or use another epoch"
-        raise UserError(
-            f"{head.source} produces non-finite scores for {len(set(bad[:, 1])):,} images, e.g. "
-            f"{image_names[bad[0, 1]]!r} (view {view}, {precision}); {remedy}"
-        )
+        images = f"{len(set(bad[:, 1])):,} images, e.g. {image_names[bad[0, 1]]!r} (view {view}, {precision})"
+        raise UserError(f"{head.source} produces non-finite scores for {images}; {remedy}")
 
 
 def member_table(
-    member: Member,
-    logits: NDArray[np.float32],
-    columns: Sequence[tuple[str, int, str]],
-    image_names: NDArray[np.object_],
-    meta: TableMeta,
+    member: Member, logits: Logits, columns: Sequence[Column], image_names: NDArray[np.object_], meta: TableMeta
 ) -> ScoreTable:
     """A member's probabilities: the mean of each checkpoint's views, then of the checkpoints, as `meta` averages.
 
     Args: logits: (P, n, K) with the P `columns` (see `passes.columns_of`); meta: what all members have in common.
     """
-    place = {name: number for number, name in enumerate(columns)}
-    per_checkpoint = []
+    per_column, per_checkpoint = dict(zip(columns, logits, strict=True)), []
     for item in member.checkpoints:
-        views = [sigmoid(logits[place[item.sha256, item.image_size, view]]) for view in item.views]
+        views = [sigmoid(per_column[item.sha256, item.image_size, view]) for view in item.views]
         per_checkpoint.append(average(views, list(item.views.values()), meta.average))
     meta = dataclasses.replace(meta, member=member.name, weight=member.weight, checkpoints=member.checkpoints)
     return ScoreTable(image_names, average(per_checkpoint, None, meta.average), meta)

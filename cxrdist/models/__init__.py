@@ -8,9 +8,7 @@ from cxrdist.models import chexfound, eva_x
 from cxrdist.models.architecture import Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (*eva_x.ARCHITECTURES, chexfound.ARCHITECTURE)
-}
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (*eva_x.ARCHITECTURES, chexfound.ARCHITECTURE)}
 
 
 def architecture_of(name: str) -> Architecture:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -65,15 +66,15 @@ class Architecture:
         create: (image_size, num_classes, drop_rate, **sizes) -> a module with random weights on the CPU, whose forward
             turns normalised float32 images (B, 3, S, S) into logits (B, num_classes). Called through `build`.
         sizes: keywords of `create` that make a smaller variant. multiple_of: px; image sizes are multiples of it.
-        frozen: prefix of the frozen backbone's names ('': none); one module of that name. It is not trained, has no EMA
-            copy and is not stored with the head.
+        frozen: name and '.' of the frozen backbone's module ('': none): not trained, not in the EMA, stored once.
         head: prefix of the part that may start from random weights where a file has none.
         recognise: (path, tensors of a file) -> the tensors in our names, or None when they are not of this model.
             Sizes of one model share the function. Without it a file must have the module's own names.
         fit: (model, tensors, source) -> notes; adapts tensors in place to the model's input size and classes.
         position: name of the position embedding, whose shape depends on the input size.
         not_in_optimizer: trained names that the published optimizers left out; the others they number in order.
-        saliency: (model, images (B, 3, S, S), labels (B,)) -> maps (B, h, w) >= 0; with their title, and a sentence.
+        saliency: (model, images (B, 3, S, S), labels (B,)) -> maps (B, h, w) >= 0; with their title, and a sentence. A
+            map shows what moved the score, not where the disease is; it is no localisation of a finding.
         features, head_logits: the two halves of the forward pass, so that several heads share a frozen backbone's.
         idle: counts the trained values of a model that only ever receive a zero gradient.
     """
@@ -99,9 +100,7 @@ class Architecture:
     def build(self, image_size: Size, num_classes: int, drop_rate: float = 0.1, **sizes: int | float) -> nn.Module:
         """The model with random weights, in training mode, on the CPU. UserError for sizes that it does not have.
 
-        Args:
-            image_size: px, or (height, width). sizes: of a smaller variant, by the names in `self.sizes`.
-            drop_rate: dropout of the head, for models that have it.
+        image_size: px, or (height, width). drop_rate: of the head, if it has dropout. sizes: see the class.
         """
         if unknown := ", ".join(sorted(set(sizes) - set(self.sizes))):
             known = ", ".join(sorted(self.sizes)) or "nothing"
@@ -129,9 +128,8 @@ class Architecture:
 
     def load_trained_state_dict(self, model: nn.Module, tensors: Tensors, source: str) -> None:
         """Copy what `trained_state_dict` gave into `model`; UserError names `source` and what does not fit."""
-        if misfits := found_misfits(self.trained_state_dict(model), tensors):
-            text = named_misfits(misfits)
-            raise UserError(f"{source} does not fit the model: {text}; it was written by another recipe or version")
+        if misfits := named_misfits(found_misfits(self.trained_state_dict(model), tensors)):
+            raise UserError(f"{source} does not fit the model: {misfits}; it was written by another recipe or version")
         model.load_state_dict(tensors, strict=False)
 
     def share_frozen(self, model: nn.Module, other: nn.Module) -> None:
@@ -144,25 +142,20 @@ class Architecture:
         counts = {"trained": 0, "frozen": 0, "never_updated": 0}
         for name, parameter in model.named_parameters():
             group = next((group for group in groups if re.search(group.pattern, name)), None)
-            if self.is_frozen(name):
-                kind = "frozen"
-            elif group is None:
+            if group is None and not self.is_frozen(name):
                 raise UserError(f"parameter {name} matches no group of the recipe; add one (lr None: never updated)")
-            else:
-                kind = "never_updated" if group.lr is None else "trained"
-            counts[kind] += parameter.numel()
+            kind = "trained" if group is not None and group.lr is not None else "never_updated"
+            counts["frozen" if self.is_frozen(name) else kind] += parameter.numel()
         return ParameterCounts(**counts, idle=self.idle(model) if self.idle else 0)
 
 
 def found_misfits(own: Tensors, tensors: Tensors) -> dict[str, list[str]]:
     """Why `tensors` cannot be loaded into a model's `own`: kind of problem -> names, nothing when they fit."""
-    other_shape = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    both = {name: (tuple(tensors[name].shape), tuple(own[name].shape)) for name in own.keys() & tensors.keys()}
     misfits = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)}, model {tuple(own[name].shape)}" for name in sorted(other_shape)
-        ],
+        "of another shape": sorted(f"{name} {its}, model {ours}" for name, (its, ours) in both.items() if its != ours),
     }
     return {kind: names for kind, names in misfits.items() if names}
 
@@ -180,15 +173,8 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 def timm_cfg(px: int, **more: Any) -> dict[str, Any]:
     """timm's description of a model for images of `px`, as we feed it."""
-    return {
-        "input_size": (3, px, px),
-        "fixed_input_size": True,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        **more,
-    }
+    images = {"input_size": (3, px, px), "fixed_input_size": True, "interpolation": "bilinear", "crop_pct": 1.0}
+    return images | {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} | more
 
 
 def fit_position(
@@ -214,3 +200,33 @@ def left_out(names: list[str]) -> list[str]:
     """The note on tensors of a file that our module does not have."""
     families = ("rope" if "rope." in name else name.removeprefix("backbone.").split(".")[0] for name in names)
     return [f"left out {', '.join(dict.fromkeys(families))}"] if names else []
+
+
+@torch.no_grad()
+def attention_maps(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+    """(B, h, w) attention of the query of label `labels[b]` over image b, mean over heads; each map sums to 1.
+
+    `model.attention` returns (B, heads, classes, patches) of images (B, 3, S, S).
+    """
+    maps = model.attention(images).float().mean(dim=1)
+    return _grids(maps[torch.arange(len(images)), torch.as_tensor(labels)])
+
+
+def grad_cam(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Maps:
+    """(B, h, w) Grad-CAM >= 0 of label `labels[b]` on the last block's patch tokens, for a timm vision transformer.
+
+    Source: Selvaraju et al. 2017, with tokens as channels: the gradient's mean over the patches weighs each channel.
+    """
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+    tokens = tokens.detach().requires_grad_()
+    logits = model.forward_head(tokens)
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), torch.as_tensor(labels)].sum(), tokens)
+    num_prefix = int(model.num_prefix_tokens)
+    weights = gradient[:, num_prefix:].mean(dim=1, keepdim=True)
+    return _grids((weights * tokens[:, num_prefix:].detach()).sum(dim=-1).relu())
+
+
+def _grids(values: Tensor) -> Maps:
+    side = round(values.shape[1] ** 0.5)
+    return values.reshape(-1, side, side).cpu().numpy().astype(np.float32)

@@ -23,7 +23,6 @@ import cxrdist.models.architecture as base
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
 from cxrdist.models.glori import GLoRI
-from cxrdist.models.saliency import attention_maps
 
 NUM_BLOCKS_READ = 4  # the features are the patch tokens of the last four blocks
 RELEASED_QUERIES = 40  # classes of the released head, kept by the published run
@@ -38,7 +37,7 @@ default_cfgs = generate_default_cfgs({"chexfound_vitl16_glori": _CFG})
 class CheXFound(nn.Module):
     """(B, 3, S, S) float32 images to (B, C) logits; random init. Defaults are the published sizes.
 
-    `num_queries` defaults to `num_classes`; the published structure has 40 (see `glori`). `drop_rate` is the head's.
+    `num_queries`: `num_classes`, where not given; the published structure has 40. `drop_rate` is the head's.
     """
 
     def __init__(
@@ -115,10 +114,7 @@ def chexfound_vitl16_glori(pretrained: bool = False, **kwargs: Any) -> CheXFound
     There are more queries only where there are more classes.
     """
     kwargs = {"num_queries": max(RELEASED_QUERIES, kwargs.get("num_classes", RELEASED_QUERIES))} | kwargs
-    model: CheXFound = build_model_with_cfg(
-        CheXFound, "chexfound_vitl16_glori", pretrained, kwargs_filter=_NOT_OURS, **kwargs
-    )
-    return model
+    return build_model_with_cfg(CheXFound, "chexfound_vitl16_glori", pretrained, kwargs_filter=_NOT_OURS, **kwargs)
 
 
 def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -183,10 +179,8 @@ def _choose_classifier(path: Path, state: Tensors) -> tuple[Tensors, str]:
     results = path.with_name(RESULTS_FILE)
     best = next(iter(classifiers)) if len(classifiers) == 1 else _best_classifier(path, results)
     if best not in classifiers:
-        raise UserError(
-            f"{path}: has no classifier {best}, which {results} names best, only {base.listed(classifiers)}; get both "
-            "files from the same place"
-        )
+        known = f"which {results} names best, only {base.listed(classifiers)}"
+        raise UserError(f"{path}: has no classifier {best}, {known}; get both files from the same place")
     return classifiers[best], best
 
 
@@ -207,27 +201,23 @@ def _fit(model: CheXFound, tensors: Tensors, source: str) -> list[str]:
     Fewer classes, as published: all queries and outputs stay, the first are used, the bias starts at zero. More classes
     than the head has queries: the head is left out.
     """
-    notes = []
+    notes, classes = [], model.num_classes
     bias = tensors.get("glori.duplicate_pooling_bias")
-    if bias is not None and model.num_classes < len(bias) == model.glori.query_embed.num_embeddings:
-        tensors["glori.duplicate_pooling_bias"] = torch.zeros(model.num_classes)
-        use = f"all queries kept, the first {model.num_classes} used, fresh zero bias"
-        notes.append(f"head of {len(bias)} classes: {use}")
-    elif bias is not None and RELEASED_QUERIES == len(bias) < model.num_classes:
+    if bias is not None and classes < len(bias) == model.glori.query_embed.num_embeddings:
+        tensors["glori.duplicate_pooling_bias"] = torch.zeros(classes)
+        notes = [f"head of {len(bias)} classes: all queries kept, the first {classes} used, fresh zero bias"]
+    elif bias is not None and RELEASED_QUERIES == len(bias) < classes:
         for name in [name for name in tensors if name.startswith("glori.")]:
             del tensors[name]
-        notes.append(f"head of {len(bias)} classes left out: too few for {model.num_classes}")
+        notes = [f"head of {len(bias)} classes left out: too few for {classes}"]
     grid = model.backbone.patch_embed.grid_size
     return notes + base.fit_position(tensors, "backbone.pos_embed", grid, resize_pos_embed, source)
 
 
-def _create(image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) -> CheXFound:
+def _create(image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) -> Any:
     if sizes:  # only the published sizes carry queries beyond the classes
         sizes.setdefault("num_queries", num_classes)
-    model: CheXFound = chexfound_vitl16_glori(
-        img_size=image_size, num_classes=num_classes, drop_rate=drop_rate, **sizes
-    )
-    return model
+    return chexfound_vitl16_glori(img_size=image_size, num_classes=num_classes, drop_rate=drop_rate, **sizes)
 
 
 def _idle(model: CheXFound) -> int:
@@ -252,7 +242,7 @@ ARCHITECTURE = Architecture(
     recognise=recognise,
     fit=_fit,
     position="backbone.pos_embed",
-    saliency=attention_maps,
+    saliency=base.attention_maps,
     saliency_title="GLoRI attention",
     saliency_about="Where the finding's own query looks (mean over heads).",
     features=CheXFound.features,

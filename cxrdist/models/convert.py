@@ -3,7 +3,6 @@
 Nothing is resized or rounded: the converted file gives the same logits, bit for bit, and needs no unpickling.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,27 +12,21 @@ from cxrdist.models.weights.layouts import architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import file_sha256, write_safetensors
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m cxrdist.models.convert", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="one weight file, or parts of one model")
     add_flags(parser, "--out", out={"required": True, "metavar": "X.safetensors", "help": "file to write"})
     parser.add_argument(
         "--weights", choices=("model", "ema"), default="ema", help="which to keep where a file holds both (default ema)"
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {args.out}: name it .safetensors")
     if any(args.out.exists() and path.exists() and args.out.samefile(path) for path in args.files):
         raise UserError(f"--out {args.out}: is one of the files to read; give another name")
     found = read_weights(*args.files)
     print(found.report)
-    kept, tensors = "model", found.tensors
-    if args.weights == "ema" and found.ema is not None:
-        kept, tensors = "ema", found.ema
+    kept, tensors = ("model", found.tensors) if args.weights == "model" or found.ema is None else ("ema", found.ema)
     metadata = {
         "layout": found.layout,
         "model": architecture_of_file(found),

@@ -17,28 +17,21 @@ from torch import Tensor, nn
 
 import cxrdist.models.architecture as base
 from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
-from cxrdist.models.saliency import grad_cam
 
 SIZES: dict[str, dict[str, Any]] = {
-    "eva_x_tiny_patch16": {"embed_dim": 192, "num_heads": 3},
-    "eva_x_small_patch16": {"embed_dim": 384, "num_heads": 6},
     "eva_x_base_patch16": {"embed_dim": 768, "num_heads": 12, "qkv_fused": False, "scale_mlp": True},
+    "eva_x_small_patch16": {"embed_dim": 384, "num_heads": 6},
+    "eva_x_tiny_patch16": {"embed_dim": 192, "num_heads": 3},
 }
 SEPARATE_BIAS = re.compile(r"blocks\.\d+\.attn\.(q_bias|q_proj\.)")  # of no plain ViT
 LEFT_OUT = re.compile(r"(.*\.)?rope\.freqs_(cos|sin)|mask_token|lm_head\.(weight|bias)")
-RENAMED = {
-    ".mlp.ffn_ln.": ".mlp.norm.",
-    ".mlp.w12.": ".mlp.fc1.",
-    ".mlp.w1.": ".mlp.fc1_g.",
-    ".mlp.w2.": ".mlp.fc1_x.",
-    ".mlp.w3.": ".mlp.fc2.",
-}
-default_cfgs = generate_default_cfgs(
-    dict.fromkeys(SIZES, base.timm_cfg(224, first_conv="patch_embed.proj", classifier="head"))
-)
+RENAMED = {"ffn_ln": "norm", "w12": "fc1", "w1": "fc1_g", "w2": "fc1_x", "w3": "fc2"}  # in .mlp.
+_CFG = base.timm_cfg(224, first_conv="patch_embed.proj", classifier="head")
+default_cfgs = generate_default_cfgs(dict.fromkeys(SIZES, _CFG))
 
 
-def _eva_x(variant: str, pretrained: bool, **kwargs: Any) -> Eva:
+def _eva_x(variant: str, pretrained: bool = False, **kwargs: Any) -> Eva:
+    """A variant, random init: (B, 3, S, S) float32 -> (B, num_classes) logits. `img_size` and sizes by keyword."""
     published: dict[str, Any] = {
         "patch_size": 16,
         "depth": 12,
@@ -53,22 +46,10 @@ def _eva_x(variant: str, pretrained: bool, **kwargs: Any) -> Eva:
     return model
 
 
-@register_model
-def eva_x_tiny_patch16(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """EVA-X-Ti, random init: (B, 3, S, S) float32 -> (B, num_classes) logits. `img_size` and sizes by keyword."""
-    return _eva_x("eva_x_tiny_patch16", pretrained, **kwargs)
-
-
-@register_model
-def eva_x_small_patch16(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """EVA-X-S, random init: (B, 3, S, S) float32 -> (B, num_classes) logits. `img_size` and sizes by keyword."""
-    return _eva_x("eva_x_small_patch16", pretrained, **kwargs)
-
-
-@register_model
-def eva_x_base_patch16(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """EVA-X-B, random init: (B, 3, S, S) float32 -> (B, num_classes) logits. `img_size` and sizes by keyword."""
-    return _eva_x("eva_x_base_patch16", pretrained, **kwargs)
+for _variant in SIZES:
+    _entry: Any = functools.partial(_eva_x, _variant)
+    _entry.__name__, _entry.__module__ = _variant, __name__  # what timm registers it under
+    register_model(_entry)
 
 
 def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -85,8 +66,8 @@ def resize_pos_embed(pos_embed_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def recognise(path: Path, state: Tensors) -> Recognised | None:
     """EVA-X's tensors under timm's names, from the layouts eva_x_mim, eva_x_finetuned, published_eva_x and cxrdist."""
-    prefixed = all(name.startswith("backbone.") for name in state)
-    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()} if prefixed else state
+    if prefixed := all(name.startswith("backbone.") for name in state):
+        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     if "cls_token" not in state or not any(map(SEPARATE_BIAS.match, state)):
         return None
     dropped = [name for name in state if LEFT_OUT.fullmatch(name)]
@@ -108,7 +89,7 @@ def _our_name(name: str, state: Tensors) -> str:
     if "blocks.0.attn.q_proj.weight" in state:
         name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)
     for theirs, ours in RENAMED.items():
-        name = name.replace(theirs, ours)
+        name = name.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
     return name
 
 
@@ -117,8 +98,8 @@ def _fit(model: Eva, tensors: Tensors, source: str) -> list[str]:
     return base.fit_position(tensors, "pos_embed", grid, resize_pos_embed, source, num_prefix=1)
 
 
-def _create(variant: str, image_size: Size, num_classes: int, drop_rate: float, **sizes: int | float) -> Eva:
-    return _eva_x(variant, False, img_size=image_size, num_classes=num_classes, **sizes)  # EVA-X has no dropout
+def _create(variant: str, image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) -> Eva:
+    return _eva_x(variant, img_size=image_size, num_classes=num_classes, **sizes)  # EVA-X has no dropout
 
 
 ARCHITECTURES = tuple(
@@ -136,13 +117,9 @@ ARCHITECTURES = tuple(
         fit=_fit,
         position="pos_embed",
         not_in_optimizer=("cls_token", "pos_embed"),
-        saliency=grad_cam,
+        saliency=base.grad_cam,
         saliency_title="Grad-CAM",
         saliency_about="Patches that raise the finding's score, on the tokens of the last block.",
     )
-    for name, variant in (
-        ("eva_x", "eva_x_base_patch16"),
-        ("eva_x_small", "eva_x_small_patch16"),
-        ("eva_x_tiny", "eva_x_tiny_patch16"),
-    )
+    for name, variant in zip(("eva_x", "eva_x_small", "eva_x_tiny"), SIZES, strict=True)
 )

@@ -1,9 +1,9 @@
 """GLoRI (Global and Local Representations Integration): patch tokens of a frozen backbone to logits and attention maps.
 
-One learned query per class looks over all patch tokens in one decoder layer without self-attention, so the queries do
-not see each other. The published run keeps the 40 queries and outputs of the released head and uses as many as it has
-labels: the others are stored and go to the optimizer, but are not computed, and their gradient is exactly zero.
-Parameter names are upstream's (the typo `embed_standart` too). Source: RPIDIAL/CheXFound, `glori.py`.
+One learned query per class looks over all patch tokens in one decoder layer without self-attention. The published run
+keeps the 40 queries and outputs of the released head and uses as many as it has labels: the others are stored and go to
+the optimizer, but are not computed, and their gradient is exactly zero. Parameter names are upstream's (the typo
+`embed_standart` too). Source: RPIDIAL/CheXFound, `glori.py`.
 
 Shapes: B batch, N patches, F width of the features (four blocks concatenated), D decoder width, C classes, H heads.
 """
@@ -20,8 +20,7 @@ NUM_HEADS = 8
 class CrossAttention(nn.Module):
     """What `nn.MultiheadAttention` computes from the same parameters, at the cost it should have.
 
-    That module turns the tokens to (N, B, D) first, and its projection of them then repeats the weights for every
-    token: three quarters of the time of a forward pass, backbone included, in bf16 on a CPU.
+    That module's projection of (N, B, D) tokens takes three quarters of a forward pass, with backbone, in CPU bf16.
     """
 
     def __init__(self, width: int, drop_rate: float) -> None:
@@ -33,17 +32,18 @@ class CrossAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, queries_BCD: Tensor, tokens_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, queries_BCD: Tensor, tokens_BND: Tensor) -> list[Tensor]:
         """Queries (B, H, C, D / H), keys and values (B, H, N, D / H)."""
         width, weight, bias = queries_BCD.shape[-1], self.in_proj_weight, self.in_proj_bias
         queries = F.linear(queries_BCD, weight[:width], bias[:width])
-        keys, values = F.linear(tokens_BND, weight[width:], bias[width:]).chunk(2, dim=-1)
-        return _by_head(queries), _by_head(keys), _by_head(values)
+        keys_and_values = F.linear(tokens_BND, weight[width:], bias[width:]).chunk(2, dim=-1)
+        return [part.reshape(*part.shape[:2], NUM_HEADS, -1).transpose(1, 2) for part in (queries, *keys_and_values)]
 
     def forward(self, queries_BCD: Tensor, tokens_BND: Tensor) -> Tensor:
         """(B, C, D) what each query gathers from the tokens; in training with dropout on the attention weights."""
+        queries, keys, values = self.project(queries_BCD, tokens_BND)
         drop_rate = self.drop_rate if self.training else 0.0
-        gathered = F.scaled_dot_product_attention(*self.project(queries_BCD, tokens_BND), dropout_p=drop_rate)
+        gathered = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop_rate)
         out_BCD: Tensor = self.out_proj(gathered.transpose(1, 2).flatten(2))
         return out_BCD
 
@@ -52,10 +52,6 @@ class CrossAttention(nn.Module):
         queries, keys, _ = self.project(queries_BCD, tokens_BND)
         scores_BHCN: Tensor = queries @ keys.mT * queries.shape[-1] ** -0.5
         return scores_BHCN.float().softmax(dim=-1)
-
-
-def _by_head(part: Tensor) -> Tensor:
-    return part.reshape(*part.shape[:2], NUM_HEADS, -1).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):

@@ -50,19 +50,13 @@ PRECISION = Curves(
 
 
 def summary_section(result: Evaluation, notes: Sequence[str]) -> Section:
-    about = (
-        "AUROC: the chance that an image with the finding scores above one without. Intervals from "
-        f"{result.num_resamples:,} resamples of the patients."
-    )
-    cards = [
-        (
-            colour,
-            number_text(score.macro_auroc),
-            f"macro AUROC, {html.escape(score.name)}<br>95 % {interval_text(score.macro_interval)}, "
-            f"{score.num_labels} of {len(result.labels)} labels",
-        )
-        for score, colour in zip(result.scores, cycle(COLOURS))
-    ]
+    about = "AUROC: the chance that an image with the finding scores above one without. Intervals from "
+    about += f"{result.num_resamples:,} resamples of the patients."
+    cards = []
+    for score, colour in zip(result.scores, cycle(COLOURS)):
+        counted = f"{interval_text(score.macro_interval)}, {score.num_labels} of {len(result.labels)} labels"
+        text = f"macro AUROC, {html.escape(score.name)}<br>95 % {counted}"
+        cards.append((colour, number_text(score.macro_auroc), text))
     cards.append(("#aab4c0", f"{result.num_images:,}", f"images of {result.num_patients:,} patients"))
     body = "".join(
         f'<div class="card" style="border-left-color:{colour}"><b>{number}</b><span>{text}</span></div>'
@@ -95,10 +89,9 @@ def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[
             if not math.isnan(value):
                 points = kind.curve(targets[:, label], table.probs[:, label])
                 axis.plot(*points, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
-        name = plain(result.labels[label])
-        axis.set_title(f"{name} ({result.positives[label]}, {share:.1%})", fontsize=8.5)
-        ticks = {"xticks": (0, 0.5, 1), "yticks": (0, 0.5, 1)}
-        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", **ticks)
+        axis.set_title(f"{plain(result.labels[label])} ({result.positives[label]}, {share:.1%})", fontsize=8.5)
+        ends, ticks = (-0.02, 1.02), (0, 0.5, 1)
+        axis.set(xlim=ends, ylim=ends, aspect="equal", xticks=ticks, yticks=ticks)
         axis.tick_params(labelsize=7)
         if not _legend(axis, fontsize=7, loc="lower right" if kind is ROC else "best", handlelength=1.2):
             axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
@@ -118,11 +111,9 @@ def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], res
     histogram.set(xlabel="probability", ylabel="image-label pairs", yscale="log", xlim=(0, 1))
     for axis in (diagram, histogram):
         _legend(axis)
-    rows = [
-        (s.name, f"{s.calibration_error:.3f}", f"{s.temperature:.2f}", f"{s.calibration_error_after:.3f}")
-        for s in result.scores
-    ]
     head = ("table", "calibration error", "temperature", "error after scaling (fitted on other patients)")
+    numbers = [(s.name, s.calibration_error, s.temperature, s.calibration_error_after) for s in result.scores]
+    rows = [(name, f"{error:.3f}", f"{value:.2f}", f"{after:.3f}") for name, error, value, after in numbers]
     return Section(
         "Calibration",
         "Over all labels together, in ten bins. A temperature above 1 means overconfident, below 1 too cautious. The "
@@ -141,16 +132,11 @@ def comparison_section(result: Evaluation) -> Section:
         (s.name, *(number_text(v, 4) for v in (s.macro_auroc, by_study)), number_text(by_study - s.macro_auroc, 4, "+"))
         for s, by_study in ((score, score.study_averaged_auroc) for score in result.scores)
     ]
-    groups = [
-        (
-            f"{item.kind}: {item.value}",
-            f"{item.num_images:,}",
-            number_text(item.macro_auroc),
-            interval_text(item.interval),
-            f"{item.num_labels} of {len(result.labels)}",
-        )
-        for item in result.subgroups
-    ]
+    groups = []
+    for item in result.subgroups:
+        scores = number_text(item.macro_auroc), interval_text(item.interval)
+        labels = f"{item.num_labels} of {len(result.labels)}"
+        groups.append((f"{item.kind}: {item.value}", f"{item.num_images:,}", *scores, labels))
     tables = (
         (("macro AUROC", "difference", "95 % interval", "resamples in which it is above 0"), differences),
         (("table", "per image", "images of a study averaged", "effect"), effects),
@@ -168,23 +154,19 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
     """Training loss (and validation AUROC where there is one) of each run, from the rows of its metrics.jsonl."""
     validated = any(row["kind"] == "validation" for rows in runs.values() for row in rows)
     figure, (axes,) = grid(1, 2 if validated else 1, 11, 3.6)
-    for axis, name in zip(axes, ("training loss", "validation macro AUROC"), strict=False):
-        axis.set(xlabel="epoch", ylabel=name)
     for name, rows in runs.items():
         style = {"color": colours[name], "label": name}
         per_epoch = next((row["step"] / row["epoch"] for row in reversed(rows)), 1)
-        points = [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]
-        if points:
+        if points := [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]:
             x, y = np.array(points, dtype=float).T
             window = max(1, len(y) // 25)
-            smooth = np.convolve(y, np.ones(window) / window, mode="valid")
             axes[0].plot(x, y, color=colours[name], lw=0.7, alpha=0.35)
-            axes[0].plot(x[window - 1 :], smooth, lw=1.8, **style)
+            axes[0].plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid"), lw=1.8, **style)
         points = [(row["epoch"], row["validation/auroc_macro"]) for row in rows if row["kind"] == "validation"]
-        points = [point for point in points if point[1] is not None]
-        if points:
+        if points := [point for point in points if point[1] is not None]:
             axes[1].plot(*np.array(points, dtype=float).T, "o-", ms=4, **style)
-    for axis in axes:
+    for axis, name in zip(axes, ("training loss", "validation macro AUROC"), strict=False):
+        axis.set(xlabel="epoch", ylabel=name)
         _legend(axis)
     about = "Loss of each run per logged step (thin) and its moving average."
     return Section("Training", about, figure_html(figure, "loss curves"))
@@ -193,16 +175,14 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
 def files_section(paths: Mapping[str, str], timings: Mapping[str, float]) -> Section:
     body = html_table(("what", "where"), list(paths.items()), kind="text")
     if timings:
-        seconds = {**timings, "total": sum(timings.values())}
-        rows = [(name, duration_text(value)) for name, value in seconds.items()]
+        rows = [(name, duration_text(value)) for name, value in {**timings, "total": sum(timings.values())}.items()]
         body += "<br>" + html_table(("step", "time"), rows, total=True)
     return Section("Files and times", "Where everything lies, as the commands were given.", body)
 
 
 def shown_labels(result: Evaluation) -> list[int]:
     """The labels that get a place in pictures: all, or where there are too many those with the most positives."""
-    most = sorted(range(len(result.labels)), key=lambda label: -result.positives[label])
-    return sorted(most[:MAX_SHOWN])
+    return sorted(sorted(range(len(result.labels)), key=lambda label: -result.positives[label])[:MAX_SHOWN])
 
 
 def _note(result: Evaluation) -> str:
@@ -210,8 +190,8 @@ def _note(result: Evaluation) -> str:
 
 
 def _forest(result: Evaluation) -> Figure:
-    labels, count = shown_labels(result), len(result.scores)
-    num = len(labels)
+    labels = shown_labels(result)
+    num, count = len(labels), len(result.scores)
     height = max(2.2, 1 + 0.32 * (num + 1))
     figure, ((axis,),) = grid(1, 1, 11, height)
     for place, (score, colour) in enumerate(zip(result.scores, cycle(COLOURS))):
@@ -227,16 +207,14 @@ def _forest(result: Evaluation) -> Figure:
     axis.set(ylim=(num + 0.5, -0.6), xlabel="AUROC (positives in brackets)", xlim=(None, 1.005))
     axis.grid(axis="x", color="#e8ecf1", lw=0.8)
     axis.set_axisbelow(True)
-    above = 1 + 0.464 / height  # the legend's place: half an inch above the axes at any height
-    _legend(axis, fontsize=9, loc="upper center", ncols=count, bbox_to_anchor=(0.5, above))
+    above = 0.5, 1 + 0.464 / height  # half an inch above the axes at any height
+    _legend(axis, fontsize=9, loc="upper center", ncols=count, bbox_to_anchor=above)
     return figure
 
 
 def _label_table(result: Evaluation) -> str:
     first = result.scores[0]
-    columns = [
-        [*zip(map(number_text, s.auroc), map(interval_text, s.auroc_interval), strict=True)] for s in result.scores
-    ]
+    columns = [zip(map(number_text, s.auroc), map(interval_text, s.auroc_interval), strict=True) for s in result.scores]
     names = zip(result.labels, (f"{count:,}" for count in result.positives), strict=True)
     precisions = map(number_text, first.average_precision)
     rows = [(*name, *cells, ap) for name, *cells, ap in zip(names, *columns, precisions, strict=True)]
@@ -258,7 +236,6 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 
 def _legend(axis: Any, **style: Any) -> bool:
     """A legend of what is drawn; False where nothing is."""
-    drawn = bool(axis.get_legend_handles_labels()[0])
-    if drawn:
+    if drawn := bool(axis.get_legend_handles_labels()[0]):
         axis.legend(**{"fontsize": 8, "edgecolor": "none", "framealpha": 0.8} | style)
     return drawn

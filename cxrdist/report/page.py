@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cxrdist.files import write_atomically
 
+Cell = str | tuple[str, str]
 WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on this page."
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6776; --line: #dfe4ea; --accent: #1f3a5f; }
@@ -61,17 +62,16 @@ class Section:
 
 def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
     """Write the page atomically."""
-    links = "".join(f'<a href="#s{i}">{html.escape(section.title)}</a>' for i, section in enumerate(sections))
-    blocks = "".join(
-        f'<section id="s{i}"><h2>{html.escape(section.title)}</h2><p class="about">{html.escape(section.about)}</p>'
-        f"{section.body}</section>"
-        for i, section in enumerate(sections)
-    )
+    links, blocks, title = "", "", html.escape(title)
+    for i, section in enumerate(sections):
+        name, about = html.escape(section.title), html.escape(section.about)
+        links += f'<a href="#s{i}">{name}</a>'
+        blocks += f'<section id="s{i}"><h2>{name}</h2><p class="about">{about}</p>{section.body}</section>'
     write_atomically(
         path,
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{STYLE}</style></head><body><header><div class="wrap"><h1>{html.escape(title)}</h1>'
+        f'<style>{STYLE}</style></head><body><header><div class="wrap"><h1>{title}</h1>'
         f'<p>{html.escape(subtitle)}</p></div></header><nav><div class="wrap">{links}</div></nav><div class="wrap">'
         f'<div class="warning">{html.escape(WARNING)}</div>{blocks}<footer>{html.escape(WARNING)}</footer></div>'
         "</body></html>\n",
@@ -86,21 +86,17 @@ def figure_html(figure: Figure, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def html_table(
-    head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]], *, total: bool = False, kind: str = ""
-) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, total: bool = False, kind: str = "") -> str:
     """A table of plain texts; a cell of two has the second in small print. total: the last row is a sum."""
     lines = ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
-    marks = [""] * len(rows)
-    if total:
-        marks[-1] = ' class="total"'
+    marks = [""] * (len(rows) - total) + [' class="total"'] * total
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marks, lines, strict=True))
-    table = f'<table class="{kind}"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+    head_and_body = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{head_and_body}</table></div>'
 
 
-def _cell(cell: str | tuple[str, str]) -> str:
+def _cell(cell: Cell) -> str:
     return html.escape(cell) if isinstance(cell, str) else f"{_cell(cell[0])}<br><small>{_cell(cell[1])}</small>"
 
 

@@ -17,6 +17,7 @@ from cxrdist.models.architecture import Architecture
 from cxrdist.recipes import Recipe
 from cxrdist.report.page import Section, figure_html, grid, plain
 from cxrdist.scoring.evaluation import Evaluation
+from cxrdist.scoring.metrics import Floats
 from cxrdist.scoring.tables import ScoreTable
 
 NUM_EXAMPLES = 6  # images with saliency maps
@@ -52,12 +53,8 @@ def augmented_section(loader: Loader, recipe: Recipe) -> Section:
     return Section("Training images", about, figure_html(figure, "augmented training images"))
 
 
-def choose_examples(
-    asked: Sequence[str], table: ScoreTable, targets: NDArray[np.float64], result: Evaluation
-) -> list[Example]:
-    """The images asked for with their highest-scored true label, else of the labels with the best AUROC the positive
-    image with the highest score, each label and image once.
-    """
+def choose_examples(asked: list[str], table: ScoreTable, targets: Floats, result: Evaluation) -> list[Example]:
+    """Images asked for with their top true label, else the top positive image of the best labels by AUROC, once."""
     row_of = {name: row for row, name in enumerate(table.image_names)}
     finding = np.array([not label.lower().startswith(NOTHING) for label in table.labels])
     if asked:
@@ -68,14 +65,11 @@ def choose_examples(
     else:
         auroc = np.where(finding, np.nan_to_num(np.array(result.scores[0].auroc), nan=-1.0), -1.0)
         chosen = {}
-        for label in np.argsort(-auroc, kind="stable"):
-            for row in np.argsort(-table.probs[:, label], kind="stable"):
-                name = str(table.image_names[row])
-                if targets[row, label] and auroc[label] >= 0 and name not in chosen:
-                    chosen[name] = int(label)
-                    break
-            if len(chosen) == NUM_EXAMPLES:
-                break
+        for label in np.argsort(-auroc, kind="stable")[: np.count_nonzero(auroc >= 0)].tolist():
+            ranked = np.argsort(-table.probs[:, label], kind="stable")
+            names = [name for name in table.image_names[ranked[targets[ranked, label] > 0]] if name not in chosen]
+            if names and len(chosen) < NUM_EXAMPLES:
+                chosen[names[0]] = label
     return [Example(name, label, float(table.probs[row_of[name], label])) for name, label in chosen.items()]
 
 
@@ -101,8 +95,7 @@ def saliency_section(
             _show(axis, image[:1])
         heat = heat - heat.min()
         heat = heat / max(float(heat.max()), 1e-12)
-        extent = (0, image.shape[2], image.shape[1], 0)
-        style = {"cmap": "inferno", "extent": extent, "interpolation": "bilinear"}
+        style = {"cmap": "inferno", "extent": (0, image.shape[2], image.shape[1], 0), "interpolation": "bilinear"}
         pair[1].imshow(heat, alpha=0.25 + 0.45 * np.sqrt(heat), **style)
         pair[0].set_title(plain(labels[example.label]), fontsize=8.5, loc="left", fontweight="bold")
         caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
@@ -120,8 +113,7 @@ def read_images(loader: Loader, rows: NDArray[np.int64]) -> torch.Tensor:
 def _show(axis: Any, levels: torch.Tensor) -> None:
     """Draw an image (C, H, W) of grey levels or colours in [0, 255], without a frame."""
     pixels = levels.round().clamp(0, 255).to(torch.uint8).numpy() if levels.is_floating_point() else levels.numpy()
-    height, width = pixels.shape[1:]
-    picture = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+    extent = (0, pixels.shape[2], pixels.shape[1], 0)
+    axis.imshow(np.moveaxis(pixels, 0, 2), cmap="gray", vmin=0, vmax=255, extent=extent)
     axis.set(xticks=(), yticks=())
     axis.spines[:].set_visible(False)

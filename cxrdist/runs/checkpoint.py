@@ -1,14 +1,16 @@
-"""The run folder's checkpoints: each is complete, or does not count.
+"""The run folder's checkpoints: each is complete, or does not count; saved only where the run began.
 
 A checkpoint is a folder that is written under a temporary name, synced and renamed; its `manifest.json` (every file's
 size and SHA-256) is written last. `epoch_<EE>` is what inference reads, `step_<N>` all that resume needs. A frozen
 backbone is named by its content, not stored with them.
 """
 
-import re
+import dataclasses
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,14 +18,53 @@ from cxrdist.documents import Document
 from cxrdist.errors import CheckpointError, UserError
 from cxrdist.files import disk_errors_named, sync_folder, write_atomically
 from cxrdist.models.weights.safetensors import file_sha256, read_safetensors, write_safetensors
-from cxrdist.runs.documents import FileEntry, Manifest, read_versioned
+from cxrdist.runs.documents import EpochMeta, FileEntry, Manifest, RunDocument, StepState, read_versioned
 
 MANIFEST = "manifest.json"
+Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
-def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Document]
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a session saves. Methods run on rank 0.
+
+    state, meta: what every step and epoch checkpoint says, but for `changes`, the fields in which one differs.
+    """
+
+    path: Path
+    id: str
+    state: StepState
+    meta: EpochMeta
+    keep_steps: int
+
+    def require_same(self) -> None:
+        """UserError unless the folder is still the one that this run began in."""
+        if not (self.path / "recipe.json").exists() or run_id(self.path) != self.id:
+            raise UserError(
+                f"{self.path} was removed or replaced while the run was at work: nothing more is saved; restore it and "
+                "use --resume, or start again"
+            )
+
+    def save_step(self, tensors: Tensors, **changes: Any) -> None:
+        """Write all that resume needs as `step_<N>`."""
+        self.require_same()
+        state = dataclasses.replace(self.state, **changes)
+        write_checkpoint(step_folder(self.path, state.global_step), tensors, {"state": state})
+        keep_newest_steps(self.path, self.keep_steps)
+
+    def save_epoch(self, tensors: Tensors, **changes: Any) -> None:
+        """Write `epoch_<EE>`, what inference reads."""
+        self.require_same()
+        meta = dataclasses.replace(self.meta, **changes)
+        write_checkpoint(epoch_folder(self.path, meta.epoch), tensors, {"meta": meta})
+
+
+def run_id(path: Path) -> str:
+    """The id in a run folder's run.json; '' of a run of version 1, which has none."""
+    return RunDocument.read(path / "run.json").id if (path / "run.json").exists() else ""
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, documents: Mapping[str, Document]) -> None:
     """Write `<name>.safetensors` and `<name>.json` files as one checkpoint that is there completely or not at all.
 
     An existing checkpoint of that name is replaced. When the disk is full, a UserError names path and free bytes, and
@@ -68,18 +109,8 @@ def check(folder: Path) -> None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != expected.bytes or file_sha256(path) != expected.sha256:
+        if (size := path.stat().st_size) != expected.bytes or file_sha256(path) != expected.sha256:
             raise CheckpointError(f"{path} is damaged ({size:,} bytes, {expected.bytes:,} were written)")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint that counts."""
-    try:
-        check(folder)
-    except UserError:
-        return False
-    return True
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -92,28 +123,32 @@ def epoch_folder(run: Path, epoch: int) -> Path:
 
 def step_folders(run: Path) -> list[Path]:
     """The `step_<N>` checkpoints of a run, newest first; they may be damaged."""
-    return _numbered(run, "step")
+    return [folder for _, folder in _numbered(run, "step")]
 
 
 def epochs_of(run: Path) -> list[int]:
     """The epochs of a run that have a checkpoint, oldest first; it may be damaged."""
-    return [int(path.name.removeprefix("epoch_")) for path in reversed(_numbered(run, "epoch"))]
+    return [number for number, _ in reversed(_numbered(run, "epoch"))]
+
+
+def _numbered(run: Path, kind: str) -> list[tuple[int, Path]]:
+    found = [(path.name.removeprefix(f"{kind}_"), path) for path in (run / "checkpoints").glob(f"{kind}_*")]
+    return sorted(((int(text), path) for text, path in found if text.isdecimal() and path.is_dir()), reverse=True)
 
 
 def newest_step(run: Path) -> tuple[Path | None, list[str]]:
     """The newest step checkpoint that is complete, or None, and a warning for each newer one that is not."""
-    warnings = []
     for replaced in (run / "checkpoints").glob(".*.old"):  # killed between two renames of write_checkpoint
         name = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
         if not name.exists():
             replaced.rename(name)
+    warnings: list[str] = []
     for folder in step_folders(run):
         try:
             check(folder)
+            return folder, warnings
         except CheckpointError as error:
             warnings.append(f"{error}; going back to the checkpoint before it")
-            continue
-        return folder, warnings
     return None, warnings
 
 
@@ -126,20 +161,11 @@ def keep_newest_steps(run: Path, count: int) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Delete temporary folders of interrupted saves."""
-    for ending in ("tmp", "old"):
-        for folder in (run / "checkpoints").glob(f".*.{ending}"):
+    for folder in (run / "checkpoints").glob(".*"):
+        if folder.suffix in (".tmp", ".old"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint that was checked."""
     return read_safetensors(folder / f"{name}.safetensors")[0]
-
-
-def _numbered(run: Path, kind: str) -> list[Path]:
-    found = (
-        (int(match[1]), path)
-        for path in (run / "checkpoints").glob(f"{kind}_*")
-        if (match := re.fullmatch(rf"{kind}_(\d+)", path.name)) and path.is_dir()
-    )
-    return [path for _, path in sorted(found, reverse=True)]

@@ -152,5 +152,5 @@ def upgraded(kind: type[Document], data: Any) -> Any:
         found["task"] = dataclasses.asdict(task)
         scores = found.get("validation") or {}
         unknown = [name for name, value in scores.items() if isinstance(value, float) and not math.isfinite(value)]
-        scores.update(dict.fromkeys(unknown))
+        scores |= dict.fromkeys(unknown)
     return found

@@ -15,7 +15,7 @@ from cxrdist.models.weights.safetensors import file_sha256, is_safetensors, read
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint
 from cxrdist.runs.documents import EpochMeta, Frozen, read_versioned
-from cxrdist.task import TASKS, Task
+from cxrdist.task import Task
 
 BACKBONE_FILE = "backbone.safetensors"  # of a run that began with --init random
 Weights = Literal["ema", "model"]
@@ -41,10 +41,10 @@ def read_task(run: Path) -> Task:
     """The task that a run folder was trained for; UserError when it does not say."""
     if (run / "task.json").exists():
         return Task.read(run / "task.json")
-    name = recipes.task_of_version_1(_read(run, "recipe.json"), run / "recipe.json")
-    if name is None:
+    _, task = recipes.from_json_with_task(_read(run, "recipe.json"), run / "recipe.json")
+    if task is None:
         raise UserError(f"{run / 'task.json'}: no such file; {run} is not a complete run folder")
-    return TASKS[name]
+    return task
 
 
 def _read(run: Path, name: str) -> bytes:
@@ -93,14 +93,13 @@ def write_frozen(architecture: Architecture, model: nn.Module, run: Path) -> Fro
 
 def load_frozen(
     architecture: Architecture, model: nn.Module, run: Path, frozen: Frozen, backbone: Path | None = None
-) -> Path:
-    """Load the frozen backbone that a run names from wherever its bytes are, and return that path.
+) -> None:
+    """Load the frozen backbone that a run names from wherever its bytes are.
 
     Looked at in turn: `backbone`, where the run saw it last, the run folder, `weights/`. UserError when none is it.
     """
-    candidates = [*([backbone] if backbone is not None else []), run / frozen.file, run / BACKBONE_FILE]
-    candidates += sorted(path for path in WEIGHTS_FOLDER.glob("*") if path.is_file())
-    there = [path for path in dict.fromkeys(candidates) if path.is_file()]
+    candidates = [backbone, run / frozen.file, run / BACKBONE_FILE, *sorted(WEIGHTS_FOLDER.glob("*"))]
+    there = [path for path in dict.fromkeys(candidates) if path is not None and path.is_file()]
     path = next((path for path in there if file_sha256(path) == frozen.sha256), None)
     if path is None:
         looked = ", ".join(map(str, there)) or "no file"
@@ -108,10 +107,8 @@ def load_frozen(
             f"{run / frozen.file}: the frozen backbone that {run} was trained on is not there, and {looked} is another "
             f"(SHA-256 {frozen.sha256[:12]}...); put it back, name it with --backbone FILE, or train again"
         )
-    if not is_safetensors(path) or (tensors := read_safetensors(path)[0]).keys() != set(
-        architecture.frozen_names(model)
-    ):
+    tensors = read_safetensors(path)[0] if is_safetensors(path) else {}
+    if tensors.keys() == set(architecture.frozen_names(model)):
+        model.load_state_dict(tensors, strict=False)
+    else:
         load_backbone(architecture, model, path)
-        return path
-    model.load_state_dict(tensors, strict=False)
-    return path

@@ -59,11 +59,10 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
         raise UserError(f"{run} {state}; give another --out for a new one")
     changed = recipes.differences(member.read_recipe(run), recipe)
     if changed:
-        raise UserError(
-            f"{run} was started with another recipe: {'; '.join(changed)}; undo that, or give another --out"
-        )
+        raise UserError(f"{run} was started with another recipe: {'; '.join(changed)}; undo it, or give another --out")
     compare_facts(run, read_facts(run), facts)
-    if checkpoint.is_complete(last_epoch):
+    with contextlib.suppress(UserError):
+        checkpoint.check(last_epoch)
         return Start(finished=True)
     folder, warnings = checkpoint.newest_step(run)
     for warning in warnings:
@@ -78,8 +77,7 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
 def compare_facts(run: Path, before: Facts, now: Facts) -> None:
     """UserError that says in what the data of a run and those given now differ."""
     for name in ("task", "split", "folds", "validate_fold"):
-        one, other = getattr(before, name), getattr(now, name)
-        if one != other:
+        if (one := getattr(before, name)) != (other := getattr(now, name)):
             shown = f"--{name.replace('_', '-')}" if "fold" in name else name
             raise UserError(f"{run} was started with {shown} {one}, not {other}; give another --out for that")
     if before.shards != now.shards:
@@ -100,10 +98,9 @@ def build(
     """
     architecture, model = architecture_of(recipe.model), member.build_model(recipe, task)
     if start.state is not None:
-        frozen = start.state.frozen
-        if frozen is not None:
-            member.load_frozen(architecture, model, run, frozen, backbone)
-        return model, frozen, f"weights of {start.folder}"
+        if start.state.frozen is not None:
+            member.load_frozen(architecture, model, run, start.state.frozen, backbone)
+        return model, start.state.frozen, f"weights of {start.folder}"
     if init == "random":
         return model, None, "weights: random"
     path = Path(init) if init is not None else fit.default_init_path(architecture)
@@ -111,8 +108,8 @@ def build(
     if not architecture.frozen_names(model):
         return model, None, report
     for file in fit.init_files(architecture, path):
-        found = layouts.read_weights(file, architecture=architecture)
-        if any(name.startswith(architecture.frozen) for name in found.tensors):
+        names = layouts.read_weights(file, architecture=architecture).tensors
+        if any(name.startswith(architecture.frozen) for name in names):
             return model, Frozen(file=str(file.resolve()), sha256=file_sha256(file)), report
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
 
@@ -139,13 +136,12 @@ def describe_session(device: torch.device, world_size: int, device_batch_size: i
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    cuda = device.type == "cuda"
     return Environment(
         cxrdist=cxrdist.__version__,
         commit=commit,
         python=platform.python_version(),
         packages={name: importlib.metadata.version(name) for name in SHOWN_PACKAGES},
-        device=torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         world_size=world_size,
         device_batch_size=device_batch_size,
         precision=precision,

@@ -22,13 +22,11 @@ class Reliability:
 
 def reliability(targets: ArrayLike, probs: ArrayLike, num_bins: int = 10) -> Reliability:
     """Reliability of probs in [0, 1] against targets, both of any equal shape (flattened)."""
-    truth = np.asarray(targets, dtype=np.float64).ravel()
-    prob = np.asarray(probs, dtype=np.float64).ravel()
+    truth, prob = (np.asarray(values, dtype=np.float64).ravel() for values in (targets, probs))
     bins = np.minimum((prob * num_bins).astype(np.int64), num_bins - 1)
     count = np.bincount(bins, minlength=num_bins)
     used = count > 0
-    mean_prob = np.bincount(bins, prob, num_bins)[used] / count[used]
-    share = np.bincount(bins, truth, num_bins)[used] / count[used]
+    mean_prob, share = (np.bincount(bins, values, num_bins)[used] / count[used] for values in (prob, truth))
     error = float((np.abs(mean_prob - share) * count[used]).sum() / max(len(prob), 1))
     return Reliability(mean_prob, share, count[used], error)
 
@@ -39,16 +37,13 @@ def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
     Bisection on 1 / T, in which the log loss is convex; T stays in [1e-2, 1e2]. Fit it on images that are not
     then scored. AUROC does not change. Source: Guo et al. 2017 (temperature scaling).
     """
-    truth = np.asarray(targets, dtype=np.float64).ravel()
-    logits = logit(np.asarray(probs, dtype=np.float64).ravel())
+    truth, prob = (np.asarray(values, dtype=np.float64).ravel() for values in (targets, probs))
+    logits = logit(prob)
     low, high = 1e-2, 1e2
     for _ in range(60):  # 60 halvings exhaust float64; separable data end at the bound
         inverse = float(np.sqrt(low * high))
         fitted = 1 / (1 + np.exp(-np.clip(inverse * logits, -700, 700)))
-        if ((fitted - truth) * logits).sum() > 0:
-            high = inverse
-        else:
-            low = inverse
+        low, high = (low, inverse) if ((fitted - truth) * logits).sum() > 0 else (inverse, high)
     return 1 / float(np.sqrt(low * high))
 
 

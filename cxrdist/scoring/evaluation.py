@@ -88,47 +88,35 @@ def match_labels(table: ScoreTable, truth: LabelTable, source: Path) -> LabelTab
     """The rows of `truth`, read from `source`, in the table's order; UserError for an image without labels."""
     rows = pd.Index(truth.about["image_name"]).get_indexer(pd.Index(table.image_names))
     if len(unknown := table.image_names[rows < 0]):
-        raise UserError(
-            f"{source} has no labels for {len(unknown):,} of {len(rows):,} scored images, e.g. {unknown[0]!r}; "
-            "give the label CSV of the images that were scored"
-        )
+        count = f"{len(unknown):,} of {len(rows):,} scored images, e.g. {unknown[0]!r}"
+        raise UserError(f"{source} has no labels for {count}; give the label CSV of the images that were scored")
     return LabelTable(truth.about.iloc[rows], truth.targets[rows])
 
 
-def evaluate(
-    tables: Sequence[ScoreTable], truth: LabelTable, *, num_resamples: int = 1000, seed: int = 0
-) -> Evaluation:
+def evaluate(tables: Sequence[ScoreTable], truth: LabelTable, *, num_resamples: int = 1000) -> Evaluation:
     """Score `tables` (over the same images in the same order) against the matching rows of `truth`."""
     targets = truth.targets.astype(np.float64)
     patients = truth.about["patient"].to_numpy(object)
-    resample = functools.partial(metrics.bootstrap_auroc, num_resamples=num_resamples, seed=seed)
+    resample = functools.partial(metrics.bootstrap_auroc, num_resamples=num_resamples)
     samples = resample(targets, [table.probs for table in tables], patients)
     scores = [_score(table, targets, truth.about, values) for table, values in zip(tables, samples, strict=True)]
-    comparisons = []
-    macros = metrics.macro_samples(samples)
+    comparisons, macros = [], metrics.macro_samples(samples)
     for (one, first), (other, second) in itertools.combinations(zip(scores, macros, strict=True), 2):
         gain, difference = one.macro_auroc - other.macro_auroc, first - second
         above = float(np.mean(difference[~np.isnan(difference)] > 0))
         comparisons.append(Comparison(one.name, other.name, gain, metrics.interval(difference), above))
-    return Evaluation(
-        num_images=len(truth),
-        num_patients=len(set(patients)),
-        num_resamples=num_resamples,
-        labels=list(tables[0].labels),
-        positives=[int(count) for count in targets.sum(axis=0)],
-        scores=scores,
-        comparisons=comparisons,
-        subgroups=list(_subgroups(tables[0].probs, targets, truth.about, resample)),
-    )
+    positives = [int(count) for count in targets.sum(axis=0)]
+    subgroups = list(_subgroups(tables[0].probs, targets, truth.about, resample))
+    counts = len(truth), len(set(patients)), num_resamples
+    return Evaluation(*counts, list(tables[0].labels), positives, scores, comparisons, subgroups)
 
 
 def _score(table: ScoreTable, targets: metrics.Floats, about: pd.DataFrame, samples: metrics.Floats) -> TableScore:
     auroc = metrics.auroc_per_label(targets, table.probs)
     value, num_labels = metrics.macro(auroc)
     studies = study_ids(about["patient"], about["study"])
-    by_study = math.nan
-    if None not in studies:
-        by_study = metrics.macro_auroc(targets, average_studies(table, studies).probs)[0]
+    known = None not in studies
+    by_study = metrics.macro_auroc(targets, average_studies(table, studies).probs)[0] if known else math.nan
     calibrated = calibration.calibrated_by_halves(table.probs, targets, about["patient"].to_numpy(object))
     return TableScore(
         name=table.name,
@@ -148,9 +136,8 @@ def _score(table: ScoreTable, targets: metrics.Floats, about: pd.DataFrame, samp
 def _subgroups(
     probs: NDArray[np.float32], targets: metrics.Floats, about: pd.DataFrame, resample: Callable[..., metrics.Floats]
 ) -> Iterator[Subgroup]:
-    about = about.reset_index()
-    ages = pd.to_numeric(about["age"], errors="coerce")
-    about["age"] = pd.cut(ages, AGES, right=False, labels=AGE_NAMES)  # nan, which is no group, where it is unknown
+    ages = pd.to_numeric(about["age"], errors="coerce")  # nan, which is no group, where it is unknown
+    about = about.assign(age=pd.cut(ages, AGES, right=False, labels=AGE_NAMES)).reset_index()
     for kind in ("view", "sex", "age"):
         for value, group in about.groupby(kind, observed=True):
             rows = group.index.to_numpy()

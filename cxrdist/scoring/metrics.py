@@ -5,7 +5,7 @@ exact integer arithmetic on float64, so the order of the rows does not matter. A
 has no AUROC: it is nan here and left out of the macro (torchmetrics scores it 0 and drags the macro down).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,11 @@ class _Ranking:
         sizes = np.diff(np.append(self.starts, len(self.positive)))[::-1]
         return np.cumsum([0.0, *positive]), np.cumsum([0.0, *(sizes - positive)])
 
+    def average_precision(self) -> float:
+        positive, negative = self.from_the_top()
+        precision = positive[1:] / (positive[1:] + negative[1:])
+        return float((precision * np.diff(positive)).sum() / positive[-1]) if positive[-1] > 0 else float("nan")
+
 
 def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     """(K,) AUROC of each label, in [0, 1]; nan where a label has no positives, no negatives, or a prob that is nan.
@@ -49,20 +54,16 @@ def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     Args: targets (N, K) of 0 and 1; probs (N, K), any monotone score (logits give the same).
     Raises ValueError when the shapes differ, and UserError when a target is neither 0 nor 1.
     """
-    target_table, prob_table = _checked(targets, probs)
-    values = np.full(target_table.shape[1], np.nan)
-    for label, ranking in _rankings(target_table, prob_table):
-        values[label] = ranking.auroc(np.ones((1, len(target_table))))[0]
-    return values
+    return _per_label(targets, probs, lambda ranking: float(ranking.auroc(np.ones((1, len(ranking.order))))[0]))
 
 
 def macro_auroc(targets: ArrayLike, probs: ArrayLike) -> tuple[float, int]:
-    """The mean AUROC over the labels that have one, and how many those are; (nan, 0) when none has."""
+    """`macro` of the AUROCs: their mean over the labels that have one, and how many those are."""
     return macro(auroc_per_label(targets, probs))
 
 
 def macro(per_label: Floats) -> tuple[float, int]:
-    """The mean of the values that are not nan, and their number."""
+    """The mean of the values that are not nan, and their number; (nan, 0) when all are."""
     defined = per_label[~np.isnan(per_label)]
     return (float(defined.mean()), len(defined)) if len(defined) else (float("nan"), 0)
 
@@ -72,14 +73,7 @@ def average_precision_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
 
     nan without positives. Source: scikit-learn's definition (no interpolation).
     """
-    target_table, prob_table = _checked(targets, probs)
-    values = np.full(target_table.shape[1], np.nan)
-    for label, ranking in _rankings(target_table, prob_table):
-        positive, negative = ranking.from_the_top()
-        if positive[-1] > 0:
-            precision = positive[1:] / (positive[1:] + negative[1:])
-            values[label] = float((precision * np.diff(positive)).sum() / positive[-1])
-    return values
+    return _per_label(targets, probs, _Ranking.average_precision)
 
 
 def roc_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
@@ -95,31 +89,26 @@ def precision_recall_curve(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats
 
 
 def bootstrap_auroc(
-    targets: ArrayLike,
-    tables: Sequence[ArrayLike],
-    patients: Sequence[str] | NDArray[np.object_],
-    *,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    targets: ArrayLike, tables: Sequence[ArrayLike], patients: ArrayLike, *, num_resamples: int = 1000, seed: int = 0
 ) -> Floats:
     """(T, num_resamples, K) AUROCs on resamples of the patients, drawn with replacement with all their images.
 
     All T tables are scored on the same resamples: differences are paired. A label is nan in a resample that left it
     without positives or negatives. Resampling images, which are alike within a patient, gives too narrow intervals.
     """
-    rankings = [list(_rankings(*_checked(targets, table))) for table in tables]
-    _, patient_ids = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num_patients = int(patient_ids.max()) + 1 if len(patient_ids) else 0
+    rankings = [_rankings(targets, table) for table in tables]
+    distinct, patient_ids = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
     values = np.full((len(tables), num_resamples, np.shape(targets)[1]), np.nan)
     block = max(1, _CELLS_AT_ONCE // max(1, len(patient_ids)))
     for start in range(0, num_resamples, block):
         rows = slice(start, min(start + block, num_resamples))
-        draws = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=rows.stop - rows.start)
+        draws = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=rows.stop - rows.start)
         weights = draws[:, patient_ids].astype(np.float64)
         for table, labels in enumerate(rankings):
-            for label, ranking in labels:
-                values[table, rows, label] = ranking.auroc(weights)
+            for label, ranking in enumerate(labels):
+                if ranking is not None:
+                    values[table, rows, label] = ranking.auroc(weights)
     return values
 
 
@@ -127,17 +116,15 @@ def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float
     """The central `confidence` interval of bootstrap samples without the nan ones; (nan, nan) if none is left."""
     values = np.asarray(samples, dtype=np.float64)
     values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(values, ends).tolist() if len(values) else (float("nan"), float("nan"))
+    return low, high
 
 
 def macro_samples(samples: Floats) -> Floats:
     """(..., B) macro AUROC of bootstrap samples (..., B, K), over the labels that each resample kept; nan if none.
 
-    Leaving out each resample that lost a label would keep almost none where several labels are rare; paired tables lose
-    the same labels in the same resamples, so their difference stays fair.
+    Without the resamples that lost a rare label almost none would be left; paired tables lose the same labels in each.
     """
     defined = ~np.isnan(samples)
     count = defined.sum(axis=-1)
@@ -146,17 +133,17 @@ def macro_samples(samples: Floats) -> Floats:
     return values
 
 
-def _checked(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, NDArray[np.floating]]:
-    target_table = np.asarray(targets, dtype=np.float64)
-    prob_table = np.asarray(probs)
+def _per_label(targets: ArrayLike, probs: ArrayLike, measure: Callable[[_Ranking], float]) -> Floats:
+    values = [np.nan if ranking is None else measure(ranking) for ranking in _rankings(targets, probs)]
+    return np.array(values, dtype=np.float64)
+
+
+def _rankings(targets: ArrayLike, probs: ArrayLike) -> list[_Ranking | None]:
+    """One per label; None for a label that cannot be ranked."""
+    target_table, prob_table = np.asarray(targets, dtype=np.float64), np.asarray(probs)
     if target_table.ndim != 2 or target_table.shape != prob_table.shape:
         raise ValueError(f"targets {target_table.shape} and probs {prob_table.shape} must be equal (images, labels)")
     if not np.isin(target_table, (0.0, 1.0)).all():
         raise UserError("targets must be 0 or 1: masked and soft labels cannot be scored; name another --task")
-    return target_table, prob_table
-
-
-def _rankings(targets: Floats, probs: NDArray[np.floating]) -> Iterator[tuple[int, _Ranking]]:
-    for label in range(targets.shape[1]):
-        if len(targets) and not np.isnan(probs[:, label]).any():
-            yield label, _Ranking(targets[:, label], probs[:, label])
+    columns = zip(target_table.T, prob_table.T, strict=True)
+    return [_Ranking(truth, prob) if len(prob) and not np.isnan(prob).any() else None for truth, prob in columns]

@@ -26,10 +26,8 @@ def check_template(
     """UserError, before any compute, unless each image of the template is to be scored or known as unreadable."""
     known = {*image_names, *unreadable}
     if unknown := [name for name in template.image_names if name not in known]:
-        raise UserError(
-            f"{source} asks for {len(unknown):,} of {len(template):,} images that the shards do not hold, e.g. "
-            f"{unknown[0]!r}; is it the template of this task and split?"
-        )
+        count = f"{len(unknown):,} of {len(template):,} images that the shards do not hold, e.g. {unknown[0]!r}"
+        raise UserError(f"{source} asks for {count}; is it the template of this task and split?")
 
 
 def write_submission(table: ScoreTable, template: Template, path: Path) -> dict[str, str]:
@@ -46,17 +44,12 @@ def write_submission(table: ScoreTable, template: Template, path: Path) -> dict[
         raise UserError("the score table holds values outside [0, 1]; a submission needs probabilities")
     means = table.probs.mean(axis=0, dtype=np.float64).astype(np.float32)
     row_of = {name: row for row, name in enumerate(table.image_names)}
-    fallback, buffer = {}, io.StringIO()
+    buffer, place = io.StringIO(), template.header.index(template.image_column)
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(template.header)
-    place = template.header.index(template.image_column)
     for name in template.image_names:
-        row = row_of.get(name)
-        if row is None:
-            fallback[name] = table.meta.unreadable[name]
-        probs = means if row is None else table.probs[row]
+        probs = table.probs[row_of[name]] if name in row_of else means
         cells = [str(probs[column]) for _, column in template.labels]
-        cells.insert(place, name)
-        writer.writerow(cells)
+        writer.writerow([*cells[:place], name, *cells[place:]])
     write_atomically(path, buffer.getvalue())
-    return fallback
+    return {name: table.meta.unreadable[name] for name in template.image_names if name not in row_of}

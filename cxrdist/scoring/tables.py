@@ -1,8 +1,7 @@
 """Score tables (one row of probabilities per image) and how they are averaged into one.
 
-A table is a CSV that any tool reads, with a JSON beside it that says where it came from. All averaging happens here, in
-float32: views, epochs and folds of a member, then members. The published run took EVA-X's sigmoid and view mean in
-float16, which moved the result by up to 2.4e-4 and made ties.
+A table is a CSV with a JSON beside it that says where it came from. All averaging happens here, in float32: views,
+epochs and folds of a member, then members. The published float16 moved EVA-X's by up to 2.4e-4 and made ties.
 """
 
 import csv
@@ -27,6 +26,7 @@ from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
 Average = Literal["prob", "logit", "rank"]
+Weights = Sequence[float] | None
 Probs = NDArray[np.float32]
 Real = TypeVar("Real", np.float32, np.float64)
 AGAIN = "score again, or delete it to use the table without its origin"
@@ -114,14 +114,12 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     Raises UserError, with file, line and column, for: another task, label columns in another order, a value that is
     not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
-    remedy = "give a score table, e.g. OUT/scores/eva_x.csv"
     try:
         content = path.read_bytes()
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path} is not a CSV file; {remedy}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not a CSV file"
+        raise UserError(f"{path}: {problem}; give a score table, e.g. OUT/scores/eva_x.csv") from None
     side = path.with_suffix(".json")
     meta = _read_meta(side) if side.exists() else TableMeta(member=path.stem)
     if task is not None and meta.task is not None and (found := task.differences(meta.task)):
@@ -140,9 +138,8 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
     if len(bad := np.argwhere(~((probs >= 0) & (probs <= 1)))):
-        row, column = bad[0]
-        value = f"{list(names)[row]!r}, {labels[column]}: {probs[row, column]}"
-        raise UserError(f"{path}: {value} is not a probability in [0, 1]")
+        name, label, value = list(names)[bad[0, 0]], labels[bad[0, 1]], probs[tuple(bad[0])]
+        raise UserError(f"{path}: {name!r}, {label}: {value} is not a probability in [0, 1]")
     if not meta.sha256:
         print(f"{path}: no JSON beside it says its split, shards and models, so they cannot be compared")
     elif meta.sha256 != hashlib.sha256(content).hexdigest():
@@ -151,9 +148,7 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     return ScoreTable(np.array(list(names), dtype=object), probs, meta)
 
 
-def read_members(
-    paths: Sequence[Path], task: Task | None, weights: Sequence[float] | None = None
-) -> tuple[list[ScoreTable], list[float]]:
+def read_members(paths: list[Path], task: Task | None, weights: Weights = None) -> tuple[list[ScoreTable], list[float]]:
     """A table for each member in the files, its parts joined, and its weight: `weights`, else as it was scored with.
 
     Raises UserError as `read_table` and `join_parts` do, and for another number of weights than of members.
@@ -169,14 +164,13 @@ def task_of(table: ScoreTable, given: Task | None) -> Task:
 
     Raises UserError when it is unknown, or its labels are not the table's.
     """
-    built_in = (task for task in TASKS.values() if task.labels == table.labels)
-    task = given or table.meta.task or next(built_in, None)
+    task = given or table.meta.task or next((task for task in TASKS.values() if task.labels == table.labels), None)
     if task is None or task.labels != table.labels:
         raise UserError(f"the labels of table {table.name!r} are of no task that is known: name theirs with --task")
     return task
 
 
-def average(probs: Sequence[Probs], weights: Sequence[float] | None = None, how: Average = "prob") -> Probs:
+def average(probs: Sequence[Probs], weights: Weights = None, how: Average = "prob") -> Probs:
     """The weighted average (N, K) float32 of score arrays of equal shape, summed in the order given.
 
     prob: of probabilities (published). logit: of their logits, then the sigmoid (a geometric mean of odds).
@@ -209,26 +203,15 @@ def logit(probs: NDArray[Real]) -> NDArray[Real]:
     return np.asarray(np.log(inside) - np.log1p(-inside), dtype=probs.dtype)
 
 
-def average_tables(
-    tables: Sequence[ScoreTable], weights: Sequence[float] | None = None, how: Average = "prob"
-) -> ScoreTable:
+def average_tables(tables: Sequence[ScoreTable], weights: Weights = None, how: Average = "prob") -> ScoreTable:
     """One table from several over the same images, in the first one's row order.
 
     Raises UserError when they hold different images, tasks, splits or shard sets; nothing is averaged then.
     """
     aligned = [table.probs for table in align(tables)]
     shares = [1.0] * len(tables) if weights is None else weights
-    first = tables[0].meta
-    meta = TableMeta(
-        member="ensemble",
-        task=first.task,
-        labels=first.labels,
-        split=first.split,
-        shards=first.shards,
-        average=how,
-        members={table.name: share for table, share in zip(tables, shares, strict=True)},
-        **_together(tables),
-    )
+    members = {table.name: share for table, share in zip(tables, shares, strict=True)}
+    meta = TableMeta(member="ensemble", average=how, members=members, **_together(tables))
     return ScoreTable(tables[0].image_names, average(aligned, shares, how), meta)
 
 
@@ -243,11 +226,8 @@ def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
         own = pd.Index(table.image_names)
         missing, extra = names.difference(own), own.difference(names)
         if len(missing) or len(extra):
-            example = f"{missing[0]!r} is only in the first" if len(missing) else f"{extra[0]!r} is only in the second"
-            raise UserError(
-                f"{both} hold different images: {len(missing):,} missing and {len(extra):,} extra in the second "
-                f"({example}); score both on the same images"
-            )
+            counts = f"{len(missing):,} missing and {len(extra):,} extra in the second, e.g. {[*missing, *extra][0]!r}"
+            raise UserError(f"{both} hold different images: {counts}; score both on the same images")
         aligned.append(ScoreTable(first.image_names, table.probs[own.get_indexer(names)], table.meta))
     return aligned
 
@@ -258,17 +238,13 @@ def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
     Order: each member where it first appears. Raises UserError when parts of a member overlap or differ in their task,
     split or shard set.
     """
-    by_member: dict[str, list[ScoreTable]] = {}
-    for table in tables:
-        by_member.setdefault(table.name, []).append(table)
     joined = []
-    for name, parts in by_member.items():
+    for name in dict.fromkeys(table.name for table in tables):
+        parts = [table for table in tables if table.name == name]
         names = np.concatenate([part.image_names for part in parts])
         if len(repeated := names[pd.Series(names).duplicated()]):
-            raise UserError(
-                f"two tables are named {name!r} and both hold image {repeated[0]!r}: give them different member names "
-                "(their JSON says the name), or parts over different images"
-            )
+            both = f"two tables are named {name!r} and both hold image {repeated[0]!r}"
+            raise UserError(f"{both}: give them different member names (in their JSON), or parts over different images")
         if found := next(filter(None, (_differences(parts[0], part) for part in parts)), ""):
             raise UserError(f"two parts of member {name!r} differ in {found}; score all with one shard set")
         meta = dataclasses.replace(parts[0].meta, **_together(parts))
@@ -277,9 +253,10 @@ def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
 
 
 def _together(tables: Sequence[ScoreTable]) -> dict[str, Any]:
-    """The fields of a TableMeta that depend on all tables."""
+    """The fields of a TableMeta that are equal in all tables, or depend on all."""
+    same = {name: getattr(tables[0].meta, name) for name in ("task", "labels", "split", "shards")}
     unreadable = {name: reason for table in tables for name, reason in table.meta.unreadable.items()}
-    return {"out_of_fold": all(table.meta.out_of_fold for table in tables), "unreadable": unreadable}
+    return same | {"out_of_fold": all(table.meta.out_of_fold for table in tables), "unreadable": unreadable}
 
 
 def _differences(one: ScoreTable, other: ScoreTable) -> str:
@@ -308,9 +285,7 @@ def average_studies(table: ScoreTable, studies: Sequence[Hashable | None]) -> Sc
     """
     ids, distinct = pd.factorize(pd.Series(list(studies), dtype=object))
     if len(unknown := table.image_names[ids < 0]):
-        raise UserError(
-            f"the study of image {unknown[0]!r} is not known; shard sets and label CSVs with studies say it"
-        )
+        raise UserError(f"the study of image {unknown[0]!r} is not known; shard sets and label CSVs say it")
     sums = np.zeros((len(distinct), table.probs.shape[1]), dtype=np.float64)
     np.add.at(sums, ids, table.probs)
     means = (sums / np.bincount(ids)[:, None]).astype(np.float32)
@@ -320,21 +295,16 @@ def average_studies(table: ScoreTable, studies: Sequence[Hashable | None]) -> Sc
 def search_weights(tables: Sequence[ScoreTable], targets: NDArray[Any], *, rounds: int = 50) -> list[float]:
     """Weights (sum 1) that raise the macro AUROC of the probability average, chosen on out-of-fold tables.
 
-    Greedy selection with replacement: from nothing, `rounds` times add the member that helps most; a member's weight is
-    its share of the picks. Coarse on purpose: a fine search fits the sample. Ties go to the earlier member.
+    Ensemble selection (Caruana et al. 2004): from nothing, `rounds` times add the member that helps most, the earlier
+    one of equals; its weight is its share of the picks. Coarse on purpose: a fine search fits the sample.
     Args: targets (N, K) in the first table's row order.
     Raises UserError for a table that is not out-of-fold: on images that a model has seen, overfitting would win.
-    Source: Caruana et al. 2004 (ensemble selection).
     """
-    for table in tables:
-        if not table.meta.out_of_fold:
-            raise UserError(
-                f"table {table.name!r} is not out-of-fold: weights may only be searched on patients that its models "
-                "did not see; make it with `cxrdist.infer --split train --fold K` from runs with --validate-fold K"
-            )
+    if seen := [table.name for table in tables if not table.meta.out_of_fold]:
+        remedy = "make it with `cxrdist.infer --split train --fold K` from runs with --validate-fold K"
+        raise UserError(f"table {seen[0]!r} is not out-of-fold: its models may have seen its patients; {remedy}")
     aligned = [table.probs for table in align(tables)]
-    picks = np.zeros(len(tables))
-    total = np.zeros_like(aligned[0], dtype=np.float64)
+    picks, total = np.zeros(len(tables)), np.zeros_like(aligned[0], dtype=np.float64)
     for _ in range(rounds):
         best = int(np.argmax([macro_auroc(targets, total + probs)[0] for probs in aligned]))
         picks[best] += 1
@@ -349,16 +319,13 @@ def _check_header(path: Path, header: list[str], task: Task | None, wanted: tupl
     wanted = wanted or next((task.labels for task in TASKS.values() if set(task.labels) == set(labels)), labels)
     first = ("image_name", "Image_name" if task is None else task.columns.image)
     if not labels or len(labels) != len(wanted) or header[0] not in first or len(set(labels)) < len(labels):
-        raise UserError(
-            f"{path} is not a score table: its header has {len(header)} columns instead of image_name and "
-            f"{f'the {len(wanted)} labels' if wanted else 'one or more labels'}, each once"
-        )
+        count = f"the {len(wanted)} labels" if wanted else "one or more labels"
+        problem = f"its header has {len(header)} columns instead of image_name and {count}, each once"
+        raise UserError(f"{path} is not a score table: {problem}")
     for place, (found, label) in enumerate(zip(labels, wanted, strict=True), start=2):
         if found != label:
-            raise UserError(
-                f"{path}: column {place} is {found!r} where {label!r} belongs; a table's labels must be in the task's "
-                "order, so nothing was averaged: put the columns in order, or score again"
-            )
+            problem = f"column {place} is {found!r} where {label!r} belongs"
+            raise UserError(f"{path}: {problem}; put the labels in the task's order, or score again")
     return wanted
 
 

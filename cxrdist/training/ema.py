@@ -1,6 +1,6 @@
 """The exponential moving average of what is trained: the weights that are validated and that inference takes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,7 @@ class Ema:
     For CheXFound that is 9 million values instead of 313 million.
     """
 
-    def __init__(
-        self, model: nn.Module, decay: float, ramp: bool = False, frozen: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, model: nn.Module, decay: float, ramp: bool = False, frozen: Collection[str] = ()) -> None:
         """Starts as a copy of `model`, already on its device and prepared for DDP.
 
         Args:

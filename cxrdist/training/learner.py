@@ -11,10 +11,25 @@ from cxrdist.errors import UserError
 from cxrdist.models import Architecture
 from cxrdist.models.weights.layouts import WeightFile
 from cxrdist.training.ema import Ema
-from cxrdist.training.meter import LoopState
 from cxrdist.training.optim import COUNTERS, GuardedAdamW
 
 Tensors = dict[str, Tensor]
+
+
+class LoopState:
+    """Where the run is and what has been summed since the last row; all that resume needs beside the weights.
+
+    window, epoch_sums: (P + 1,) float64 on the device, this rank's share of each of the P `parts` of the loss and,
+    last, the number of steps taken.
+    """
+
+    def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
+        self.parts = parts
+        self.epoch = 0
+        self.step = 0  # optimizer steps done in this epoch
+        self.global_step = 0  # since the start, skipped ones included
+        self.window = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
+        self.epoch_sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +49,13 @@ class Learner:
 
     def tensors(self, ranks: Ranks) -> dict[str, Tensors]:
         """What resume reads, by file. Collective."""
-        sums = ranks.gather((self.state.window.cpu(), self.state.epoch_sums.cpu()))
+        window, epoch_sums = zip(*ranks.gather((self.state.window.cpu(), self.state.epoch_sums.cpu())), strict=True)
+        loop = {"window": torch.stack(window), "epoch_sums": torch.stack(epoch_sums)}
         return {
             "model": self.architecture.trained_state_dict(self.model),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "loop": {
-                "window": torch.stack([own[0] for own in sums]),
-                "epoch_sums": torch.stack([own[1] for own in sums]),
-                "ema_num_updates": self.ema.num_updates,
-            },
+            "loop": loop | {"ema_num_updates": self.ema.num_updates},
         }
 
     def restore(self, read: Callable[[str], Tensors], source: object, ranks: Ranks) -> None:
@@ -53,12 +65,10 @@ class Learner:
             self.architecture.load_trained_state_dict(self.model, read("model"), str(source))
             self.optimizer.load_state_dict(read("optimizer"))
             self.ema.load_state_dict(read("ema"), float(loop["ema_num_updates"]))
-            for name in ("window", "epoch_sums"):
-                self.state.load_sums(name, loop[name], ranks)
+            self.state.window = _own_sums(loop["window"], ranks)
+            self.state.epoch_sums = _own_sums(loop["epoch_sums"], ranks)
         except KeyError as error:
-            raise UserError(
-                f"{source} does not fit this recipe and model ({error}); it is of another version"
-            ) from None
+            raise UserError(f"{source} does not fit this recipe and model ({error}): of another version") from None
 
     def continue_from(self, found: WeightFile, source: object, epochs: int, num_steps: int) -> None:
         """Continue after the epoch of a published training file, whose weights are loaded already, with its EMA and
@@ -67,9 +77,7 @@ class Learner:
         parts = {"EMA": found.ema, "optimizer state": found.optimizer, "epoch": found.epoch}
         missing = [name for name, part in parts.items() if part is None]
         if found.ema is None or found.optimizer is None or found.epoch is None:
-            raise UserError(
-                f"--continue-init: {source} holds no {' and no '.join(missing)}; leave the flag out to start from it"
-            )
+            raise UserError(f"--continue-init: {source} holds no {' and no '.join(missing)}; leave the flag out")
         if found.epoch >= epochs:
             raise UserError(f"--continue-init: {source} is of epoch {found.epoch} of {epochs}: --set epochs=N for more")
         num_updates = float(found.epoch * num_steps)
@@ -82,3 +90,13 @@ class Learner:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"--continue-init: {source} does not fit this recipe ({error}); leave it out") from None
         self.state.epoch, self.state.global_step = found.epoch, found.epoch * num_steps
+
+
+def _own_sums(by_rank: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's share of stored sums (R, P + 1) of R ranks, which may be another number than today's."""
+    if len(by_rank) == ranks.world_size:
+        return by_rank[ranks.rank].to(ranks.device)
+    # sums over ranks are what counts; the last entry counts steps and is the same on every rank
+    own = by_rank.sum(dim=0) if ranks.rank == 0 else torch.zeros_like(by_rank[0])
+    own[-1] = by_rank[0, -1]
+    return own.to(ranks.device)

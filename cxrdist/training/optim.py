@@ -18,15 +18,16 @@ from cxrdist.recipes import Group
 INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
 LOSS_SCALE_FACTOR = 2.0
 LOSS_SCALE_INTERVAL = 2000
+Groups = list[tuple[Group, dict[str, nn.Parameter]]]
 COUNTERS = ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps")  # what resume needs of them
 
 
-def param_groups(model: nn.Module, groups: Sequence[Group]) -> list[tuple[Group, dict[str, nn.Parameter]]]:
+def param_groups(model: nn.Module, groups: Sequence[Group]) -> Groups:
     """Each row with the parameters that it is the first to match, by name; sets `requires_grad` to `lr is not None`.
 
     Raises UserError when a parameter matches no row (it would silently get a default) or none is trained.
     """
-    found: list[tuple[Group, dict[str, nn.Parameter]]] = [(group, {}) for group in groups]
+    found: Groups = [(group, {}) for group in groups]
     unmatched = []
     for name, parameter in model.named_parameters():
         for group, members in found:
@@ -68,17 +69,15 @@ class GuardedAdamW:
 
     def __init__(
         self,
-        groups: list[tuple[Group, dict[str, nn.Parameter]]],
+        groups: Groups,
         *,
         betas: tuple[float, float],
         factors: Tensor,
         clip_grad_norm: float | None = None,
         loss_scale: float | None = None,
     ) -> None:
-        """
-        Args:
-            groups: from `param_groups`, parameters on their device. factors: from `lr_factors`.
-            clip_grad_norm: largest L2 norm of the gradient. loss_scale: where the dynamic scale of fp16 starts.
+        """groups: from `param_groups`, parameters on their device. factors: from `lr_factors`.
+        clip_grad_norm: largest L2 norm of the gradient. loss_scale: where the dynamic scale of fp16 starts.
         """
         trained = [(group, members) for group, members in groups if group.lr is not None and members]
         self.named = {name: parameter for _, members in trained for name, parameter in members.items()}
@@ -93,8 +92,7 @@ class GuardedAdamW:
             for (group, members), lr in zip(trained, self._lrs, strict=True)
         ]
         self.adamw = torch.optim.AdamW(rows, betas=betas, fused=True)
-        self._clip = clip_grad_norm
-        self._factors = factors.to(self.device)
+        self._clip, self._factors = clip_grad_norm, factors.to(self.device)
         self._moving = bool((factors != 1.0).any())
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.num_applied, self.num_skipped, self.skipped_in_a_row = zero.clone(), zero.clone(), zero.clone()
@@ -115,8 +113,7 @@ class GuardedAdamW:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         skipped = (~torch.isfinite(norm)).float()
-        divisor = self.loss_scale
-        if divisor is not None:
+        if (divisor := self.loss_scale) is not None:
             norm = norm / divisor
         if self._clip is not None:
             excess = (norm / self._clip).clamp(min=1.0)
@@ -129,21 +126,18 @@ class GuardedAdamW:
         self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped  # type: ignore[attr-defined]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.grad_norm = norm.double()
-        self._count(skipped.double())
-        return skipped
-
-    def _count(self, skipped: Tensor) -> None:
-        self.num_applied += 1.0 - skipped
-        self.num_skipped += skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
+        self.grad_norm, bad = norm.double(), skipped.double()
+        self.num_applied += 1.0 - bad
+        self.num_skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * bad
         self.longest_streak = torch.maximum(self.longest_streak, self.skipped_in_a_row)
         if self.loss_scale is not None:
-            good = (self._good_steps + 1.0) * (1.0 - skipped)
+            good = (self._good_steps + 1.0) * (1.0 - bad)
             grow = good >= LOSS_SCALE_INTERVAL
             grown = torch.where(grow, self.loss_scale * LOSS_SCALE_FACTOR, self.loss_scale)
-            self.loss_scale = torch.where(skipped.bool(), self.loss_scale / LOSS_SCALE_FACTOR, grown)
+            self.loss_scale = torch.where(bad.bool(), self.loss_scale / LOSS_SCALE_FACTOR, grown)
             self._good_steps = torch.where(grow, 0.0, good)
+        return skipped
 
     def lr_factor(self) -> Tensor:
         """The schedule's factor for the next step (0-dim, on the device)."""
@@ -163,10 +157,8 @@ class GuardedAdamW:
         """Restore what `state_dict` gave. Raises KeyError for a parameter that is not in it."""
         for name, parameter in self.named.items():
             if f"step/{name}" in state:
-                self.adamw.state[parameter] = {
-                    kind: state[f"{kind}/{name}"].to(self.device, copy=True)
-                    for kind in ("step", "exp_avg", "exp_avg_sq")
-                }
+                kinds = {kind: state[f"{kind}/{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+                self.adamw.state[parameter] = {kind: old.to(self.device, copy=True) for kind, old in kinds.items()}
             elif float(state["counter/num_applied"]) > 0:
                 raise KeyError(f"no optimizer state for {name}")
         for name in COUNTERS:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.loader import Loader
+from cxrdist.data.order import Rows
 from cxrdist.errors import UserError
 from cxrdist.files import reason
 
@@ -34,8 +35,11 @@ QUEUE_ROWS = 1000  # rows waiting for wandb; further ones are dropped there, nev
 CLOSE_TIMEOUT_S = 60.0
 
 
-class Tracker:
-    """Writes rows on rank 0. A context manager; make it on one rank only."""
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
+    """Writes rows; make it on one rank only. The end of its context gives wandb a bounded time to send what is left.
+
+    dashboard: None where pictures and curves are not worth making.
+    """
 
     def __init__(self, run: Path, *, wandb_mode: WandbMode = "off", config: dict[str, Any] | None = None) -> None:
         """wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment."""
@@ -43,13 +47,14 @@ class Tracker:
         history = [] if mode == "off" else _history(run)  # of earlier sessions, before this one writes
         self._metrics = _open_to_append(run / "metrics.jsonl")
         self._timings = _open_to_append(run / "timings.jsonl")
-        self._wandb = None if mode == "off" else _WandbThread(run, mode, config or {}, history)
-
-    def __enter__(self) -> "Tracker":
-        return self
+        self.dashboard = None if mode == "off" else _WandbThread(run, mode, config or {}, history)
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._metrics.close()
+        self._timings.close()
+        if self.dashboard is not None:
+            self.dashboard.close()
+            self.dashboard = None
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one reproducible row; numbers that are not finite become null."""
@@ -59,11 +64,6 @@ class Tracker:
         """Append one row of speeds, waiting times and memory."""
         self._write(self._timings, row)
 
-    @property
-    def has_dashboard(self) -> bool:
-        """Whether pictures and curves are worth making."""
-        return self._wandb is not None
-
     def images(self, step: int, name: str, images: NDArray[np.uint8], captions: list[str]) -> None:
         """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard."""
         pairs = list(zip(images, captions, strict=True))
@@ -72,27 +72,18 @@ class Tracker:
     def curves(self, step: int, name: str, curves: dict[str, tuple[list[float], list[float]]], x_name: str) -> None:
         """Show lines, each of x and y values, in one plot under `name` on the dashboard."""
         xs, ys = [x for x, _ in curves.values()], [y for _, y in curves.values()]
-        self._show(
-            step, name, lambda wandb: wandb.plot.line_series(xs, ys, keys=list(curves), title=name, xname=x_name)
-        )
+        shown = {"keys": list(curves), "title": name, "xname": x_name}
+        self._show(step, name, lambda wandb: wandb.plot.line_series(xs, ys, **shown))
 
     def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def close(self) -> None:
-        """Close the files and give wandb a bounded time to send what is left."""
-        self._metrics.close()
-        self._timings.close()
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
-
     def _show(self, step: int, name: str, draw: Callable[[Any], Any]) -> None:
         """`draw` makes what wandb shows, in its thread."""
-        if self._wandb is not None:
-            self._wandb.send({"step": step, name: draw})
+        if self.dashboard is not None:
+            self.dashboard.send({"step": step, name: draw})
 
     def _write(self, file: io.FileIO, row: dict[str, Any]) -> None:
         line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
@@ -104,16 +95,12 @@ class Tracker:
             with contextlib.suppress(OSError):
                 file.truncate(begin)
             raise UserError(reason(Path(file.name), len(line), error)) from error
-        if self._wandb is not None:
-            self._wandb.send(row)
+        if self.dashboard is not None:
+            self.dashboard.send(row)
 
 
 def show_samples(
-    tracker: Tracker,
-    loader: Loader,
-    rows: NDArray[np.int64],
-    levels: Callable[[Tensor, NDArray[np.int64]], Tensor],
-    step: int,
+    tracker: Tracker, loader: Loader, rows: Rows, levels: Callable[[Tensor, Rows], Tensor], step: int
 ) -> None:
     """What the model sees of some rows, on the dashboard; `levels` makes grey levels of stored images and keys."""
     for batch in loader.batches([rows]):
@@ -126,8 +113,7 @@ def cut_metrics(run: Path, num_bytes: int) -> str | None:
     """Drop the rows of metrics.jsonl after the restored checkpoint; a warning when rows before it are missing."""
     path = run / "metrics.jsonl"
     with path.open("ab") as file:
-        size = file.tell()
-        if size > num_bytes:
+        if (size := file.tell()) > num_bytes:
             file.truncate(num_bytes)
     return f"{path} lost {num_bytes - size:,} bytes since the checkpoint" if size < num_bytes else None
 
@@ -144,36 +130,28 @@ def _open_to_append(path: Path) -> io.FileIO:
 
 def _history(run: Path) -> list[dict[str, Any]]:
     """The rows of both local files up to the last one of metrics.jsonl, by step."""
-    rows: list[dict[str, Any]] = []
-    last_step = -1
-    for path in (run / "metrics.jsonl", run / "timings.jsonl"):
+    found: list[list[dict[str, Any]]] = [[], []]
+    for path, rows in zip((run / "metrics.jsonl", run / "timings.jsonl"), found, strict=True):
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):  # the last line of a process that was killed
                 rows.append(json.loads(line))
-        if path.name == "metrics.jsonl":
-            last_step = max((row["step"] for row in rows), default=-1)
-    return sorted((row for row in rows if row["step"] <= last_step), key=lambda row: int(row["step"]))
+    last_step = max((row["step"] for row in found[0]), default=-1)
+    return sorted((row for row in [*found[0], *found[1]] if row["step"] <= last_step), key=lambda row: int(row["step"]))
 
 
 def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:
     """What `auto` means here: WANDB_MODE if it is set, else online when logged in, else off."""
-    if mode != "auto":
-        return mode
-    told = os.environ.get("WANDB_MODE", "").lower()
+    told = os.environ.get("WANDB_MODE", "").lower() if mode == "auto" else mode
     if told in ("disabled", "off"):
         return "off"
     if told in ("offline", "dryrun"):
         return "offline"
-    return "online" if _logged_in() else "off"
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+    if mode == "online" or os.environ.get("WANDB_API_KEY"):
+        return "online"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    return False
+        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None else "off"
+    return "off"
 
 
 def _finite(value: Any) -> Any:
@@ -224,9 +202,8 @@ class _WandbThread:
         try:
             session = self._start(wandb)
             known = session.summary.get("step", -1)  # what wandb has of this run, nothing when offline
-            for past in self._history:
-                if past["step"] > known:
-                    session.log(past)
+            for past in (row for row in self._history if row["step"] > known):
+                session.log(past)
             while (row := self._rows.get()) is not None:
                 session.log({key: value(wandb) if callable(value) else value for key, value in row.items()})
             session.finish()
@@ -234,27 +211,21 @@ class _WandbThread:
             _say(f"stopped ({type(error).__name__}: {error}); the local files continue")
 
     def _start(self, wandb: Any) -> Any:
-        init = functools.partial(
-            wandb.init,
-            project=os.environ.get("WANDB_PROJECT", "cxrdist"),
-            group=self._run.name,
-            name=self._run.name,
-            dir=str(self._run),
-            config=self._config,
-        )
+        shown = {"project": os.environ.get("WANDB_PROJECT", "cxrdist"), "group": self._run.name, "name": self._run.name}
         settings = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}
+        init = functools.partial(wandb.init, **shown, dir=str(self._run), config=self._config, settings=settings)
         session: Any = None
         if self._mode == "online":
             try:
                 file = self._run / "wandb_id"  # the id on wandb, the same for every session of the run folder
                 if not file.exists():
                     file.write_text(os.urandom(6).hex())
-                session = init(id=file.read_text().strip(), resume="allow", mode="online", settings=settings)
+                session = init(id=file.read_text().strip(), resume="allow", mode="online")
             except Exception as error:
                 _say(f"not reachable ({type(error).__name__}); recording offline, send it later with `wandb sync`")
         if session is None:
             # an offline run with an old id would overwrite it: a new id each time, tied together by the group
-            session = init(mode="offline", settings=settings)
+            session = init(mode="offline")
         session.define_metric("step")
         session.define_metric("*", step_metric="step")
         return session

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cxrdist.data.loader import Loader
-from cxrdist.data.order import eval_batches
+from cxrdist.data.order import Rows, eval_batches
 from cxrdist.distributed.precision import autocast
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.scoring import metrics
 from cxrdist.training.losses import Criterion
 
 MAX_CURVE_POINTS = 200
-Rows = NDArray[np.int64]
+Curves = dict[str, tuple[list[float], list[float]]]  # x and y values by name
 Prepare = Callable[[Tensor, Rows], Tensor]  # stored images (B, C, H, W) and their keys to the model's input
 
 
@@ -31,7 +31,7 @@ class Validation:
     auroc_macro: float
     num_labels: int  # that have an AUROC
     auroc: dict[str, float]
-    roc: dict[str, tuple[list[float], list[float]]]  # false and true positive rates of at most 200 points
+    roc: Curves  # false and true positive rates of at most 200 points
 
     @property
     def labels_text(self) -> str:
@@ -40,13 +40,9 @@ class Validation:
     def row(self) -> dict[str, Any]:
         """What metrics.jsonl and the dashboard show of it."""
         losses = {("loss" if name == "total" else name): value for name, value in self.losses.items()}
-        return {
-            "images": self.num_images,
-            **losses,
-            "auroc_macro": self.auroc_macro,
-            "auroc_labels": self.labels_text,
-            **{f"auroc/{label}": value for label, value in self.auroc.items()},
-        }
+        aurocs = {f"auroc/{label}": value for label, value in self.auroc.items()}
+        macro = {"auroc_macro": self.auroc_macro, "auroc_labels": self.labels_text}
+        return {"images": self.num_images, **losses, **macro, **aurocs}
 
     def summary(self) -> dict[str, float | str | None]:
         """What a checkpoint keeps of it; None for what is non-finite."""
@@ -62,8 +58,6 @@ def validate(
     prepare: Prepare,
     criterion: Criterion,
     ranks: Ranks,
-    *,
-    labels: Sequence[str],
     device_batch_size: int,
     precision: str,
 ) -> Validation:
@@ -72,7 +66,8 @@ def validate(
     Batches do not depend on the number of ranks; scores are merged once, by row. The model is left in eval mode.
     criterion: on the CPU.
     """
-    own_rows, own_logits = [], []
+    labels = loader.index.task.labels
+    own_rows, own_logits = [np.empty(0, np.int64)], [torch.empty(0, len(labels), device=ranks.device)]
     model.eval()
     with torch.inference_mode():
         for batch in loader.batches(eval_batches(rows, device_batch_size, ranks.rank, ranks.world_size)):
@@ -80,11 +75,10 @@ def validate(
                 logits = model(prepare(batch.images, batch.keys))
             own_rows.append(batch.rows)
             own_logits.append(logits.float())
-    mine = torch.cat(own_logits).cpu().numpy() if own_logits else np.empty((0, len(labels)), np.float32)
-    parts = ranks.gather((np.concatenate([np.empty(0, np.int64), *own_rows]), mine))
-    seen = np.concatenate([part[0] for part in parts])
+    parts = ranks.gather((np.concatenate(own_rows), torch.cat(own_logits).cpu().numpy()))
+    seen, logits_table = (np.concatenate(part) for part in zip(*parts, strict=True))
     by_row = np.argsort(seen, kind="stable")
-    seen, logits_table = seen[by_row], np.concatenate([part[1] for part in parts])[by_row]
+    seen, logits_table = seen[by_row], logits_table[by_row]
     if loader.skipped == [] and not np.array_equal(seen, np.sort(rows)):
         raise AssertionError("validation did not see each image exactly once")
     assert loader.index.targets is not None
@@ -103,9 +97,7 @@ def validate(
     )
 
 
-def roc_curves(
-    labels: Sequence[str], targets: NDArray[np.float32], probs: NDArray[np.float64]
-) -> dict[str, tuple[list[float], list[float]]]:
+def roc_curves(labels: Sequence[str], targets: NDArray[np.float32], probs: NDArray[np.float64]) -> Curves:
     """At most 200 points of each label's ROC, for labels that have one."""
     curves = {}
     for column, label in enumerate(labels):

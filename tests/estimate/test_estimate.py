@@ -9,8 +9,7 @@ from torch import nn
 from cxrdist import train
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, best_device_batch, count_cost, fitting_batch, memory_bytes
-from cxrdist.estimate.machines import PUBLISHED_T4, train_hours
-from cxrdist.estimate.report import dry_run, infer_dry_run, infer_report, report, require_fit
+from cxrdist.estimate.report import PUBLISHED_T4, dry_run, infer_dry_run, infer_report, report, require_fit, train_hours
 from cxrdist.models import ARCHITECTURES, Architecture
 from cxrdist.recipes import Group, chexfound, demo_eva_x, eva_x
 from cxrdist.task import TASKS, Task

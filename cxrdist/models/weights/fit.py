@@ -14,28 +14,24 @@ WEIGHTS_FOLDER = Path("weights")
 
 
 def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...]:
-    """The files that `--init` stands for: FILE, several as FILE,FILE, a folder of the official ones (None: weights/).
+    """The files that `--init` stands for: FILE, FILE,FILE, or a folder of the official ones (None: weights/).
 
     UserError says which file to get, from where, when one is missing.
     """
     if init is not None and not init.is_dir():
-        files = (init,) if init.is_file() else tuple(Path(part) for part in str(init).split(","))
-        for path in files:
-            if not path.is_file():
-                raise UserError(f"--init {path}: there is no such file")
+        files = (init,) if init.is_file() else tuple(map(Path, str(init).split(",")))
+        if absent := [path for path in files if not path.is_file()]:
+            raise UserError(f"--init {absent[0]}: there is no such file")
         return files
     folder, official = WEIGHTS_FOLDER if init is None else init, architecture.official
     if official is None:
         raise UserError(f"{architecture.name} has no official weights: use --init FILE, or --init random")
-    missing = [name for name in official.names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in official.names if not (folder / name).is_file()]:
         beside = "".join(f", with {official.beside[name]} beside it" for name in missing if name in official.beside)
         first = folder / official.names[0]
         hint = f" (--init {first} starts with a fresh head)" if first.is_file() else ""
-        raise UserError(
-            f"{architecture.name} needs {' and '.join(missing)} in {folder}/{beside}: get it from {official.source}"
-            f"{hint}; --init FILE takes other weights, --init random none"
-        )
+        needs = f"{architecture.name} needs {' and '.join(missing)} in {folder}/{beside}: get it from"
+        raise UserError(f"{needs} {official.source}{hint}; --init FILE takes other weights, --init random none")
     return tuple(folder / name for name in official.names)
 
 
@@ -55,18 +51,14 @@ def load_init(
 ) -> str:
     """Copy a weight file into `model` and return a line that says what was found, adapted and left fresh.
 
-    Args:
-        path: FILE, FILE,FILE, or a folder with the official files (see `init_files`).
-        weights: "ema" takes the EMA's weights where the file holds both.
-        complete: refuse a file without a head; otherwise a backbone leaves the model's head as it is.
+    path: as in `init_files`. weights: "ema" takes the EMA's where the file holds both.
+    complete: refuse a file without a head; otherwise a backbone leaves the model's head as it is.
     Raises UserError, before anything is copied, that lists what is missing, unexpected or of another shape.
     """
     found = read_weights(*init_files(architecture, path), architecture=architecture)
     if weights == "ema" and found.ema is not None:
         found = replace(found, tensors=found.ema, report=f"{found.report}, EMA weights")
-    fitted, notes = _fit(architecture, model.state_dict(), model, found, complete)
-    model.load_state_dict(fitted, strict=False)
-    return "; ".join([found.report, *notes])
+    return _load(architecture, model.state_dict(), model, found, complete)
 
 
 def load_backbone(architecture: Architecture, model: nn.Module, path: Path) -> str:
@@ -74,15 +66,12 @@ def load_backbone(architecture: Architecture, model: nn.Module, path: Path) -> s
     found = read_weights(path, architecture=architecture)
     tensors = {name: tensor for name, tensor in found.tensors.items() if architecture.is_frozen(name)}
     own = {name: tensor for name, tensor in model.state_dict().items() if architecture.is_frozen(name)}
-    fitted, notes = _fit(architecture, own, model, replace(found, tensors=tensors), complete=True)
-    model.load_state_dict(fitted, strict=False)
-    return "; ".join([found.report, "backbone only", *notes])
+    found = replace(found, tensors=tensors, report=f"{found.report}; backbone only")
+    return _load(architecture, own, model, found, complete=True)
 
 
-def _fit(
-    architecture: Architecture, own: Tensors, model: nn.Module, found: WeightFile, complete: bool
-) -> tuple[Tensors, list[str]]:
-    """The tensors as the model takes them for `own`, and notes on what was adapted; UserError lists what cannot be."""
+def _load(architecture: Architecture, own: Tensors, model: nn.Module, found: WeightFile, complete: bool) -> str:
+    """Copy what was found into `own` of the model: a report on that and on what was adapted. UserError: what cannot."""
     source = ", ".join(map(str, found.paths))
     if found.architecture.recognise is not architecture.recognise:
         kinds = f"weights of {found.architecture.name}, but the model is {architecture.name}"
@@ -95,9 +84,7 @@ def _fit(
         notes.append(f"fresh head ({listed(sorted(head))})")
     misfits = found_misfits(own, tensors)
     floating = [name for name in sorted(own.keys() & tensors.keys()) if own[name].is_floating_point()]
-    values = {name: tensors[name] for name in floating}
-    bad = [name for name, value in values.items() if not (value.is_floating_point() and value.isfinite().all())]
-    if bad:
+    if bad := [name for name in floating if not (tensors[name].is_floating_point() and tensors[name].isfinite().all())]:
         misfits["not finite floating point"] = bad
     if misfits:
         size = size_of_file(found) if "of another shape" in misfits else None
@@ -106,4 +93,5 @@ def _fit(
             backbone = architecture.official.names[0] if architecture.official else "BACKBONE"
             hint += f"; name the backbone's file too: --init FILE,{backbone}"
         raise UserError(f"{source}: does not fit the model; {named_misfits(misfits)}{hint}")
-    return tensors, notes
+    model.load_state_dict(tensors, strict=False)
+    return "; ".join([found.report, *notes])

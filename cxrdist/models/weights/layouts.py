@@ -40,8 +40,7 @@ _SAFE_GLOBALS: list[Any] = [
     pathlib.PosixPath,
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 
@@ -61,9 +60,8 @@ def safe_torch_load(path: Path) -> Any:
         reason = str(error)[:80].split("\n")[0] or type(error).__name__
         problem = f"cut short, altered, or not a torch file ({reason}); get it again"
         if isinstance(error, pickle.UnpicklingError):
-            code = re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error))
             problem = "cut short, altered, or no pickle of tensors; get it again"
-            if code is not None:
+            if code := re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error)):
                 problem = f"refused, reading it could run code ({code[1]}); use the file from its official source"
         raise UserError(f"{path}: {problem}") from None
 
@@ -104,50 +102,43 @@ def size_of_file(found: WeightFile) -> str | None:
             with torch.device("meta"):
                 own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
             aside = (architecture.head, architecture.position or architecture.head)
-            if all(
-                name in own and own[name].shape == tensor.shape
-                for name, tensor in found.tensors.items()
-                if not name.startswith(aside)
-            ):
+            inside = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(aside)}
+            if all(name in own and own[name].shape == tensor.shape for name, tensor in inside.items()):
                 return architecture.name
     return None
 
 
-def _read_one(path: Path, expected: Architecture | None) -> WeightFile:
+def _read_one(path: Path, asked: Architecture | None) -> WeightFile:
     check_readable(path)
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         where = f"made from {metadata['layout']}, " if "layout" in metadata else ""
-        return _weight_file(path, {"model": tensors}, where, expected)
+        return _weight_file(path, {"model": tensors}, where, asked)
     raw = safe_torch_load(path)
     if not isinstance(raw, Mapping):
         raise UserError(f"{path}: holds a {type(raw).__name__}, not weights; give a file of weights")
     published = {"model": raw.get("model_state_dict"), "ema": raw.get("ema_state_dict")}
     if states := {kind: _flat(path, state) for kind, state in published.items() if state is not None}:
-        return _weight_file(path, states, "", expected, raw)
+        return _weight_file(path, states, "", asked, raw)
     where, state = "", raw
     for container in ("teacher", "model_ema", "model", "module", "state_dict"):
         if isinstance(state.get(container), Mapping):
             where, state = f"{where}{container} ", state[container]
-    return _weight_file(path, {"model": _flat(path, state)}, f"under {where.strip()}, " if where else "", expected)
+    return _weight_file(path, {"model": _flat(path, state)}, f"under {where.strip()}, " if where else "", asked)
 
 
 def _weight_file(
-    path: Path,
-    states: dict[str, Tensors],
-    where: str,
-    expected: Architecture | None,
-    published: Mapping[str, Any] | None = None,
+    path: Path, states: dict[str, Tensors], where: str, asked: Architecture | None, raw: Mapping[str, Any] | None = None
 ) -> WeightFile:
-    """`states`, by model and ema, in our names; `published` is the epoch of a published run that holds them."""
-    ours = {kind: _recognised(path, state, expected) for kind, state in states.items()}
+    """`states`, by model and ema, in our names; `raw` is the epoch of a published run that holds them."""
+    ours = {kind: _recognised(path, state, asked) for kind, state in states.items()}
     architecture, found = next(iter(ours.values()))
     layout, epoch, optimizer = found.layout, None, None
-    if published is not None:
+    if raw is not None:
         layout, parts = f"published_{architecture.name}", list(ours)
-        epoch = published["epoch"] if isinstance(published.get("epoch"), int) else None
-        if "optimizer_state_dict" in published and "model" in ours:
-            optimizer = _named_optimizer(path, architecture, found.tensors, published["optimizer_state_dict"])
+        epoch = raw["epoch"] if isinstance(raw.get("epoch"), int) else None
+        if "optimizer_state_dict" in raw and "model" in ours:
+            optimizer = _named_optimizer(path, architecture, found.tensors, raw["optimizer_state_dict"])
             parts.append("optimizer")
         where = f"epoch {epoch}, {' + '.join(parts)}, "
     count = sum(tensor.numel() for tensor in found.tensors.values())
@@ -157,20 +148,17 @@ def _weight_file(
     return WeightFile((path,), layout, architecture, found.tensors, report, ema, optimizer, epoch)
 
 
-def _recognised(path: Path, state: Tensors, expected: Architecture | None) -> tuple[Architecture, Recognised]:
-    if expected is not None and expected.recognise is None:
-        return expected, Recognised("cxrdist", state)
-    known = list(ARCHITECTURES.values())
-    if expected is not None:  # its own kind first
-        known.sort(key=lambda item: item.recognise is not expected.recognise)
+def _recognised(path: Path, state: Tensors, asked: Architecture | None) -> tuple[Architecture, Recognised]:
+    if asked is not None and asked.recognise is None:
+        return asked, Recognised("cxrdist", state)
+    # its own kind first
+    known = sorted(ARCHITECTURES.values(), key=lambda item: asked is not None and item.recognise is not asked.recognise)
     for architecture in known:
         if architecture.recognise is not None and (found := architecture.recognise(path, state)) is not None:
             return architecture, found
     sources = "; ".join(dict.fromkeys(item.official.source for item in known if item.official))
-    raise UserError(
-        f"{path}: holds no weights of {', '.join(item.name for item in known)}; its tensors are {listed(state)}; "
-        f"official files: {sources}"
-    )
+    names = ", ".join(item.name for item in known)
+    raise UserError(f"{path}: holds no weights of {names}; its tensors are {listed(state)}; official files: {sources}")
 
 
 def _together(first: WeightFile, second: WeightFile) -> WeightFile:
@@ -188,8 +176,8 @@ def _together(first: WeightFile, second: WeightFile) -> WeightFile:
         return replace(weights, paths=paths, report=report, ema=ema.ema)
     if both := first.tensors.keys() & second.tensors.keys():
         raise UserError(f"{names}: all hold {listed(both)}; give one file for each part")
-    layouts = f"{first.layout} + {second.layout}"
-    return WeightFile(paths, layouts, first.architecture, first.tensors | second.tensors, report)
+    layout, tensors = f"{first.layout} + {second.layout}", first.tensors | second.tensors
+    return WeightFile(paths, layout, first.architecture, tensors, report)
 
 
 def _flat(path: Path, state: Mapping[Any, Any]) -> Tensors:
@@ -215,8 +203,6 @@ def _named_optimizer(
         moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and moments["exp_avg"].shape == tensors[name].shape
         for name, moments in zip(names, state, strict=True)
     ):
-        raise UserError(
-            f"{path}: its optimizer state is for {len(state)} parameters that do not match the {len(names)} trained "
-            "ones in shape and order; start from the weights only"
-        )
+        differ = f"{len(state)} parameters that do not match the {len(names)} trained ones in shape and order"
+        raise UserError(f"{path}: its optimizer state is for {differ}; start from the weights only")
     return dict(zip(names, state, strict=True))

@@ -13,11 +13,6 @@ from cxrdist import files
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import Tensors
 
-NO_WEIGHTS = {  # how a file begins, in lower case -> what it is
-    (b"<!doctype", b"<html", b"<?xml"): "a web page, not weights; download the file itself",
-    (b"version https://git-lfs",): "a Git LFS pointer, not weights; fetch the file itself (git lfs pull)",
-}
-
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes; UserError when it cannot be read."""
@@ -59,7 +54,7 @@ def is_safetensors(path: Path) -> bool:
     """Whether the file begins as a safetensors file does, whatever it is called."""
     with path.open("rb") as file:
         start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def check_readable(path: Path) -> None:
@@ -71,8 +66,9 @@ def check_readable(path: Path) -> None:
             start = file.read(64).lstrip().lower()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for begin, problem in NO_WEIGHTS.items():
-        if start.startswith(begin):
-            raise UserError(f"{path}: is {problem}")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: is a web page, not weights; download the file itself")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not weights; fetch the file itself (git lfs pull)")
     if not start:
         raise UserError(f"{path}: is empty; get it again")
