@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from cxrdist.distributed import environment
 from cxrdist.errors import UserError
-from cxrdist.task import Task, load_task
+from cxrdist.task import Task, load_task, parse_readings
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +61,7 @@ def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> di
     return {"type": kind, "metavar": metavar, "help": text} | more
 
 
+READINGS = "error, zero, one, masked, a number, or LABEL=... (default: as the task says)"
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
     "--data": flag(Path, "DIR", "folder in the competition's layout (train1.csv, train1/, ...)"),
@@ -104,8 +105,8 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "help": "average probabilities (default, as published), logits, or members' ranks",
     },
     "--average-studies": {"action": "store_true", "help": "give all images of a study their mean"},
-    "--blank": {"choices": ("error", "zero"), "help": "what a blank label means (default: as the task says)"},
-    "--uncertain": {"choices": ("error", "zero", "one"), "help": "what a label -1 means (default: as the task says)"},
+    "--blank": flag(str, "HOW", f"what an empty label means: {READINGS}"),
+    "--uncertain": flag(str, "HOW", f"what a label -1 means: {READINGS}"),
     "--dry-run": {"action": "store_true", "help": "say what it would need (memory, hours, disk) and stop"},
     "--json": flag(Path, "FILE", "also write the result as JSON"),
 }
@@ -116,6 +117,13 @@ def add_flags(parser: argparse.ArgumentParser, *names: str, **changes: dict[str,
     for name in names:
         options = SHARED_FLAGS[name] | changes.get(name[2:].replace("-", "_"), {})
         parser.add_argument(*((name, "--div") if name == "--task" else (name,)), **options)
+
+
+def with_readings(task: Task, args: argparse.Namespace) -> Task:
+    """The task with blank and uncertain cells read as --blank and --uncertain say."""
+    given = {name: getattr(args, name) for name in ("blank", "uncertain")}
+    read = {name: text and parse_readings(text, task.labels, f"--{name}") for name, text in given.items()}
+    return task.with_readings(read["blank"] or None, read["uncertain"] or None)
 
 
 def shards_of(args: argparse.Namespace) -> Path:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
+from cxrdist.published import read_labels
 from cxrdist.scoring import tables as score_tables
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.submission import write_submission
 from cxrdist.scoring.tables import ScoreTable, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
-from cxrdist.tables import read_label_csv, read_template
+from cxrdist.tables import read_template
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +82,7 @@ def searched_weights(args: argparse.Namespace, tables: Sequence[ScoreTable]) -> 
         both = f"--search-with holds members {', '.join(by_name)}, --scores {', '.join(names)}"
         raise UserError(f"{both}; weights can be searched for the same members only")
     folds = [by_name[name] for name in names]
-    targets = match_labels(folds[0], read_label_csv(args.csv, task_of(folds[0], args.task)), args.csv).targets
+    targets = match_labels(folds[0], read_labels(args.csv, task_of(folds[0], args.task)), args.csv).targets
     weights = score_tables.search_weights(folds, targets)
     found, equal = (macro_auroc(targets, average_tables(folds, way).probs)[0] for way in (weights, None))
     gain = f"macro AUROC {found:.4f}, equal weights {equal:.4f} (the first is optimistic by the search)"

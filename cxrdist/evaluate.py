@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist import __version__
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
 from cxrdist.files import write_atomically
+from cxrdist.published import read_labels
 from cxrdist.report import figures, saliency
 from cxrdist.report.page import Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
@@ -28,7 +29,8 @@ from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
 from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
-from cxrdist.tables import read_label_csv
+from cxrdist.tables import LabelTable
+from cxrdist.task import Task
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     tables, weights = read_members(args.scores, args.task, args.weights)
     if len(tables) > 1:
         tables = [average_tables(tables, weights, args.average), *align(tables)]
-    task = task_of(tables[0], args.task).with_readings(args.blank, args.uncertain)
-    truth = match_labels(tables[0], read_label_csv(args.csv, task), args.csv)
+    task = with_readings(task_of(tables[0], args.task), args)
+    truth = match_labels(tables[0], *read_truth(args, task, tables[0].meta.split or "test"))
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
     write_atomically(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
@@ -54,7 +56,11 @@ def main(argv: list[str] | None = None) -> None:
         sections.append(figures.training_section(rows, colours_of_runs(args.run, tables)))
     if args.shards is not None:
         sections += picture_sections(args, tables[0], targets, result)
-    paths = {"scores": ", ".join(map(str, args.scores)), "labels": str(args.csv), "this report": str(args.out)}
+    paths = {
+        "scores": ", ".join(map(str, args.scores)),
+        "labels": str(args.csv or args.shards),
+        "this report": str(args.out),
+    }
     paths |= {f"run {run.name}": str(run) for run in args.run}
     paths |= {} if args.shards is None else {"shards": str(args.shards)}
     sections.append(figures.files_section(paths, {} if args.timings is None else read_timings(args.timings)))
@@ -69,12 +75,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
 
 
+def read_truth(args: argparse.Namespace, task: Task, split: str) -> tuple[LabelTable, Path]:
+    """The labels of --csv, or else those in the shard set, and where they are from."""
+    if args.csv is not None:
+        truth = read_labels(args.csv, task)
+        print("".join(f"{note}\n" for note in truth.notes), end="")
+        return truth, args.csv
+    if args.shards is None:
+        raise UserError("give --csv FILE with the labels of the scored images, or --shards DIR that holds them")
+    index = open_index(args.shards, split, task)
+    if index.targets is None:
+        raise UserError(f"{args.shards}: split {split!r} has no labels; give --csv FILE")
+    return LabelTable(index.about(), index.targets), args.shards
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.evaluate", description=__doc__)
     add_flags(
         parser,
         *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
-        csv={"required": True, "help": "label CSV of the scored images"},
+        csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images, for pictures (default: none)"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},

@@ -1,55 +1,48 @@
-"""Images and a CSV -> shards/<task>: what training and inference read.
+"""Images and a table -> shards/<task>: what training and inference read.
 
-  python -m cxrdist.preprocess --task b --images DIR --csv FILE      one split (--split train, the default, or another)
-  python -m cxrdist.preprocess --task b --data DIR                   the competition's layout: train and test
-  python -m cxrdist.preprocess --task FILE.toml --images DIR --csv FILE      your own labels and columns
+  python -m cxrdist.preprocess --images DIR --csv FILE --labels Tuberculosis,Nodule    your own data
+  python -m cxrdist.preprocess --images DIR --csv FILE --task nih      a public set (chexpert, mimic, padchest, vindr)
+  python -m cxrdist.preprocess --images DIR --task shards/NAME --split new      images without a table, to be scored
+  python -m cxrdist.preprocess --data DIR --task b                        the competition's folder: train and test
 
 Run the same command again after an interruption: finished shards are kept. See shards/README.md for the format.
 """
 
 import argparse
 import dataclasses
-import hashlib
-import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from cxrdist.cli import Parser, add_flags, at_least, run_entry
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.distributed.environment import node_of, usable_cores
+from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
-from cxrdist.shards.index import ABOUT, check_split_name
-from cxrdist.shards.writer import ROWS_PER_SHARD, Records, Source, SplitJob, write_split
-from cxrdist.tables import read_label_csv, read_template
-from cxrdist.task import ALL, LAYOUTS, Task, name_problem
+from cxrdist.shards.convert import SIZE_PX, Pixels
+from cxrdist.shards.index import splits_in, task_of
+from cxrdist.shards.sources import make_jobs
+from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, write_split
+from cxrdist.tables import read_cells
+from cxrdist.task import ALL, LAYOUTS, TASKS, Columns, Task, load_task
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
+SIZES_PX = (384, 2048)
 NUM_NAMED = 10  # images left out that are printed one by one; the split's JSON lists all
-MISSING = "not in the image folder"
-
-
-class ImageFile(NamedTuple):
-    """A file of the image folder: its path, size in bytes, and why it must not be read ('' if it may)."""
-
-    path: str = ""
-    size: int = 0
-    problem: str = MISSING
+COLUMN_FLAGS = ("image", "patient", "study", "split")
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse(argv)
-    readings = {"blank": args.blank, "uncertain": args.uncertain}
-    policies: dict[str, Any] = {kind: {ALL: reading} for kind, reading in readings.items() if reading}
-    task: Task = dataclasses.replace(args.task, **policies)
+    task = task_from(args)
     out = args.out or Path("shards") / task.folder
+    pixels = Pixels(args.mode, args.size, args.fit)
     node_rank, num_nodes, source = node_of(args.node_rank, args.num_nodes)
     if num_nodes > 1:
         print(f"part {node_rank} of {num_nodes} (from {source}; --num-nodes 1 does all of it here)")
-    jobs = [  # all before the first image: a mistake in the test split must not show hours later
-        make_job(args, task, out, split, images, csv)
-        for split, images, csv in inputs_of(task, args.data, args.images, args.csv, args.split)
-    ]
+    inputs: list[tuple[str | None, list[Path], list[Path]]] = [(args.split, args.images, args.csv or [])]
+    if args.data:
+        inputs = [*competition_inputs(task, args.data, args.split)]
+    # All before the first image: a mistake in the last split must not show hours later.
+    jobs = [job for given in inputs for job in make_jobs(task, out, *given, pixels, args.rows_per_shard)]
     how = {"workers": args.workers or usable_cores(), "node_rank": node_rank, "num_nodes": num_nodes}
     for job in jobs:
         print(summary(job, *write_split(job, **how, overwrite=args.overwrite, show=True)))
@@ -58,16 +51,26 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.preprocess", description=__doc__)
-    add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"required": True})
-    names = "with --images: its name, train by default (test has no labels); with --data: train or test, only it"
-    parser.add_argument("--split", metavar="NAME", help=names)
+    tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
+    several = {"images": {"nargs": "+"}, "csv": {"nargs": "+"}}
+    add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"type": str, "help": tasks}, **several)
+    add_flags(parser, "--blank", "--uncertain")
+    parser.add_argument("--labels", **flag(str, "A,B|@FILE", "columns to learn; @FILE lists one a line"))
+    parser.add_argument("--name", **flag(str, "NAME", "what your task is called (default: csv)"))
+    for name in COLUMN_FLAGS:
+        parser.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column of {name}s"))
+    split = "one split: of a table that has several, else what the images are called (default: train)"
+    parser.add_argument("--split", **flag(str, "NAME", split))
+    readers = "vindr: a label of several readers is what most say, or the share who say it"
+    parser.add_argument("--readers", choices=("majority", "mean"), help=readers)
+    sides = f"px of the stored squares, {SIZES_PX[0]} to {SIZES_PX[1]}"
+    parser.add_argument("--size", **flag(at_least(SIZES_PX[0]), "PX", sides, default=SIZE_PX))
+    fits = "squash: sides scaled apart, as published; pad: aspect kept, black added"
+    parser.add_argument("--fit", choices=("squash", "pad"), default="squash", help=fits)
     modes = "exact: the published run's pixels; fast: a scaled decode, within 48 dB of them"
     parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help=modes)
     parser.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
-    for kind, text in (("blank", "an empty label"), ("uncertain", "label -1")):
-        choices = ("error", "zero", "one")
-        parser.add_argument(f"--{kind}", choices=choices, help=f"what {text} means (default: as the task says)")
-    rows = "rows of the CSV a tar covers (default %(default)s, about 100 MB); does not change training"
+    rows = "rows of the table a tar covers (default %(default)s, about 100 MB); does not change training"
     parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
     nodes = "split the work over N nodes that share --out"
     parser.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
@@ -76,35 +79,60 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         raise UserError("give either --images DIR (with --csv FILE) or --data DIR (the competition's layout)")
+    if args.csv and args.data:
+        raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
+    if args.csv and len(args.csv) not in (1, len(args.images)):
+        raise UserError(f"{len(args.images)} --images and {len(args.csv)} --csv: give a table for each folder, or one")
+    if args.size > SIZES_PX[1]:
+        raise UserError(f"--size {args.size}: {SIZES_PX[0]} to {SIZES_PX[1]} px are stored")
     return args
 
 
-def inputs_of(
-    task: Task, data: Path | None, images: Path | None, csv: Path | None, split: str | None
-) -> list[tuple[str, Path, Path | None]]:
-    """(split, image folder, CSV or None) of each split to make. Raises UserError when the layout does not fit."""
-    if images is not None:
-        split = split or "train"
-        check_split_name(split)
-        if split != "test" and csv is None:
-            raise UserError(f"--split {split} needs --csv FILE with the labels; images without labels are --split test")
-        return [(split, images, csv)]
-    assert data is not None
-    if csv is not None:
-        raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
+def task_from(args: argparse.Namespace) -> Task:
+    """The task that the flags describe. Raises UserError where they contradict or say too little."""
+    out = args.out or (Path("shards") / args.name if args.name else None)
+    if args.task is not None:
+        folder = Path(args.task)
+        task = task_of(folder) if folder.is_dir() and splits_in(folder) else load_task(args.task)
+    elif args.labels:
+        task = Task(name=args.name or "csv", labels=parse_labels(args.labels), columns=Columns(image=""))
+    elif out is not None and splits_in(out):
+        task = task_of(out)
+    else:
+        there = [*read_cells(args.csv[0], ()).first][:40] if args.csv else []
+        named = f" (columns of {args.csv[0]}: {', '.join(there)})" if there else ""
+        raise UserError(f"give --labels A,B,... for your own table{named}, or --task NAME|FILE|SHARDS")
+    if args.labels:
+        labels = parse_labels(args.labels)
+        own = [
+            {name: how for name, how in readings.items() if name in (ALL, *labels)}
+            for readings in (task.blank, task.uncertain)
+        ]
+        task = dataclasses.replace(task, labels=labels, blank=own[0], uncertain=own[1])
+    columns = {name: value for name in COLUMN_FLAGS if (value := getattr(args, f"{name}_column")) is not None}
+    if columns and task.format != "table":
+        raise UserError(f"--{next(iter(columns))}-column: the tables of task {task.name} are read as published")
+    task = dataclasses.replace(task, name=args.name or task.name, columns=dataclasses.replace(task.columns, **columns))
+    if args.readers:
+        task = dataclasses.replace(task, readers=args.readers)
+    return with_readings(task, args)
+
+
+def competition_inputs(task: Task, data: Path, split: str | None) -> list[tuple[str, list[Path], list[Path]]]:
+    """(split, image folders, tables) of each split of the competition's folder. UserError when it does not fit."""
     if (layout := LAYOUTS.get(task.name)) is None:
         raise UserError(f"--data knows task {' and '.join(LAYOUTS)} only; give --images DIR and --csv FILE")
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     template = data / layout.template_csv
     wanted = {
-        "train": (data / layout.train_images, data / layout.train_csv),
-        "test": (data / layout.test_images, template if template.is_file() else None),
+        "train": ([data / layout.train_images], [data / layout.train_csv]),
+        "test": ([data / layout.test_images], [template] if template.is_file() else []),
     }
     if split not in (None, *wanted):
         raise UserError(f"--split {split}: with --data it is {' or '.join(wanted)}")
     chosen = [(name, *wanted[name]) for name in wanted if split in (None, name)]
-    for name, folder, _ in chosen:
+    for name, (folder,), _ in chosen:
         if not folder.is_dir():
             other = "test" if name == "train" else "train"
             needed = f"{layout.train_csv}, {layout.train_images}/, {layout.test_images}/"
@@ -113,83 +141,15 @@ def inputs_of(
     return chosen
 
 
-def make_job(args: argparse.Namespace, task: Task, out: Path, split: str, images: Path, csv: Path | None) -> SplitJob:
-    """Read and check the CSV and list the image folder; no image is opened. UserError for what cannot be right."""
-    rows = [] if csv is None else read_rows(task, split, csv)
-    files = list_images(images, wanted={row[0] for row in rows})
-    if csv is None:
-        for name in files:
-            if problem := name_problem(name):
-                raise UserError(f"{images}: the name of {name!r} {problem}; rename it")
-        rows = [(name, *(task.ids_in_name(name) or ("", ""))) for name in sorted(files)]
-    names = [row[0] for row in rows]
-    if files.keys().isdisjoint(names):
-        found = f"which holds {len(files):,} images (first: {min(files)!r})"
-        wanted = f"none of the {len(names):,} images of {csv} (first: {names[0]!r})"
-        raise UserError(f"{wanted} is in {images}, {found}; are --images and --csv of the same split?")
-    known_bad = set(task.unreadable) if split != "test" else set()
-    sources = []
-    for key, (name, *about) in enumerate(rows):
-        path, size, problem = files.get(name, ImageFile())
-        reason = f"known to be unreadable in task {task.name}" if name in known_bad else problem
-        sources.append(Source(key, name, path, size, reason, *about))
-    unused = len(files.keys() - names)
-    print(f"{split}: {len(names):,} rows{f' in {csv}' if csv else ''}, {len(files):,} images in {images}")
-    if absent := [source.image_name for source in sources if source.reason == MISSING]:
-        more = f" and {len(absent) - NUM_NAMED:,} more" if len(absent) > NUM_NAMED else ""
-        print(f"  {len(absent):,} of the rows have no image there: {', '.join(absent[:NUM_NAMED])}{more}")
-    if unused:
-        print(f"  {unused:,} images there are in no row of the CSV and are not used")
-    digest = hashlib.sha256(csv.read_bytes()).hexdigest() if csv else None
-    provenance = {"csv": csv.name if csv else None, "csv_sha256": digest, "images_not_in_csv": unused}
-    return SplitJob(out, task, split, sources, args.mode, args.rows_per_shard, provenance)
-
-
-def read_rows(task: Task, split: str, csv: Path) -> list[tuple[Any, ...]]:
-    """For each row of the CSV (for `test` a template) its image name and what `Source` holds after the reason."""
-    if split == "test":
-        return [(name, *(task.ids_in_name(name) or ("", ""))) for name in read_template(csv, task).image_names]
-    table = read_label_csv(csv, task)
-    about = [table.about[field].tolist() for field in ABOUT]
-    return list(zip(*about, map(tuple, table.targets.tolist()), strict=True))
-
-
-def list_images(folder: Path, wanted: set[str]) -> dict[str, ImageFile]:
-    """Files below `folder` that are images by extension (any case) or named in `wanted`, by path relative to it.
-
-    A link that leaves the folder, and anything that is not a regular file, is listed with its problem and never opened;
-    linked folders are not entered. Raises UserError for a folder that is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such image folder; check the path")
-    root = folder.resolve()
-    files: dict[str, ImageFile] = {}
-    folders, linked = [""], list[str]()
-    while folders:
-        inside = folders.pop()
-        with os.scandir(folder / inside) as entries:
-            for entry in entries:
-                name = inside + entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{name}/")
-                elif entry.is_dir():
-                    linked.append(name)
-                elif name in wanted or name.lower().endswith(EXTENSIONS):
-                    files[name] = _image_file(entry, root)
-    if not files:
-        found = f"; it holds the folder {min(os.listdir(folder))!r}" if any(folder.iterdir()) else ""
-        raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder or below{found}; name another")
-    if linked:
-        print(f"{folder}: {len(linked):,} linked folders in it are not entered (first: {min(linked)!r})")
-    return files
-
-
-def _image_file(entry: "os.DirEntry[str]", root: Path) -> ImageFile:
-    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-        return ImageFile(entry.path, problem="a symbolic link that leaves the image folder is not followed")
-    if not entry.is_file():
-        return ImageFile(entry.path, problem="not a regular file")
-    return ImageFile(entry.path, entry.stat().st_size, "")
+def parse_labels(text: str) -> tuple[str, ...]:
+    """The labels of --labels: A,B,C, or @FILE with one a line."""
+    names = text.split(",")
+    if text.startswith("@"):
+        try:
+            names = read_bounded(Path(text[1:])).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"--labels {text}: not UTF-8 text") from None
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def summary(job: SplitJob, records: Records, complete: bool) -> str:
@@ -202,6 +162,12 @@ def summary(job: SplitJob, records: Records, complete: bool) -> str:
     lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in left_out[:NUM_NAMED]]
     if len(left_out) > NUM_NAMED:
         lines.append(f"    and {len(left_out) - NUM_NAMED:,} more, all listed in {job.split}.json")
+    if all(
+        image.patient == job.groups[n][0].image_name for n, record in records.items() for image in record.images[:1]
+    ):
+        lines.append(
+            "  no patient is known: folds cannot keep the images of a patient apart (--patient-column says them)"
+        )
     return "\n".join(lines)
 
 

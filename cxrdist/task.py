@@ -1,30 +1,45 @@
 """What is predicted, and from which table: a `Task`. No other module knows a label, a count of labels or a division.
 
 A task travels with the data: shard set -> run -> checkpoint -> score table -> submission, and is compared there. The
-competition's two divisions are built in as tasks `a` and `b` (Grand X-Ray Slam); others come from a TOML or JSON file.
+competition's two divisions (tasks `a` and `b`, Grand X-Ray Slam) and five public datasets are built in; others come
+from a TOML or JSON file.
 """
 
 import dataclasses
+import difflib
 import json
 import re
 import tomllib
 import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
 
 Reading = Literal["error", "zero", "one", "masked"]
+READINGS: tuple[Reading, ...] = get_args(Reading)
+Readings = Reading | float | Mapping[str, Reading | float]  # for all labels, or by label
+Format = Literal["table", "chexpert", "mimic", "nih", "padchest", "vindr"]
 ALL = "*"  # in `blank` and `uncertain`: every label that is not named
 MAX_LABELS = 1000
 MAX_ID_CHARACTERS = 128
+NAMES = {  # the part of an image's name, by rule, that says its patient and its study
+    "patient_study_image": r"(?:.*/)?([0-9]{1,8})_([0-9]+)_[0-9]+\.[^/]*",
+    "chexpert": r"(?:.*/)?(patient[0-9]+)/(study[0-9]+)/[^/]+",
+    "mimic": r"(?:.*/)?p([0-9]+)/s([0-9]+)/[^/]+",
+    "nih": r"(?:.*/)?0*([0-9]+)_0*([0-9]+)\.[^/]*",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(Document):
-    """What the label CSV calls its columns; '' where it has none. Of `view` the first that is not blank counts."""
+    """What the label CSV calls its columns; '' where it has none. Of `view` the first that is not blank counts.
+
+    split: the table's own split of its rows, e.g. into train, valid and test.
+    """
 
     image: str = "Image_name"
     patient: str = ""
@@ -32,6 +47,7 @@ class Columns(Document):
     view: tuple[str, ...] = ()
     sex: str = ""
     age: str = ""
+    split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +55,12 @@ class Task(Document):
     """Labels, columns and rules of one table. Raises UserError for values that are not valid.
 
     labels: in the order of every table and model output. metric: what a model is judged by.
+    format: how the source table is laid out: one row an image (`table`), or a dataset's tables as published.
     names: what an image's name says where no column does: `patient_study_image`, as in the competition, whose patients
-        are at most 8 digits and whose studies are at least 3, or nothing ('').
-    blank, uncertain: how an empty cell and a -1 are read, by label; `*` is every other label. `uncertain` may be a
-        number in [0, 1].
+        are at most 8 digits and whose studies are at least 3, the names of a public dataset, or nothing ('').
+    blank, uncertain: how an empty cell and a -1 are read, by label; `*` is every other label. A number in [0, 1] is
+        a soft label.
+    readers: what counts where several readers labelled an image (format `vindr`).
     unreadable: images known to be bad; they are left out by name.
     """
 
@@ -50,9 +68,11 @@ class Task(Document):
     labels: tuple[str, ...]
     metric: Literal["macro_auroc"] = "macro_auroc"
     columns: Columns = Columns()
-    names: Literal["", "patient_study_image"] = ""
-    blank: dict[str, Reading] = field(default_factory=lambda: dict[str, Reading]({ALL: "error"}))
+    format: Format = "table"
+    names: Literal["", "patient_study_image", "chexpert", "mimic", "nih"] = ""
+    blank: dict[str, Reading | float] = field(default_factory=lambda: dict[str, Reading | float]({ALL: "error"}))
     uncertain: dict[str, Reading | float] = field(default_factory=lambda: dict[str, Reading | float]({ALL: "error"}))
+    readers: Literal["majority", "mean"] = "majority"
     unreadable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,7 +93,7 @@ class Task(Document):
             for label, reading in readings.items():
                 if label != ALL and label not in seen:
                     raise UserError(f"task {self.name}: {kind} names {label!r}, which is not one of its labels")
-                if isinstance(reading, float) and not 0.0 <= reading <= 1.0:
+                if not isinstance(reading, str) and not 0.0 <= reading <= 1.0:
                     raise UserError(f"task {self.name}: {kind} {label}={reading} is not in [0, 1]")
 
     @property
@@ -91,13 +111,18 @@ class Task(Document):
         found: Reading | float = readings.get(label, readings.get(ALL, "error"))
         return found
 
-    def with_readings(self, blank: Reading | None, uncertain: Reading | float | None) -> "Task":
-        """The task with all blank or uncertain cells read in one way; None leaves the task's own."""
-        return dataclasses.replace(
-            self,
-            blank=self.blank if blank is None else {ALL: blank},
-            uncertain=self.uncertain if uncertain is None else {ALL: uncertain},
-        )
+    def with_readings(self, blank: Readings | None, uncertain: Readings | None) -> "Task":
+        """The task with blank or uncertain cells read in another way; None leaves the task's own.
+
+        One value is for all labels. A dict (`parse_readings`) without `*` changes only the labels that it names.
+        """
+
+        def changed(own: dict[str, Reading | float], given: Readings | None) -> dict[str, Reading | float]:
+            if not isinstance(given, Mapping):
+                return own if given is None else {ALL: given}
+            return dict(given) if ALL in given else {**own, **given}
+
+        return dataclasses.replace(self, blank=changed(self.blank, blank), uncertain=changed(self.uncertain, uncertain))
 
     def differences(self, other: "Task") -> list[str]:
         """What keeps two tasks' data, models and tables from being used together; empty when nothing does."""
@@ -130,9 +155,7 @@ class Task(Document):
 
     def ids_in_name(self, image_name: str) -> tuple[str, str] | None:
         """(patient, study) where the image's name says them, else None."""
-        if self.names != "patient_study_image":
-            return None
-        match = re.match(r"([0-9]{1,8})_([0-9]+)_[0-9]+\.", image_name.rpartition("/")[2])
+        match = re.fullmatch(NAMES[self.names], image_name) if self.names else None
         return None if match is None else (self.patient(match[1]), self.study(match[2]))
 
     def to_toml(self) -> str:
@@ -181,7 +204,91 @@ LAYOUTS = {
     "a": Layout("train1.csv", "train1", "test1", "sample_submission_1.csv"),
     "b": Layout("train2.csv", "train2", "test2", "sample_submission_2.csv"),
 }
-TASKS = {
+# Each in the order of its published table.
+CHEXPERT_LABELS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+NIH_LABELS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
+NIH_NORMAL = "No Finding"  # what its table says where none of them is there
+# The 14 boxed findings of its training set, which the consensus of its test set has, too.
+VINDR_LABELS = (
+    "Aortic enlargement",
+    "Atelectasis",
+    "Calcification",
+    "Cardiomegaly",
+    "Consolidation",
+    "ILD",
+    "Infiltration",
+    "Lung Opacity",
+    "Nodule/Mass",
+    "Other lesion",
+    "Pleural effusion",
+    "Pleural thickening",
+    "Pneumothorax",
+    "Pulmonary fibrosis",
+)
+# Of PadChest's 193 the common ones, and those that the other datasets know; each is its own name, not a group of names.
+PADCHEST_LABELS = (
+    "cardiomegaly",
+    "pleural effusion",
+    "pneumonia",
+    "interstitial pattern",
+    "alveolar pattern",
+    "infiltrates",
+    "consolidation",
+    "atelectasis",
+    "laminar atelectasis",
+    "nodule",
+    "pulmonary mass",
+    "pneumothorax",
+    "pulmonary edema",
+    "emphysema",
+    "pulmonary fibrosis",
+    "pleural thickening",
+    "hiatal hernia",
+    "callus rib fracture",
+    "granuloma",
+    "bronchiectasis",
+    "tuberculosis",
+    "air trapping",
+    "flattened diaphragm",
+    "hemidiaphragm elevation",
+    "hilar enlargement",
+    "costophrenic angle blunting",
+    "aortic elongation",
+    "aortic atheromatosis",
+    "scoliosis",
+    "pacemaker",
+)
+COMPETITION = {
     name: Task(
         name=name,
         labels=COMPETITION_LABELS,
@@ -194,6 +301,69 @@ TASKS = {
         "b": ("00043046_001_001.jpg", "00052495_001_001.jpg", "00056890_001_001.jpg"),
     }.items()
 }
+# The columns are those of the published table or, where it says a thing in another way, of the plain form into which
+# `published.py` brings it. Policies: a finding that a report does not mention is not there (CheXpert, MIMIC-CXR); -1
+# and a tie between readers are masked, and so is every label of an image to which PadChest gives none at all.
+PUBLISHED = {
+    task.name: task
+    for task in (
+        Task(
+            name="chexpert",
+            labels=CHEXPERT_LABELS,
+            columns=Columns(image="Path", view=("AP/PA", "Frontal/Lateral"), sex="Sex", age="Age", split="split"),
+            format="chexpert",
+            names="chexpert",
+            blank={ALL: "zero"},
+            uncertain={ALL: "masked"},
+        ),
+        Task(
+            name="mimic",
+            labels=COMPETITION_LABELS,
+            columns=Columns(patient="subject_id", study="study_id", view=("ViewPosition",), split="split"),
+            format="mimic",
+            names="mimic",
+            blank={ALL: "zero"},
+            uncertain={ALL: "masked"},
+        ),
+        Task(
+            name="nih",
+            labels=NIH_LABELS,
+            columns=Columns(
+                image="Image Index",
+                patient="Patient ID",
+                study="Follow-up #",
+                view=("View Position",),
+                sex="Patient Gender",
+                age="Patient Age",
+                split="split",
+            ),
+            format="nih",
+            names="nih",
+        ),
+        Task(
+            name="padchest",
+            labels=PADCHEST_LABELS,
+            columns=Columns(
+                image="ImageID",
+                patient="PatientID",
+                study="StudyID",
+                view=("Projection", "ViewPosition_DICOM"),
+                sex="PatientSex_DICOM",
+                age="age",
+            ),
+            format="padchest",
+            blank={ALL: "masked"},
+        ),
+        Task(
+            name="vindr",
+            labels=VINDR_LABELS,
+            columns=Columns(image="image_id", split="split"),
+            format="vindr",
+            uncertain={ALL: "masked"},
+        ),
+    )
+}
+TASKS = COMPETITION | PUBLISHED
 
 
 def load_task(text: str) -> Task:
@@ -212,8 +382,71 @@ def load_task(text: str) -> Task:
     return Task.from_json(content, path)
 
 
+def parse_readings(text: str, labels: Iterable[str], flag: str = "") -> dict[str, Reading | float]:
+    """`--blank` or `--uncertain` as a task holds it: `masked`, `0.6`, `Edema=zero,Mass=one` or `masked,Edema=zero`.
+
+    A label may hold ',' and '=': the longest of `labels` that the text goes on with, before a '=', is meant; the values
+    hold neither. Raises UserError, with `flag` and the text, for an unknown label or value and for one said twice.
+    """
+    readings: dict[str, Reading | float] = {}
+    start = f"{flag} {text}".strip()
+    known = sorted(labels, key=len, reverse=True)
+    rest = text
+    while rest := rest.strip():
+        label = next((name for name in known if rest.startswith(f"{name}=")), None)
+        item, comma, after = (rest if label is None else rest[len(label) + 1 :]).partition(",")
+        if label is None and "=" in item:
+            unknown = item.rpartition("=")[0].strip()
+            raise UserError(f"{start}: there is no label {unknown!r}{nearest(unknown, known)}")
+        key, reading = label or ALL, _reading(item.strip(), start, known)
+        if key in readings:
+            raise UserError(f"{start}: {'a value for all labels' if key == ALL else repr(key)} is there twice")
+        readings[key] = reading
+        rest = after
+        if comma and not rest.strip():
+            break
+    if not readings:
+        raise UserError(f"{start}: say how to read such a cell: {', '.join(READINGS)} or a number from 0 to 1")
+    return readings
+
+
+def _reading(text: str, start: str, labels: Iterable[str]) -> Reading | float:
+    for reading in READINGS:
+        if text.lower() == reading:
+            return reading
+    if re.fullmatch(r"0*(0|1|[01]?\.[0-9]+)", text) and float(text) <= 1:
+        return float(text)
+    meant = nearest(text, [*READINGS, *labels])
+    raise UserError(f"{start}: {text!r} is none of {', '.join(READINGS)} or a number from 0 to 1{meant}")
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`; the nearest is 'X'`, or '' where nothing is close. Case, '_' and '-' do not count."""
+    close = near(name, candidates)
+    return f"; the nearest is {close!r}" if close else ""
+
+
+def near(name: str, candidates: Iterable[str]) -> str:
+    """The candidate that `name` was probably meant to be; '' for none."""
+    folded: dict[str, str] = {}
+    for candidate in candidates:
+        folded.setdefault(_folded(candidate), candidate)
+    close = difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.75)
+    return folded[close[0]] if close else ""
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower().replace("_", " ").replace("-", " ")
+
+
+# Most names, in a third of the time: a public table has 200,000 of them.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+
+
 def name_problem(name: str) -> str:
     """Why `name` cannot be an image's name, a relative path below the image folder; '' when it can."""
+    if PLAIN_NAME.fullmatch(name):
+        return ""
     if not name.strip():
         return "is blank"
     if name.startswith("/") or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):

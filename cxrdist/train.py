@@ -12,6 +12,7 @@ import functools
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cxrdist import recipes
@@ -20,7 +21,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.selection import Selection, select, targets_of
+from cxrdist.data.selection import Selection, never_observed, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -36,9 +37,9 @@ from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
-from cxrdist.shards.index import ShardIndex, open_index, task_of
+from cxrdist.shards.index import ShardIndex, open_index, read_meta, task_of
 from cxrdist.shards.verify import verify
-from cxrdist.task import Task
+from cxrdist.task import LAYOUTS, Task
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
 from cxrdist.training.losses import make_criterion, part_names
@@ -47,15 +48,24 @@ from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors,
 from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
 
+NO_FOLD = -1
 MAX_DEVICE_BATCH_SIZE = 32  # of the default: what the published runs put through one 16 GB GPU
 NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
+VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
+
+
+def fold_argument(text: str) -> int:
+    """The fold of --validate-fold; NO_FOLD for none."""
+    return NO_FOLD if text == "none" else int(at_least(0)(text))
+
+
 OWN_FLAGS = {
     "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
-    "--validate-fold": flag(at_least(0), "K", "hold out fold K (from 0) and validate on it"),
+    "--validate-fold": flag(fold_argument, "K|none", VALIDATE),
     "--log-every": flag(at_least(1), "N", "optimizer steps between logged rows", default=50),
     "--keep-steps": flag(at_least(1), "K", "step checkpoints that are kept", default=2),
     "--threads": flag(at_least(0), "N", "decode threads per process (default: its share of cores)"),
@@ -91,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         check_gpus_seen()
         fetch_shards(args.shards_url, shards, "train", args.task)
     task = args.task or task_of(shards)
-    published = recipes.recipe_for(args.model, task.name)
+    num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
+    published = recipes.recipe_for(args.model, task.name, num_images)
     recipe = recipes.with_overrides(published, args.overrides)
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
     architecture_of(recipe.model)  # an unknown name ends here
@@ -121,6 +132,10 @@ def train(
     with ranks.agree():
         facts, rows = choose_data(index, recipe, run, args)
         targets = targets_of(index)[rows.train]
+        validated = rows.valid or index
+    if rows.valid is not None:
+        ranks.on_main(verify, shards, "valid", task)
+    describe_data(index, rows, ranks)
     with ranks.agree():
         if ranks.rank == 0:
             stack.enter_context(folder_lock(run))
@@ -136,8 +151,9 @@ def train(
     with ranks.agree():
         model, frozen, report = start.build(recipe, task, args.init, run, begin, args.backbone)
         groups = param_groups(model, recipe.groups)
-        criterion = make_criterion(recipe, targets, ranks.device)
-        criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"))
+        masked = index.observed is not None or validated.observed is not None
+        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
+        criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
@@ -156,6 +172,8 @@ def train(
     stack.enter_context(out_of_memory_named(ranks.device, device_batch_size, remedy))
     parallel = ranks.prepare(model.to(ranks.device))  # NCCL connects here
     num_steps = order.num_steps(len(rows.train), recipe.global_batch_size)
+    if warning := recipes.ema_warning(recipe, num_steps * recipe.epochs):
+        ranks.say(f"warning: {warning}")
     factors = lr_factors(recipe.lr_schedule, num_steps * recipe.epochs, recipe.warmup_steps)
     scale = INITIAL_LOSS_SCALE if precision == "fp16" else None
     optimizer = GuardedAdamW(
@@ -179,9 +197,11 @@ def train(
         config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
         tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, config=config))
     threads = environment.decode_threads() if args.threads is None else args.threads
-    loader = stack.enter_context(
-        Loader(index, ranks.device, num_threads=threads, on_bad=args.on_bad, max_bad=args.max_unreadable)
+    read = functools.partial(
+        Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad, max_bad=args.max_unreadable
     )
+    loader = stack.enter_context(read(index))
+    valid_loader = loader if rows.valid is None else stack.enter_context(read(rows.valid))
     hardware = {name: getattr(session, name) for name in ("world_size", "device_batch_size", "precision")}
     step_state = StepState(data=facts, frozen=frozen, parts=parts, **hardware)
     meta = EpochMeta(data=facts, frozen=frozen, recipe=recipe.name, model=recipe.model, task=task)
@@ -209,6 +229,7 @@ def train(
         device_batch_size=device_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        observed=index.observed,
     )
     sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
     if tracker is not None and tracker.dashboard is not None:
@@ -258,7 +279,8 @@ def train(
                 resize = functools.partial(TrainingAugment(recipe.image_size, "none", recipe.seed), epoch=0)
                 with ema.applied():
                     validation = validate(
-                        model, loader, rows.validation, resize, criterion_on_cpu, ranks, device_batch_size, precision
+                        *(model, valid_loader, rows.validation, resize, criterion_on_cpu, ranks),
+                        *(device_batch_size, precision),
                     )
             meter.log_epoch(validation)
             scores = None if validation is None else validation.summary()
@@ -271,21 +293,45 @@ def train(
 
 def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -> tuple[Facts, Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
-    targets = targets_of(index)
+    fold, valid = args.validate_fold, None
+    if fold is None and index.task.name not in LAYOUTS:
+        if (index.folder / "valid.json").is_file():
+            valid = open_index(index.folder, "valid", index.task)
+        elif len(index.patients.codes()[1]) >= args.folds:
+            fold = 0
+    fold = None if fold == NO_FOLD else fold
     facts = Facts(
         task=index.task.name,
         split=index.split,
         shards=index.fingerprint,
         images=len(index),
-        positives=dict(zip(index.task.labels, map(int, targets.sum(axis=0)), strict=True)),
-        folds=None if args.validate_fold is None else args.folds,
-        validate_fold=args.validate_fold,
+        positives=positives_of(index),
+        folds=None if fold is None else args.folds,
+        validate_fold=fold,
+        valid_shards="" if valid is None else valid.fingerprint,
     )
     before = None
     with contextlib.suppress(UserError):  # named by find_start
-        before = start.read_facts(run) if args.resume and args.validate_fold is not None else None
+        before = start.read_facts(run) if args.resume and fold is not None else None
     recorded = folds.read_split(run / "split.csv", index.task) if before == facts else None
-    return facts, select(index, args.validate_fold, args.folds, recipe.seed, recorded)
+    chosen = select(index, fold, args.folds, recipe.seed, recorded)
+    if valid is not None:
+        chosen = dataclasses.replace(chosen, validation=np.arange(len(targets_of(valid))), valid=valid)
+    return facts, chosen
+
+
+def describe_data(index: ShardIndex, rows: Selection, ranks: Ranks) -> None:
+    """Say what is validated on, and which labels are never observed."""
+    parts = {"trained": targets_of(index)[rows.train]}
+    if rows.validation is None:
+        ranks.say("no validation: --validate-fold K holds out a fold by patient")
+    else:
+        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
+        where = "split valid" if rows.valid is not None else "a fold by patient"
+        ranks.say(f"validation: {len(rows.validation):,} images of {where}")
+    for name, targets in parts.items():
+        if labels := never_observed(targets, index.task.labels):
+            ranks.say(f"warning: never observed in the images {name} on: {', '.join(labels)}")
 
 
 def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks) -> int:

@@ -30,6 +30,7 @@ def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
     from PIL import Image
 
+    from cxrdist.shards.convert import Pixels
     from cxrdist.shards.writer import Source, SplitJob, write_split
     from cxrdist.task import TASKS
 
@@ -44,7 +45,7 @@ def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         targets = tuple(float(value) for value in rng.random(TASKS["b"].num_labels) < 0.3)
         size = path.stat().st_size
         sources.append(Source(key, path.name, str(path), size, "", f"{number % 6:08d}", "001", targets=targets))
-    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 24, {}))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, Pixels(), 24, {}))
     return folder / "div_b"
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     {"files", "documents"},
     {"task"},
     {"tables"},
+    {"published"},
     {"recipes"},
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},

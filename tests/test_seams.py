@@ -69,7 +69,7 @@ import torch.nn.functional as F
 from cxrdist.training.losses import LOSSES
 
 
-def brier_and_bce(recipe, pos_weight):
+def brier_and_bce(recipe, pos_weight, masked):
     def criterion(logits, targets):
         bce = F.binary_cross_entropy_with_logits(logits.float(), targets)
         brier = (logits.float().sigmoid() - targets).square().mean()

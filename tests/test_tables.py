@@ -1,6 +1,8 @@
 """Label CSVs and templates: exact names, normalised patients, and errors that name line and column."""
 
 import dataclasses
+import gzip
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ def test_text_columns_are_python_text_whatever_storage_pandas_prefers(tmp_path: 
         assert about.set_index("image_name").loc[["NA", "007"]].index.tolist() == ["NA", "007"]
 
 
-@pytest.mark.parametrize("cell", ["2", "x", "-1", "", "nan", "0.5", "1e0"])
+@pytest.mark.parametrize("cell", ["2", "x", "-1", "", "nan", "1e0", "1.5", "-0.5", "inf", "0x1", "1_0", "0.5.1"])
 def test_a_bad_label_is_named_with_line_and_column(tmp_path: Path, cell: str) -> None:
     path = write(tmp_path / "a.csv", [row("a.jpg"), row("b.jpg", Lung_Opacity=cell), row("c.jpg", Edema=cell)])
     with pytest.raises(UserError, match=r"a\.csv, line 3, column 'Lung Opacity'.*1 more") as caught:
@@ -126,6 +128,7 @@ def test_a_missing_column_is_named_with_its_near_miss(tmp_path: Path) -> None:
         (",".join(HEADER) + "\n" + ",".join(row("a.jpg")[:-1]) + "\n", "line 2: 16 cells"),
         (",".join(HEADER) + "\n" + ",".join(row("a.jpg", "x1")) + "\n", "line 2: Patient_ID 'x1'"),
         (",".join(HEADER) + '\n"' + ",".join(row("a.jpg")) + "\n", "line 2"),
+        (",".join(HEADER) + "\n" + ",".join(row("a.jpg" * 50_000)) + "\n", "line 2: not readable as CSV .field larger"),
     ],
 )
 def test_a_malformed_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -141,6 +144,128 @@ def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(UserError, match="not UTF-8"):
         read_label_csv(tmp_path / "b.csv", B)
+
+
+MINE = Task(name="mine", labels=("Edema", "Pleural effusion"), columns=Columns(image="file", patient="who"))
+MINE_TEXT = "file,who,Edema,Pleural effusion\na.png,P1,1,0\nb.png,P2,0,0.25\n"
+
+
+def test_numbers_between_0_and_1_are_soft_labels(tmp_path: Path) -> None:
+    texts = ["0.5", ".25", "1.00", "0.0", "5e-05", "2.5e-01", " 0.75 ", "1"]
+    path = write(tmp_path / "a.csv", [[f"{n}.png", text] for n, text in enumerate(texts)], ["Image_name", "Edema"])
+    targets = read_label_csv(path, Task(name="mine", labels=("Edema",))).targets
+    assert targets.dtype == np.float32
+    assert targets.ravel().tolist() == np.float32([0.5, 0.25, 1, 0, 5e-05, 0.25, 0.75, 1]).tolist()
+
+
+@pytest.mark.parametrize(("separator", "called"), [(";", "';'"), ("\t", "tabs")])
+def test_another_separator_is_read_and_said(tmp_path: Path, separator: str, called: str) -> None:
+    (tmp_path / "a.csv").write_text(MINE_TEXT.replace(",", separator))
+    table = read_label_csv(tmp_path / "a.csv", MINE)
+    assert table.targets.tolist() == [[1, 0], [0, 0.25]]
+    assert list(table.about["patient"]) == ["P1", "P2"]
+    assert len(table.notes) == 1
+    assert called in table.notes[0]
+    (tmp_path / "b.csv").write_text(MINE_TEXT.replace(",", separator).replace("0.25", "0,25"))
+    with pytest.raises(UserError, match=r"line 3, column 'Pleural effusion': '0,25' has a decimal comma"):
+        read_label_csv(tmp_path / "b.csv", MINE)
+
+
+def test_a_header_with_a_comma_is_separated_by_commas(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(MINE_TEXT.replace("who", "who;x"))
+    task = dataclasses.replace(MINE, columns=Columns(image="file", patient="who;x"))
+    assert read_label_csv(tmp_path / "a.csv", task).notes == ()
+
+
+def test_a_gzipped_table_is_known_by_its_bytes_and_bounded(tmp_path: Path) -> None:
+    for name in ("a.csv.gz", "a.csv"):
+        (tmp_path / name).write_bytes(gzip.compress(MINE_TEXT.encode()))
+        assert len(read_label_csv(tmp_path / name, MINE)) == 2
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(MINE_TEXT.encode() * 100)[:-20])
+    with pytest.raises(UserError, match="damaged or incomplete gzip file"):
+        read_label_csv(tmp_path / "b.csv.gz", MINE)
+    bomb = b"file,who,Edema,Pleural effusion,text\n" + b"a.png,P1,1,0," + b"x" * 100_000 + b"\n"
+    bomb = gzip.compress(bomb) + gzip.compress((b"a.png,P1,1,0," + b"x" * 100_000 + b"\n") * 700)
+    (tmp_path / "c.csv.gz").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"the unpacked table has more than 67,108,864 characters"):
+        read_label_csv(tmp_path / "c.csv.gz", MINE)
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(b"0" * 2**25))
+    with pytest.raises(UserError, match=r"a line has more than 16,777,216 characters"):
+        read_label_csv(tmp_path / "d.csv.gz", MINE)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (MINE_TEXT.encode("utf-16"), "not UTF-8 text but UTF-16"),
+        (MINE_TEXT.encode("utf-16-le"), "not UTF-8 text but UTF-16"),
+        (
+            MINE_TEXT.replace("P2", "M\u00fcller").encode("cp1252"),
+            r"not UTF-8 text .line 3, Windows-1252 .*'M\u00fcller'",
+        ),
+        (gzip.compress(MINE_TEXT.replace("P2", "\u00fc").encode("cp1252")), "not UTF-8 text .line 3"),
+        (MINE_TEXT.encode() + b"c\x81,P,0,0", r"not UTF-8 text \(line 4\)"),
+        (b"PK\x03\x04 and so on", "a ZIP or Excel file"),
+    ],
+)
+def test_text_that_is_not_utf8_is_named_for_what_it_is(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read_label_csv(tmp_path / "a.csv", MINE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "flags"),
+    [
+        ("File,who,Edema,Pleural effusion", "'file' is missing; the nearest is 'File'; give --image-column File,"),
+        ("image_id,who,Edema,Pleural effusion", "'file' is missing; give --image-column image_id,"),
+        ("x,who,Edema,Pleural effusion", "--image-column x, or rename"),  # its first cell is the name of an image
+        ("file,Patient ID,Edema,Pleural effusion", "'who' is missing; give --patient-column 'Patient ID', or"),
+        ("file,who,edema,Pleural Effusion", "(and 1 more: Pleural effusion); give --labels 'edema,Pleural Effusion',"),
+        (
+            "Bild.png,subject,Edema,Pleural_effusion",
+            "give --image-column Bild.png --patient-column subject --labels Ed",
+        ),
+        ("file,who,Edema,other", "give --labels A,B,C; its columns: file, who, Edema, other"),
+        ("file,x,Edema,Pleural effusion", "'who' is missing; give --patient-column NAME; its columns: file, x, Edema"),
+        ('file,who,Edema,"Pleural,effusion"', "give --labels @FILE (a label a line)"),
+    ],
+)
+def test_columns_that_are_nearly_right_are_answered_with_the_flags(tmp_path: Path, header: str, flags: str) -> None:
+    (tmp_path / "a.csv").write_text(header + "\na.png,P1,1,0\n")
+    with pytest.raises(UserError) as caught:
+        read_label_csv(tmp_path / "a.csv", MINE)
+    assert flags in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'a.csv'}: column ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_flags_of_study_and_split_are_named_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        MINE_TEXT.replace("who", "Accession,Partition").replace("P1", "1,x").replace("P2", "2,")
+    )
+    task = dataclasses.replace(MINE, columns=Columns(image="file", study="exam_no", split="set"))
+    with pytest.raises(UserError, match="give --study-column Accession --split-column Partition, or rename"):
+        read_label_csv(tmp_path / "a.csv", task)
+
+
+def test_a_tables_own_split_column_is_read(tmp_path: Path) -> None:
+    splits = ["train", " Train", "Validation", "val", "validate", "TEST", "", "fold1"]
+    path = write(tmp_path / "a.csv", [[f"{n}", s, "0"] for n, s in enumerate(splits)], ["Image_name", "set", "Edema"])
+    task = Task(name="mine", labels=("Edema",), columns=Columns(split="set"))
+    read = ["train", "train", "valid", "valid", "valid", "test", "", "fold1"]
+    assert list(read_label_csv(path, task).about["split"]) == read
+    assert set(read_label_csv(path, dataclasses.replace(task, columns=Columns())).about["split"]) == {""}
+
+
+def test_a_table_of_bad_cells_is_refused_in_seconds(tmp_path: Path) -> None:
+    rows = [[f"{n}.png", "1", "1", *(f"bad{n}" for _ in LABELS)] for n in range(30_000)]
+    path = write(tmp_path / "a.csv", rows)
+    started = time.process_time()
+    with pytest.raises(UserError, match=rf"line 2, column '{LABELS[0]}': 'bad0' .*419,999 more"):
+        read_label_csv(path, B)
+    assert time.process_time() - started < 5
 
 
 def test_a_repeated_name_is_named_with_both_lines(tmp_path: Path) -> None:

@@ -10,15 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxrdist.errors import UserError
-from cxrdist.task import LAYOUTS, MAX_LABELS, TASKS, Columns, Task, load_task
+from cxrdist.task import LAYOUTS, MAX_LABELS, PUBLISHED, TASKS, Columns, Task, load_task, parse_readings
 
 pytestmark = pytest.mark.fast
 B = TASKS["b"]
 MINE = Task(name="mine", labels=("x", "y"))
 
 
-def test_the_built_in_tasks_are_the_competitions_divisions() -> None:
-    assert set(TASKS) == set(LAYOUTS) == {"a", "b"}
+def test_the_built_in_tasks_are_the_competitions_divisions_and_five_public_datasets() -> None:
+    assert list(TASKS) == ["a", "b", "chexpert", "mimic", "nih", "padchest", "vindr"]
+    assert set(LAYOUTS) == TASKS.keys() - PUBLISHED.keys() == {"a", "b"}
+    assert {task.name: task.format for task in PUBLISHED.values()} == {name: name for name in PUBLISHED}
+    assert {len(PUBLISHED[name].labels) for name in ("chexpert", "mimic", "nih", "vindr")} == {14}
+    policies = {name: (task.blank["*"], task.uncertain["*"]) for name, task in PUBLISHED.items()}
+    assert policies == {
+        "chexpert": ("zero", "masked"),
+        "mimic": ("zero", "masked"),
+        "nih": ("error", "error"),
+        "padchest": ("masked", "error"),
+        "vindr": ("error", "masked"),
+    }
     assert B.num_labels == 14
     assert (B.folder, MINE.folder) == ("div_b", "mine")
     assert (TASKS["a"].unreadable, len(B.unreadable)) == ((), 3)
@@ -38,6 +49,8 @@ def test_the_built_in_tasks_are_the_competitions_divisions() -> None:
         ({"labels": ("x", "a\0b")}, "control character"),
         ({"blank": {"z": "zero"}}, "blank names 'z'"),
         ({"uncertain": {"x": 1.5}}, "not in"),
+        ({"blank": {"x": float("nan")}}, "not in"),
+        ({"blank": {"*": 2}}, "not in"),
     ],
 )
 def test_values_that_are_not_valid_are_named(change: dict[str, Any], told: str) -> None:
@@ -98,7 +111,7 @@ def test_a_task_comes_back_from_json_and_toml(
         name="mine",
         labels=tuple(labels),
         columns=columns,
-        blank={labels[0]: reading},
+        blank={labels[0]: reading, "*": value},
         uncertain={labels[-1]: value, "*": reading},
     )
     assert Task.from_json(task.to_json(), "x") == task
@@ -130,6 +143,7 @@ def test_a_file_that_is_no_task_is_one_named_error(tmp_path: Path, content: str,
 
 def test_tasks_are_loaded_by_name_or_from_a_json_file(tmp_path: Path) -> None:
     assert load_task("b") is B
+    assert load_task("padchest") is TASKS["padchest"]
     (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "labels": ["x", "y"]}))
     assert load_task(str(tmp_path / "mine.json")) == MINE
     for text, told in (("c", "no such task; one of a, b"), (str(tmp_path / "none.toml"), "no such file")):
@@ -138,3 +152,77 @@ def test_tasks_are_loaded_by_name_or_from_a_json_file(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_bytes(b"\xff{}")
     with pytest.raises(UserError, match=r"bad\.json: "):
         load_task(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "readings"),
+    [
+        ("masked", {"*": "masked"}),
+        ("0.6", {"*": 0.6}),
+        ("1", {"*": 1.0}),
+        (".5", {"*": 0.5}),
+        (" Zero ", {"*": "zero"}),
+        ("Edema=one,Mass=zero", {"Edema": "one", "Mass": "zero"}),
+        ("masked, Edema=0.25,", {"*": "masked", "Edema": 0.25}),
+        ("Edema=error,zero", {"Edema": "error", "*": "zero"}),
+        ("a,b=zero,a=one", {"a,b": "zero", "a": "one"}),  # labels with ',' and '='
+        ("x=y=zero,x=one", {"x=y": "zero", "x": "one"}),
+        ("masked=one", {"masked": "one"}),
+    ],
+)
+def test_readings_are_for_all_labels_or_for_some(text: str, readings: dict[str, Any]) -> None:
+    labels = ("Edema", "Mass", "a", "a,b", "x", "x=y", "masked")
+    found = parse_readings(text, labels)
+    assert found == readings
+    assert all(isinstance(value, str | float) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("mask", "'mask' is none of error, zero, one, masked or a number from 0 to 1; the nearest is 'masked'"),
+        ("Edema", "'Edema' is none of .*; the nearest is 'Edema'"),
+        ("Edma=zero", "there is no label 'Edma'; the nearest is 'Edema'"),
+        ("edema=zero", "there is no label 'edema'; the nearest is 'Edema'"),
+        ("Edema=two", "'two' is none of"),
+        ("1.5", r"'1\.5' is none of"),
+        ("-1", "'-1' is none of"),
+        ("nan", "'nan' is none of"),
+        ("zero,one", "a value for all labels is there twice"),
+        ("Edema=one,Edema=one", "'Edema' is there twice"),
+        ("Edema=", "'' is none of"),
+        ("zero,,one", "'' is none of"),
+        ("", "say how to read"),
+        (" , ", "is none of"),
+    ],
+)
+def test_a_reading_that_is_not_valid_is_named_with_the_flag(text: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"^--uncertain.*: .*{told}") as caught:
+        parse_readings(text, ("Edema", "Mass"), "--uncertain")
+    assert text.strip() in str(caught.value)
+
+
+def test_readings_change_all_labels_or_only_those_named() -> None:
+    task = dataclasses.replace(MINE, uncertain={"*": "masked", "x": "one"})
+    assert task.with_readings(None, None) == task
+    assert task.with_readings("zero", 0.5).uncertain == {"*": 0.5}
+    assert task.with_readings(None, {"y": "zero"}).uncertain == {"*": "masked", "x": "one", "y": "zero"}
+    changed = task.with_readings({"y": 0.25}, {"*": "zero"})
+    assert (changed.blank, changed.uncertain) == ({"*": "error", "y": 0.25}, {"*": "zero"})
+    assert [changed.reading("blank", label) for label in MINE.labels] == ["error", 0.25]
+    with pytest.raises(UserError, match="uncertain names 'z'"):
+        task.with_readings(None, {"z": "zero"})
+
+
+def test_public_datasets_names_say_patient_and_study() -> None:
+    for name, image, ids in (
+        ("chexpert", "CheXpert-v1.0/train/patient00001/study12/view1_frontal.jpg", ("patient00001", "study12")),
+        ("chexpert", "patient00001/study1/view1_frontal.jpg", ("patient00001", "study1")),
+        ("mimic", "files/p10/p10000032/s50414267/02aa804e-bde0afdd.jpg", ("10000032", "50414267")),
+        ("nih", "images_001/images/00000013_004.png", ("13", "4")),
+        ("nih", "00000010_000.png", ("10", "0")),
+        ("chexpert", "view1_frontal.jpg", None),
+        ("nih", "x.png", None),
+        ("padchest", "1_2.png", None),
+    ):
+        assert TASKS[name].ids_in_name(image) == ids

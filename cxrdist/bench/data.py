@@ -33,6 +33,7 @@ from cxrdist.bench.timing import Row, interleaved, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, epoch_order, train_batches
 from cxrdist.data.reader import ShardReader
+from cxrdist.shards.convert import Pixels
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
@@ -382,7 +383,7 @@ def _write_shards(folder: Path, num_images: int) -> ShardIndex:
         size = path.stat().st_size
         targets = (0.0,) * TASKS["b"].num_labels
         sources.append(Source(key, path.name, str(path), size, "", f"{key:08d}", "001", targets=targets))
-    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 128, {}))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, Pixels(), 128, {}))
     return open_index(folder / "div_b", "train")
 
 

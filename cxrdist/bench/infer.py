@@ -34,6 +34,7 @@ from cxrdist.inference.score import score
 from cxrdist.models import architecture_of
 from cxrdist.recipes import PUBLISHED_VIEWS, recipe_for
 from cxrdist.scoring.tables import Probs, average, sigmoid
+from cxrdist.shards.convert import Pixels
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
@@ -222,5 +223,5 @@ def _write_shards(folder: Path, num_images: int) -> ShardIndex:
         coarse = Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8))
         coarse.resize((600, 600), Image.Resampling.BICUBIC).save(path, quality=95)
         sources.append(Source(number, path.name, str(path), path.stat().st_size, "", f"{number:08d}", "001"))
-    write_split(SplitJob(folder / "div_b", TASK, "test", sources, "exact", 1000, {}))
+    write_split(SplitJob(folder / "div_b", TASK, "test", sources, Pixels(), 1000, {}))
     return open_index(folder / "div_b", "test", TASK)

@@ -21,6 +21,7 @@ from cxrdist.distributed.precision import autocast
 from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.runs.member import build_model
+from cxrdist.shards.convert import Pixels
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
@@ -62,7 +63,7 @@ def write_shards(folder: Path) -> ShardIndex:
         sources.append(
             Source(number, path.name, str(path), path.stat().st_size, "", path.name[:8], "001", targets=targets)
         )
-    write_split(SplitJob(folder / "shards", TASK, "train", sources, "exact", NUM_IMAGES, {}))
+    write_split(SplitJob(folder / "shards", TASK, "train", sources, Pixels(), NUM_IMAGES, {}))
     return open_index(folder / "shards", "train", TASK)
 
 

@@ -274,7 +274,10 @@ class _Job:
         good = [position for position in range(len(micro.rows)) if position not in self.errors]
         if not good and not self._keep_empty:
             return None
-        weight = micro.weight * len(good) / len(micro.rows)
+        weight = micro.weight
+        if self.errors:
+            counts = np.ones(len(micro.rows)) if index.observed is None else index.observed[micro.rows]
+            weight = float(weight * counts[good].sum() / max(1, counts.sum()))
         images = torch.from_numpy(self._pixels)
         if len(good) < len(micro.rows):
             self._pixels[sorted(self.errors)] = 0

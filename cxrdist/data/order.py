@@ -23,7 +23,8 @@ class MicroBatch:
 
     rows: (n,) int64 positions in the index, n >= 1. Where `weight` is 0 it is one placeholder, not part of the slice.
     weight: multiply the micro-batch's MEAN loss by it. Summed over micro-batches and averaged over ranks (as DDP does),
-        the gradient is the mean over the global batch, also when that is short and slices differ in size.
+        the gradient is the mean over the global batch, also when that is short and slices differ in size. Where cells
+        are masked both means are over the observed ones, and a micro-batch without any weighs 0.
     last: closes the global batch, i.e. the optimizer steps after it. Every rank gets the same number of micro-batches.
     step: optimizer steps before this one in the epoch, from 0.
     """
@@ -67,9 +68,12 @@ def train_batches(
     rank: int,
     world_size: int,
     start_step: int = 0,
+    observed: Rows | None = None,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of `rank` from `start_step` to the end of `epoch`.
 
+    observed: by row of the index, how many of its cells are not masked; None where none is. Every rank counts those of
+    the global batch by itself: no collective.
     The global batches depend only on (rows, seed, epoch, global_batch_size). Slices differ by at most one image.
     Raises UserError when there is no image, or when `start_step` lies behind the epoch (a checkpoint of another split).
     """
@@ -90,7 +94,10 @@ def train_batches(
             num_micro = accum_steps(len(batch), device_batch_size, world_size)
             for i in range(num_micro):
                 micro = own[i * device_batch_size : (i + 1) * device_batch_size]
-                weight = len(micro) * world_size / len(batch)
+                if observed is None:
+                    weight = len(micro) * world_size / len(batch)
+                else:
+                    weight = int(observed[micro].sum()) * world_size / max(1, int(observed[batch].sum()))
                 yield MicroBatch(micro if len(micro) else batch[:1], weight, i == num_micro - 1, step, epoch)
 
     return generate()

@@ -1,6 +1,6 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,24 +18,36 @@ class Selection:
     """Rows of the index to train on and to validate on; fold_of: the fold of every row where it was drawn now."""
 
     train: Rows
-    validation: Rows | None = None
+    validation: Rows | None = None  # of the index, or of `valid` where there is one
     fold_of: Rows | None = None
+    valid: ShardIndex | None = None
 
 
 def targets_of(index: ShardIndex) -> NDArray[np.float32]:
-    """The split's targets (N, K). UserError without labels, or for masked cells."""
+    """The split's targets (N, K), NaN where masked. UserError without labels, or where every cell is masked."""
     if index.targets is None:
         raise UserError(f"{index.folder}: split {index.split!r} has no labels to train on")
-    if bool(np.isnan(index.targets).any()):
-        raise UserError(f"{index.folder}: split {index.split!r} has masked cells, which cannot be trained on yet")
+    if bool(np.isnan(index.targets).all()):
+        raise UserError(f"{index.folder}: every label of split {index.split!r} is masked: there is nothing to learn")
     return index.targets
+
+
+def never_observed(targets: NDArray[np.float32], labels: Sequence[str]) -> list[str]:
+    """The labels whose cells (N, K) are all masked."""
+    return [label for place, label in enumerate(labels) if np.isnan(targets[:, place]).all()]
+
+
+def positives_of(index: ShardIndex) -> dict[str, int | float]:
+    """The sum of each label's observed cells."""
+    sums = [float(np.nansum(column, dtype=np.float64)) for column in targets_of(index).T]
+    return {label: int(n) if n.is_integer() else n for label, n in zip(index.task.labels, sums, strict=True)}
 
 
 def select(
     index: ShardIndex, validate_fold: int | None, num_folds: int, seed: int, recorded: Mapping[str, int] | None = None
 ) -> Selection:
     """All rows, or those outside and inside one of `num_folds` patient-grouped folds: the `recorded` ones (by patient),
-    else drawn now. UserError without labels, for masked cells, or for a fold that is not there.
+    else drawn now. UserError without labels, or for a fold that is not there.
     """
     targets = targets_of(index)
     everything = np.arange(len(index), dtype=np.int64)

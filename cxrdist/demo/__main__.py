@@ -8,7 +8,6 @@ command later reuses it, and an interrupted one resumes where it stopped.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -21,15 +20,15 @@ import numpy as np
 import pandas as pd
 
 from cxrdist import recipes
-from cxrdist.cli import Parser, add_flags, run_entry
+from cxrdist.cli import Parser, add_flags, run_entry, with_readings
 from cxrdist.data.folds import assign_folds
 from cxrdist.demo.phantoms import write_division
 from cxrdist.demo.steps import Step, run_steps
 from cxrdist.distributed.plan import LaunchPlan, plan_launch
 from cxrdist.errors import UserError
+from cxrdist.published import read_labels
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.shards.index import Texts, read_meta
-from cxrdist.tables import read_label_csv
 from cxrdist.task import Task, load_task
 
 NUM_PATIENTS = 250
@@ -40,11 +39,8 @@ MEMBERS = {"eva_x": "demo_eva_x", "chexfound": "demo_chexfound"}
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="./launch.sh demo", description=__doc__)
-    add_flags(parser, "--task", "--images", "--csv", "--out", task={"type": str, "default": "b"})
-    parser.add_argument("--blank", choices=("error", "zero"), default="error", help="what a blank label in --csv means")
-    parser.add_argument(
-        "--uncertain", choices=("error", "zero", "one"), default="error", help="what label -1 in --csv means"
-    )
+    flags = ("--task", "--images", "--csv", "--out", "--blank", "--uncertain")
+    add_flags(parser, *flags, task={"type": str, "default": "b"})
     parser.add_argument(
         "--patients", type=int, default=NUM_PATIENTS, metavar="N", help="phantom patients (default %(default)s)"
     )
@@ -63,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.patients < 2 * NUM_FOLDS:
         raise UserError(f"--patients {args.patients} is too few to hold some out; use at least {2 * NUM_FOLDS}")
     out: Path = args.out or Path("demo")
-    task = dataclasses.replace(load_task(args.task), blank={"*": args.blank}, uncertain={"*": args.uncertain})
+    task = with_readings(load_task(args.task), args)
     check_input(args.images, args.csv, task)
     plan = plan_launch()
     print(f"cxrdist demo: results go to {out}/; {plan.reason}", flush=True)
@@ -83,7 +79,7 @@ def check_input(images: Path | None, csv: Path | None, task: Task) -> None:
         raise UserError(f"--images {images}: no such folder; check the path")
     if not any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in images.rglob("*")):
         raise UserError(f"--images {images}: holds no .png, .jpg or .jpeg file; give the folder that holds the images")
-    num_patients = read_label_csv(csv, task).about["patient"].nunique()
+    num_patients = read_labels(csv, task).about["patient"].nunique()
     if num_patients < 2 * NUM_FOLDS:
         raise UserError(
             f"--csv {csv}: {num_patients} patients are too few to hold some out; use {2 * NUM_FOLDS} or more"
@@ -118,7 +114,7 @@ def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan
     readings = tuple(
         word
         for flag in ("blank", "uncertain")
-        if (how := getattr(args, flag)) != "error"
+        if (how := getattr(args, flag)) is not None
         for word in (f"--{flag}", how)
     )
     steps = [] if real else [draw_step(images, csv, args.patients, args.seed)]
@@ -213,7 +209,7 @@ def hold_out(csv: Path, files: Files, task: Task, seed: int) -> None:
     """Split a label CSV by patient: the training CSV and the truth keep its text, the template is a sample submission
     in which the test images stand in shuffled order, as in the competition.
     """
-    table = read_label_csv(csv, task)
+    table = read_labels(csv, task)
     folds = assign_folds(Texts(table.about["patient"]), table.targets, NUM_FOLDS, seed)
     rows = pd.read_csv(csv, dtype=object, keep_default_na=False, encoding="utf-8-sig")
     files.train_csv.parent.mkdir(parents=True, exist_ok=True)

@@ -82,14 +82,14 @@ def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[
     labels = shown_labels(result)
     figure, axes = _panels(len(labels))
     for label, axis in zip(labels, axes, strict=True):
-        share = result.positives[label] / max(result.num_images, 1)
+        share = result.positives[label] / max(result.observed[label], 1)
         axis.plot([0, 1], [0, 1] if kind is ROC else [share, share], color=GREY, lw=0.8)
         for table, score, colour in zip(tables, result.scores, cycle(COLOURS)):
             value = getattr(score, kind.values)[label]
             if not math.isnan(value):
                 points = kind.curve(targets[:, label], table.probs[:, label])
                 axis.plot(*points, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
-        axis.set_title(f"{plain(result.labels[label])} ({result.positives[label]}, {share:.1%})", fontsize=8.5)
+        axis.set_title(f"{plain(result.labels[label])} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5)
         ends, ticks = (-0.02, 1.02), (0, 0.5, 1)
         axis.set(xlim=ends, ylim=ends, aspect="equal", xticks=ticks, yticks=ticks)
         axis.tick_params(labelsize=7)
@@ -129,18 +129,28 @@ def comparison_section(result: Evaluation) -> Section:
         for c in result.comparisons
     ]
     effects = [
-        (s.name, *(number_text(v, 4) for v in (s.macro_auroc, by_study)), number_text(by_study - s.macro_auroc, 4, "+"))
-        for s, by_study in ((score, score.study_averaged_auroc) for score in result.scores)
-    ]
+        (s.name, number_text(s.macro_auroc, 4), number_text(study.macro_auroc, 4),
+         number_text(study.macro_gain, 4, "+"), interval_text(study.macro_gain_interval, "+.4f"),
+         number_text(study.by_study_macro_auroc, 4))
+        for s in result.scores if (study := s.study_averaged) is not None
+    ]  # fmt: skip
+    by_label = []
+    if study := result.scores[0].study_averaged:
+        columns = study.gain, study.gain_interval, study.by_study_auroc, study.by_study_interval
+        for label, gain, gain_ends, auroc, ends in zip(result.labels, *columns, strict=True):
+            texts = number_text(gain, 4, "+"), interval_text(gain_ends, "+.4f"), number_text(auroc), interval_text(ends)
+            by_label.append((label, *texts))
     groups = []
     for item in result.subgroups:
         scores = number_text(item.macro_auroc), interval_text(item.interval)
         labels = f"{item.num_labels} of {len(result.labels)}"
         groups.append((f"{item.kind}: {item.value}", f"{item.num_images:,}", *scores, labels))
+    first = result.scores[0].name
     tables = (
         (("macro AUROC", "difference", "95 % interval", "resamples in which it is above 0"), differences),
-        (("table", "per image", "images of a study averaged", "effect"), effects),
-        ((f"subgroup ({result.scores[0].name})", "images", "macro AUROC", "95 % interval", "labels"), groups),
+        (("table", "by image", "images of a study averaged", "gain", "95 % interval", "a study once"), effects),
+        ((f"study average ({first})", "gain", "95 % interval", "AUROC, a study once", "95 % interval"), by_label),
+        ((f"subgroup ({first})", "images", "macro AUROC", "95 % interval", "labels"), groups),
     )
     return Section(
         "Comparisons and subgroups",
@@ -200,7 +210,7 @@ def _forest(result: Evaluation) -> Figure:
         low, high = np.array([*(score.auroc_interval[label] for label in labels), score.macro_interval]).T
         axis.hlines(y, low, high, color=colour, lw=1.6, alpha=0.75)
         axis.plot(values, y, "o", color=colour, ms=5, label=score.name)
-    names = [f"{plain(result.labels[label])} ({result.positives[label]})" for label in labels]
+    names = [f"{plain(result.labels[label])} ({result.positives[label]:,.5g})" for label in labels]
     axis.set_yticks(range(num + 1), [*names, "macro"])
     axis.axhline(num - 0.5, color="#1d2733", lw=0.8)
     axis.axvline(0.5, color=GREY, lw=1)
@@ -215,13 +225,17 @@ def _forest(result: Evaluation) -> Figure:
 def _label_table(result: Evaluation) -> str:
     first = result.scores[0]
     columns = [zip(map(number_text, s.auroc), map(interval_text, s.auroc_interval), strict=True) for s in result.scores]
-    names = zip(result.labels, (f"{count:,}" for count in result.positives), strict=True)
+    counts = zip(result.positives, result.observed, strict=True)
+    some_masked = min(result.observed) < result.num_images
+    cases = (f"{some:,.7g} of {seen:,}" if some_masked else f"{some:,.7g}" for some, seen in counts)
+    names = zip(result.labels, cases, strict=True)
     precisions = map(number_text, first.average_precision)
     rows = [(*name, *cells, ap) for name, *cells, ap in zip(names, *columns, precisions, strict=True)]
     macros = [(number_text(s.macro_auroc), interval_text(s.macro_interval)) for s in result.scores]
     mean_precision = number_text(metrics.macro(np.array(first.average_precision))[0])
     rows.append((f"macro ({first.num_labels} of {len(result.labels)})", "", *macros, mean_precision))
-    return html_table(["label", "positives", *(score.name for score in result.scores), "AP"], rows, total=True)
+    cases_title = "positives of observed" if some_masked else "positives"
+    return html_table(["label", cases_title, *(score.name for score in result.scores), "AP"], rows, total=True)
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:

@@ -60,8 +60,8 @@ class Section:
     body: str
 
 
-def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Write the page atomically."""
+def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section], *, head: str = "") -> None:
+    """Write the page atomically. head: HTML behind the style."""
     links, blocks, title = "", "", html.escape(title)
     for i, section in enumerate(sections):
         name, about = html.escape(section.title), html.escape(section.about)
@@ -71,7 +71,7 @@ def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Secti
         path,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{STYLE}</style></head><body><header><div class="wrap"><h1>{title}</h1>'
+        f'<style>{STYLE}</style>{head}</head><body><header><div class="wrap"><h1>{title}</h1>'
         f'<p>{html.escape(subtitle)}</p></div></header><nav><div class="wrap">{links}</div></nav><div class="wrap">'
         f'<div class="warning">{html.escape(WARNING)}</div>{blocks}<footer>{html.escape(WARNING)}</footer></div>'
         "</body></html>\n",

@@ -27,9 +27,10 @@ class Facts(Document):
     split: str
     shards: str  # fingerprint of the shard set
     images: int
-    positives: dict[str, int]  # by label
+    positives: dict[str, int | float]  # by label; a soft label counts as its value, a masked one as nothing
     folds: int | None
     validate_fold: int | None
+    valid_shards: str = ""  # fingerprint of the split `valid`, where that is validated on
 
 
 @dataclass(frozen=True, kw_only=True)

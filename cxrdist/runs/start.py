@@ -76,7 +76,7 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
 
 def compare_facts(run: Path, before: Facts, now: Facts) -> None:
     """UserError that says in what the data of a run and those given now differ."""
-    for name in ("task", "split", "folds", "validate_fold"):
+    for name in ("task", "split", "folds", "validate_fold", "valid_shards"):
         if (one := getattr(before, name)) != (other := getattr(now, name)):
             shown = f"--{name.replace('_', '-')}" if "fold" in name else name
             raise UserError(f"{run} was started with {shown} {one}, not {other}; give another --out for that")

@@ -21,8 +21,8 @@ class Reliability:
 
 
 def reliability(targets: ArrayLike, probs: ArrayLike, num_bins: int = 10) -> Reliability:
-    """Reliability of probs in [0, 1] against targets, both of any equal shape (flattened)."""
-    truth, prob = (np.asarray(values, dtype=np.float64).ravel() for values in (targets, probs))
+    """Reliability of probs in [0, 1] against targets, both of any equal shape (flattened, without masked cells)."""
+    truth, prob = _observed(targets, probs)
     bins = np.minimum((prob * num_bins).astype(np.int64), num_bins - 1)
     count = np.bincount(bins, minlength=num_bins)
     used = count > 0
@@ -37,7 +37,7 @@ def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
     Bisection on 1 / T, in which the log loss is convex; T stays in [1e-2, 1e2]. Fit it on images that are not
     then scored. AUROC does not change. Source: Guo et al. 2017 (temperature scaling).
     """
-    truth, prob = (np.asarray(values, dtype=np.float64).ravel() for values in (targets, probs))
+    truth, prob = _observed(targets, probs)
     logits = logit(prob)
     low, high = 1e-2, 1e2
     for _ in range(60):  # 60 halvings exhaust float64; separable data end at the bound
@@ -45,6 +45,13 @@ def temperature(targets: ArrayLike, probs: ArrayLike) -> float:
         fitted = 1 / (1 + np.exp(-np.clip(inverse * logits, -700, 700)))
         low, high = (low, inverse) if ((fitted - truth) * logits).sum() > 0 else (inverse, high)
     return 1 / float(np.sqrt(low * high))
+
+
+def _observed(targets: ArrayLike, probs: ArrayLike) -> tuple[Floats, Floats]:
+    """Both flattened to the cells whose target is not masked."""
+    truth, prob = (np.asarray(values, dtype=np.float64).ravel() for values in (targets, probs))
+    seen = ~np.isnan(truth)
+    return truth[seen], prob[seen]
 
 
 def calibrated_by_halves(probs: Probs, targets: Floats, patients: NDArray[Any]) -> Probs:

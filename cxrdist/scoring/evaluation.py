@@ -6,7 +6,6 @@ Every interval comes from resampling patients (see `metrics.bootstrap_auroc`), t
 import functools
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,26 @@ class TableScore:
     calibration_error: float  # expected calibration error over all labels
     temperature: float  # of all labels together; above 1: overconfident
     calibration_error_after: float  # with the temperature fitted on the other half of the patients
-    study_averaged_auroc: float  # macro, when all images of a study get their mean; nan where a study is not known
+    study_averaged: "StudyAverage | None"  # None where a study is not known, or all have one image
+
+
+@dataclass(frozen=True)
+class StudyAverage:
+    """What it changes when all images of a study get their mean; intervals of the gain on the same resamples.
+
+    by image: each image is scored with its study's mean. by study: each study is scored once, with the mean of its
+    images' labels where they differ. Lists have an entry per label, nan where a label has none.
+    """
+
+    num_studies: int
+    macro_auroc: float
+    macro_gain: float
+    macro_gain_interval: tuple[float, float]
+    gain: list[float]
+    gain_interval: list[tuple[float, float]]
+    by_study_macro_auroc: float
+    by_study_auroc: list[float]
+    by_study_interval: list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,8 @@ class Evaluation:
     num_patients: int
     num_resamples: int
     labels: list[str]
-    positives: list[int]
+    observed: list[int]  # images whose label is not masked
+    positives: list[int | float]  # a soft label t counts as t
     scores: list[TableScore]
     comparisons: list[Comparison]
     subgroups: list[Subgroup]
@@ -99,24 +118,77 @@ def evaluate(tables: Sequence[ScoreTable], truth: LabelTable, *, num_resamples: 
     patients = truth.about["patient"].to_numpy(object)
     resample = functools.partial(metrics.bootstrap_auroc, num_resamples=num_resamples)
     samples = resample(targets, [table.probs for table in tables], patients)
-    scores = [_score(table, targets, truth.about, values) for table, values in zip(tables, samples, strict=True)]
+    averages = _study_averages(tables, targets, truth.about, samples, resample)
+    scores = [
+        _score(table, targets, truth.about, values, average)
+        for table, values, average in zip(tables, samples, averages, strict=True)
+    ]
     comparisons, macros = [], metrics.macro_samples(samples)
     for (one, first), (other, second) in itertools.combinations(zip(scores, macros, strict=True), 2):
         gain, difference = one.macro_auroc - other.macro_auroc, first - second
         above = float(np.mean(difference[~np.isnan(difference)] > 0))
         comparisons.append(Comparison(one.name, other.name, gain, metrics.interval(difference), above))
-    positives = [int(count) for count in targets.sum(axis=0)]
+    observed, positives = (
+        (~np.isnan(targets)).sum(axis=0).tolist(),
+        [int(n) if n.is_integer() else n for n in np.nansum(targets, axis=0).tolist()],
+    )
     subgroups = list(_subgroups(tables[0].probs, targets, truth.about, resample))
     counts = len(truth), len(set(patients)), num_resamples
-    return Evaluation(*counts, list(tables[0].labels), positives, scores, comparisons, subgroups)
+    return Evaluation(*counts, list(tables[0].labels), observed, positives, scores, comparisons, subgroups)
 
 
-def _score(table: ScoreTable, targets: metrics.Floats, about: pd.DataFrame, samples: metrics.Floats) -> TableScore:
+def _study_averages(
+    tables: Sequence[ScoreTable],
+    targets: metrics.Floats,
+    about: pd.DataFrame,
+    samples: metrics.Floats,
+    resample: Callable[..., metrics.Floats],
+) -> list[StudyAverage | None]:
+    """By table; `samples`: (T, B, K) of the tables as they are."""
+    ids = study_ids(about["patient"], about["study"])
+    if None in ids or len(set(ids)) == len(ids):
+        return [None] * len(tables)
+    codes, distinct = pd.factorize(pd.Series(ids, dtype=object))
+    means = [average_studies(table, ids).probs for table in tables]
+    first = np.unique(codes, return_index=True)[1]
+    seen = np.zeros((len(distinct), targets.shape[1]))
+    labels = np.zeros_like(seen)
+    np.add.at(seen, codes, ~np.isnan(targets))
+    np.add.at(labels, codes, np.nan_to_num(targets))
+    study_targets = np.divide(labels, seen, out=np.full(seen.shape, np.nan), where=seen > 0)
+    patients = about["patient"].to_numpy(object)
+    averaged = resample(targets, means, patients)
+    by_study = resample(study_targets, [mean[first] for mean in means], patients[first])
+    found: list[StudyAverage | None] = []
+    for table, mean, before, after, studies in zip(tables, means, samples, averaged, by_study, strict=True):
+        auroc, plain = metrics.auroc_per_label(targets, mean), metrics.auroc_per_label(targets, table.probs)
+        study_auroc = metrics.auroc_per_label(study_targets, mean[first])
+        macro_gain = metrics.macro_samples(after) - metrics.macro_samples(before)
+        found.append(
+            StudyAverage(
+                num_studies=len(distinct),
+                macro_auroc=metrics.macro(auroc)[0],
+                macro_gain=metrics.macro(auroc)[0] - metrics.macro(plain)[0],
+                macro_gain_interval=metrics.interval(macro_gain),
+                gain=(auroc - plain).tolist(),
+                gain_interval=[metrics.interval(values) for values in (after - before).T],
+                by_study_macro_auroc=metrics.macro(study_auroc)[0],
+                by_study_auroc=study_auroc.tolist(),
+                by_study_interval=[metrics.interval(values) for values in studies.T],
+            )
+        )
+    return found
+
+
+def _score(
+    table: ScoreTable,
+    targets: metrics.Floats,
+    about: pd.DataFrame,
+    samples: metrics.Floats,
+    study_average: StudyAverage | None,
+) -> TableScore:
     auroc = metrics.auroc_per_label(targets, table.probs)
     value, num_labels = metrics.macro(auroc)
-    studies = study_ids(about["patient"], about["study"])
-    known = None not in studies
-    by_study = metrics.macro_auroc(targets, average_studies(table, studies).probs)[0] if known else math.nan
     calibrated = calibration.calibrated_by_halves(table.probs, targets, about["patient"].to_numpy(object))
     return TableScore(
         name=table.name,
@@ -129,7 +201,7 @@ def _score(table: ScoreTable, targets: metrics.Floats, about: pd.DataFrame, samp
         calibration_error=calibration.reliability(targets, table.probs).expected_error,
         temperature=calibration.temperature(targets, table.probs),
         calibration_error_after=calibration.reliability(targets, calibrated).expected_error,
-        study_averaged_auroc=by_study,
+        study_averaged=study_average,
     )
 
 

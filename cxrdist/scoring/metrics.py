@@ -1,8 +1,9 @@
 """How good a table of probabilities is: AUROC, average precision, and their bootstrap intervals.
 
-All functions take targets (N, K) of 0 and 1 and probs (N, K). AUROC comes from rank sums with ties counted half, in
-exact integer arithmetic on float64, so the order of the rows does not matter. A label that lacks positives or negatives
-has no AUROC: it is nan here and left out of the macro (torchmetrics scores it 0 and drags the macro down).
+All functions take targets (N, K) in [0, 1], nan where masked, and probs (N, K). A masked cell counts nowhere; a soft
+one, t, counts as t of a positive and 1 - t of a negative. AUROC comes from rank sums with ties counted half, for
+targets of 0 and 1 in exact integer arithmetic on float64, so the order of the rows does not matter. A label that lacks
+positives or negatives has no AUROC: it is nan and not in the macro (torchmetrics scores it 0 and drags the macro down).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,17 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cxrdist.errors import UserError
-
 Floats = NDArray[np.float64]
 _CELLS_AT_ONCE = 4_000_000  # float64 cells of one bootstrap block: 32 MB per temporary
 
 
 class _Ranking:
-    """One label's rows in ascending order of prob, with the start of every group of equal probs."""
+    """One label's observed rows in ascending order of prob, with the start of every group of equal probs."""
 
     def __init__(self, targets: Floats, probs: NDArray[np.floating]) -> None:
-        self.order = np.argsort(probs, kind="stable")
+        observed = np.flatnonzero(~np.isnan(targets))
+        self.order = observed[np.argsort(probs[observed], kind="stable")]
         ordered = probs[self.order]
         self.starts = np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
         self.positive = targets[self.order]
@@ -51,10 +51,11 @@ class _Ranking:
 def auroc_per_label(targets: ArrayLike, probs: ArrayLike) -> Floats:
     """(K,) AUROC of each label, in [0, 1]; nan where a label has no positives, no negatives, or a prob that is nan.
 
-    Args: targets (N, K) of 0 and 1; probs (N, K), any monotone score (logits give the same).
-    Raises ValueError when the shapes differ, and UserError when a target is neither 0 nor 1.
+    Args: targets (N, K) in [0, 1] or nan; probs (N, K), any monotone score (logits give the same).
+    Raises ValueError when the shapes differ or a target is outside [0, 1].
     """
-    return _per_label(targets, probs, lambda ranking: float(ranking.auroc(np.ones((1, len(ranking.order))))[0]))
+    weights = np.ones((1, len(np.asarray(targets))))
+    return _per_label(targets, probs, lambda ranking: float(ranking.auroc(weights)[0]))
 
 
 def macro_auroc(targets: ArrayLike, probs: ArrayLike) -> tuple[float, int]:
@@ -143,7 +144,8 @@ def _rankings(targets: ArrayLike, probs: ArrayLike) -> list[_Ranking | None]:
     target_table, prob_table = np.asarray(targets, dtype=np.float64), np.asarray(probs)
     if target_table.ndim != 2 or target_table.shape != prob_table.shape:
         raise ValueError(f"targets {target_table.shape} and probs {prob_table.shape} must be equal (images, labels)")
-    if not np.isin(target_table, (0.0, 1.0)).all():
-        raise UserError("targets must be 0 or 1: masked and soft labels cannot be scored; name another --task")
+    if ((target_table < 0) | (target_table > 1)).any():
+        raise ValueError("targets must lie in [0, 1]")
     columns = zip(target_table.T, prob_table.T, strict=True)
-    return [_Ranking(truth, prob) if len(prob) and not np.isnan(prob).any() else None for truth, prob in columns]
+    usable = [(truth, prob, not (np.isnan(truth).all() or np.isnan(prob).any())) for truth, prob in columns]
+    return [_Ranking(truth, prob) if can_rank else None for truth, prob, can_rank in usable]

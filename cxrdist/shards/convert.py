@@ -1,4 +1,4 @@
-"""One source image -> the bytes stored for it: 600x600, Pillow's bilinear, JPEG quality 95.
+"""One source image -> the bytes stored for it: a square of 600 px, Pillow's bilinear, JPEG quality 95.
 
 Runs in worker processes, so it imports no pandas and no torch. Whatever is wrong with a file becomes a reason, never an
 exception: one bad image of a hundred thousand must not end the run.
@@ -17,88 +17,176 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import simplejpeg
 import xxhash
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cxrdist.errors import UserError
+from cxrdist.shards import dicom
 
 Mode = Literal["exact", "fast"]
-SIZE_PX = 600
+Fit = Literal["squash", "pad"]
+SIZE_PX = 600  # as published
+MIN_SIZE_PX, MAX_SIZE_PX = 384, 2048
 JPEG_QUALITY = 95
 ROWS_AT_ONCE = 32  # of a 2,500-px image: 320 kB, stays in the cache (three times faster than all rows at once)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 AHEAD = 4  # images in flight per worker
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # what Pillow decodes by itself, without helper programs
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes what is stored.
+
+    mode: "exact", or "fast" (large JPEGs decoded at half size, 48 dB or more from exact). size_px: side of the square.
+    fit: "squash" both sides to it, as published, or "pad": aspect kept, centred on black.
+    Raises UserError for a size outside 384..2048.
+    """
+
+    mode: Mode = "exact"
+    size_px: int = SIZE_PX
+    fit: Fit = "squash"
+
+    def __post_init__(self) -> None:
+        if not MIN_SIZE_PX <= self.size_px <= MAX_SIZE_PX:
+            raise UserError(
+                f"images of {self.size_px} px are not stored; give a size of {MIN_SIZE_PX} to {MAX_SIZE_PX}"
+            )
+
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a source of this size has within the square."""
+        if self.fit == "squash":
+            return self.size_px, self.size_px
+        longer = max(width, height)
+        return max(1, round(width * self.size_px / longer)), max(1, round(height * self.size_px / longer))
+
+
+PUBLISHED = Pixels()
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The stored form of an image: JPEG bytes, 1 or 3 channels, and two hashes of the bytes, SHA-256 in hex."""
+    """The stored form of an image: JPEG bytes, 1 or 3 channels, two hashes of the bytes (SHA-256 in hex), its source.
+
+    width, height: px of the source. orientation: 1 to 8, what EXIF says and nobody applied (as published); 1 where it
+    says nothing. header: the five fields of a DICOM (`dicom.FIELDS`, '' where absent), {} for other files.
+    """
 
     jpeg: bytes
     channels: int
     sha256: str
     xxh3_64: int
+    width: int
+    height: int
+    orientation: int
+    header: dict[str, str]
 
 
-def convert(path: str, mode: Mode = "exact") -> Converted | str:
+@dataclass(frozen=True)
+class Decoded:
+    """A source's pixels, mode L or RGB, perhaps at half the source's (width, height)."""
+
+    image: Image.Image
+    size: tuple[int, int]
+    orientation: int = 1
+    header: dict[str, str] = field(default_factory=dict)
+
+
+def convert(path: str, pixels: Pixels = PUBLISHED) -> Converted | str:
     """The image at `path` as it is stored, or the reason (one line) why it must be left out."""
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > dicom.MAX_BYTES:
+                return f"larger than {dicom.MAX_BYTES >> 20} MiB"
             content = file.read()
-        return convert_bytes(content, mode)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    return convert_bytes(content, pixels)
 
 
-def convert_bytes(content: bytes, mode: Mode = "exact") -> Converted | str:
+def convert_bytes(content: bytes, pixels: Pixels = PUBLISHED) -> Converted | str:
     """`convert` of a file's content."""
     try:
-        return encode(resized_to_store(content, mode))
+        source = decode(content, pixels)
+        resized = _resized(source, pixels)
+        jpeg = encode(resized)
     except UnidentifiedImageError:
         return "cannot identify image file"
     except Exception as error:  # whatever a decoder says of a damaged file is the reason to leave it out
         return " ".join(str(error).split()) or type(error).__name__
+    hashes = (hashlib.sha256(jpeg).hexdigest(), xxhash.xxh3_64_intdigest(jpeg))
+    return Converted(jpeg, len(resized.getbands()), *hashes, *source.size, source.orientation, source.header)
 
 
-def resized_to_store(content: bytes, mode: Mode) -> Image.Image:
-    """The 600x600 pixels, mode L or RGB, before JPEG. Raises whatever Pillow raises for a file it cannot decode."""
+def decode(content: bytes, pixels: Pixels = PUBLISHED) -> Decoded:
+    """The pixels of a file's content, and what is recorded of it.
+
+    Raises `dicom.Refused` for a DICOM that must be left out, and whatever Pillow raises for a file it cannot decode.
+    """
+    if dicom.is_dicom(content):
+        radiograph = dicom.read(content)
+        image = Image.fromarray(radiograph.pixels)
+        return Decoded(image, image.size, header=radiograph.header)
     with warnings.catch_warnings():
         # Beyond 89 million pixels Pillow warns of a decompression bomb, beyond 179 it refuses; a radiograph has 20.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    decoded = _decode(image, content, mode)
+    decoded = _decode(image, content, pixels)
+    return Decoded(decoded, image.size, _orientation(image))
+
+
+def resized_to_store(content: bytes, pixels: Pixels = PUBLISHED) -> Image.Image:
+    """The square of `size_px` pixels, mode L or RGB, before JPEG. Raises what `decode` raises."""
+    return _resized(decode(content, pixels), pixels)
+
+
+def _resized(source: Decoded, pixels: Pixels) -> Image.Image:
     box = None
-    if decoded.size != image.size:  # halved: a last pixel that is half outside an odd side must count half,
-        box = (0, 0, image.width / 2, image.height / 2)  # else the picture shifts and falls to 38 dB
-    resized = decoded.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR, box)
+    if source.image.size != source.size:  # halved: a last pixel that is half outside an odd side must count half,
+        box = (0, 0, source.size[0] / 2, source.size[1] / 2)  # else the picture shifts and falls to 38 dB
+    size = pixels.fitted(*source.size)
+    resized = source.image.resize(size, Image.Resampling.BILINEAR, box)
     if resized.mode == "RGB":
         red, green, blue = resized.split()
         if red.tobytes() == green.tobytes() == blue.tobytes():
-            return red
-    return resized
+            resized = red
+    if min(size) == pixels.size_px:
+        return resized
+    square = Image.new(resized.mode, (pixels.size_px, pixels.size_px))
+    square.paste(resized, ((pixels.size_px - size[0]) // 2, (pixels.size_px - size[1]) // 2))
+    return square
 
 
-def encode(resized: Image.Image) -> Converted:
-    """The 600x600 image as JPEG."""
+def encode(resized: Image.Image) -> bytes:
+    """The pixels as JPEG, and nothing else: without the comment that Pillow would copy from the source."""
     buffer = io.BytesIO()
     # Without the published run's `optimize`: it changes no pixel, saves 1 % of the bytes and triples the encoding time.
-    resized.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    jpeg = buffer.getvalue()
-    hashes = (hashlib.sha256(jpeg).hexdigest(), xxhash.xxh3_64_intdigest(jpeg))
-    return Converted(jpeg, len(resized.getbands()), *hashes)
+    resized.save(buffer, "JPEG", quality=JPEG_QUALITY, comment=b"")
+    return buffer.getvalue()
 
 
-def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation of a decoded image, 1 where it has none or Pillow has applied it (TIFF)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # damaged EXIF beside intact pixels
+            return 1
+    return value if value in range(1, 9) else 1
+
+
+def _decode(image: Image.Image, content: bytes, pixels: Pixels) -> Image.Image:
     """The pixels of Pillow's `convert("RGB")`, in mode L where that is enough; scaled where it would clip 16 bits."""
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         try:
-            return _decode_jpeg(content, image.size, image.mode, mode)
+            return _decode_jpeg(content, image.size, image.mode, pixels)
         except ValueError:
             pass  # simplejpeg is stricter than Pillow, which accepts some damage: Pillow decides, as published
     if image.mode in ("L", "LA", "La", "1"):
@@ -110,12 +198,13 @@ def _decode(image: Image.Image, content: bytes, mode: Mode) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode_jpeg(content: bytes, size: tuple[int, int], kind: str, mode: Mode) -> Image.Image:
+def _decode_jpeg(content: bytes, size: tuple[int, int], kind: str, pixels: Pixels) -> Image.Image:
     """Decode with simplejpeg: Pillow's pixels (both are libjpeg-turbo), without its copies."""
     options = {}
     # Half size where that leaves twice the target: 50 dB or more from the exact pixels. Shrinking more fell to 47 dB
     # and saves little: most of the time goes into the entropy code.
-    if mode == "fast" and min(size) >= 4 * SIZE_PX:
+    target = pixels.fitted(*size)
+    if pixels.mode == "fast" and size[0] >= 4 * target[0] and size[1] >= 4 * target[1]:
         options = {"min_factor": 2, "min_height": -(-size[1] // 2), "min_width": -(-size[0] // 2)}
     if kind == "L":
         return Image.fromarray(simplejpeg.decode_jpeg(content, "GRAY", **options)[..., 0])
@@ -150,13 +239,13 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
 
 
-def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generator[Converted | str, None, None]:
+def convert_in_order(paths: Iterator[str], pixels: Pixels, workers: int) -> Generator[Converted | str, None, None]:
     """`convert` of each path, in order, by `workers` processes (1: in this one); UserError when a worker dies.
 
     Close the iterator to stop early.
     """
     if workers <= 1:
-        yield from (convert(path, mode) for path in paths)
+        yield from (convert(path, pixels) for path in paths)
         return
     # A fork server rather than a fork: the parent may hold threads (progress bar, test runner) that a fork would break.
     context = multiprocessing.get_context("forkserver")
@@ -165,10 +254,10 @@ def convert_in_order(paths: Iterator[str], mode: Mode, workers: int) -> Generato
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[Converted | str]] = deque()
     try:
-        waiting.extend(pool.submit(convert, path, mode) for path in itertools.islice(paths, AHEAD * workers))
+        waiting.extend(pool.submit(convert, path, pixels) for path in itertools.islice(paths, AHEAD * workers))
         while waiting:
             result = waiting.popleft().result()
-            waiting.extend(pool.submit(convert, path, mode) for path in itertools.islice(paths, 1))
+            waiting.extend(pool.submit(convert, path, pixels) for path in itertools.islice(paths, 1))
             yield result
     except BrokenProcessPool:
         remedy = "give fewer --workers and run the same command again: finished shards are kept"

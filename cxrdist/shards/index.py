@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -41,6 +42,9 @@ COLUMNS = {
     "view": TEXT,
     "sex": TEXT,
     "age": TEXT,
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "orientation": pa.uint8(),
 }
 ABOUT = tuple(name for name, kind in COLUMNS.items() if kind == TEXT)
 LABEL = "label:"  # before a label's name: the column of its cells
@@ -121,8 +125,8 @@ class LeftOut(Document):
 class SplitMeta(Document):
     """A split's JSON, written last: without it the split does not count.
 
-    fit: how an image becomes square; squash ignores the aspect ratio. source: where the rows come from, with the hash
-    of the table. inputs: by shard number, the hash of all that determines its bytes.
+    fit: how an image becomes square; squash ignores the aspect ratio, pad adds black. source: where the rows come from,
+    with the hash of the table. inputs: by shard number, the hash of all that determines its bytes.
     """
 
     format_version: Literal[1, 2] = 2
@@ -130,7 +134,7 @@ class SplitMeta(Document):
     split: str
     counts: Counts
     size_px: int
-    fit: Literal["squash"] = "squash"
+    fit: Literal["squash", "pad"] = "squash"
     resize: Resize
     source: dict[str, str | int | None]
     rows_per_shard: int
@@ -156,8 +160,10 @@ class ShardIndex:
     image_names, patients, studies, views, sexes, ages: '' where unknown.
     shard_ids: (N,) int32 into `shards`; offsets, lengths: (N,) int64 bytes of the JPEG in its tar.
     digests: (N, 32) uint8, SHA-256 of the JPEG; checksums: (N,) uint64, its XXH3, or None in a set of version 1.
-    channels: (N,) uint8, 1 or 3. targets: (N, K) float32 in [0, 1] in the order of the task's labels, NaN where masked,
-    or None for a split without labels.
+    channels: (N,) uint8, 1 or 3. widths, heights: (N,) int32 px of the source file; orientations: (N,) uint8, its EXIF
+    orientation; 0 where unknown, as in sets of version 1.
+    targets: (N, K) float32 in [0, 1] in the order of the task's labels, NaN where masked, or None for a split without
+    labels.
     """
 
     folder: Path
@@ -178,6 +184,9 @@ class ShardIndex:
     views: Texts
     sexes: Texts
     ages: Texts
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    orientations: NDArray[np.uint8]
     targets: NDArray[np.float32] | None
 
     def __len__(self) -> int:
@@ -196,6 +205,18 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the index file, which holds every image's hash: identifies the shard set."""
         return self.meta.index.sha256
+
+    @cached_property
+    def observed(self) -> NDArray[np.int64] | None:
+        """(N,) int64, the label cells of each image that are not masked; None where none is."""
+        if self.targets is None or not np.isnan(self.targets.sum()):
+            return None
+        return np.asarray(np.count_nonzero(~np.isnan(self.targets), axis=1), np.int64)
+
+    def about(self) -> pd.DataFrame:
+        """What is known of each image, as a label table says it: text, '' where unknown."""
+        columns = self.image_names, self.patients, self.studies, self.views, self.sexes, self.ages
+        return pd.DataFrame({name: c.to_list() for name, c in zip(ABOUT, columns, strict=True)}, dtype=object)
 
     @cached_property
     def left_out(self) -> dict[str, str]:
@@ -385,7 +406,8 @@ def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
     """The index of a set of version 1, in the columns of today; it has labels except in its test split."""
     labels = meta.task.labels if meta.split != "test" else ()
     kinds = COLUMNS | {"shard": TEXT, "sha256": TEXT} | dict.fromkeys(labels, pa.uint8())
-    del kinds["xxh3_64"]
+    for name in (new := ("xxh3_64", "width", "height", "orientation")):
+        del kinds[name]
     table = pyarrow.csv.read_csv(
         pa.BufferReader(content),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
@@ -395,7 +417,7 @@ def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
     targets = [columns.pop(label).to_numpy(zero_copy_only=False).astype(np.float32) for label in labels]
     columns["shard"] = pc.index_in(columns["shard"], value_set=Texts(shard.name for shard in meta.shards).array)
     columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"].to_pylist()]
-    columns["xxh3_64"] = np.zeros(len(table), np.uint64)
+    columns |= {name: np.zeros(len(table), np.uint64) for name in new}
     return index_rows(columns, labels, np.stack(targets, axis=1) if labels else None)
 
 

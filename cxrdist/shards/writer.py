@@ -29,7 +29,7 @@ from cxrdist import files
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.shards import index
-from cxrdist.shards.convert import JPEG_QUALITY, SIZE_PX, Converted, Mode, convert, convert_in_order
+from cxrdist.shards.convert import JPEG_QUALITY, Converted, Pixels, convert, convert_in_order
 from cxrdist.shards.index import FORMAT_VERSION, LeftOut, shard_name
 from cxrdist.task import Task
 
@@ -42,15 +42,18 @@ NUM_PROBES = 8  # images converted beforehand to estimate the space needed
 
 @dataclass(frozen=True)
 class Source:
-    """One row of the source: a file to convert (`path`, `size` in bytes), or the `reason` why it is left out."""
+    """One row of the source: a file to convert (`path`, `size` in bytes), or the `reason` why it is left out.
+
+    patient, study, view, sex, age: '' where the table does not say them; a DICOM's header may.
+    """
 
     key: int  # row in the source CSV, from 0
     image_name: str
     path: str
     size: int
     reason: str
-    patient: str
-    study: str
+    patient: str = ""
+    study: str = ""
     view: str = ""
     sex: str = ""
     age: str = ""
@@ -58,7 +61,7 @@ class Source:
 
 
 class Stored(NamedTuple):
-    """Where an image lies in its tar, and its hashes."""
+    """Where an image lies in its tar, its hashes, and what table, file and header say about it."""
 
     key: int
     offset: int
@@ -66,6 +69,14 @@ class Stored(NamedTuple):
     sha256: str
     xxh3_64: int
     channels: int
+    width: int
+    height: int
+    orientation: int
+    patient: str
+    study: str
+    view: str
+    sex: str
+    age: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class SplitJob:
     task: Task
     split: str
     sources: list[Source]
-    mode: Mode
+    pixels: Pixels
     rows_per_shard: int
     provenance: dict[str, str | int | None]
 
@@ -114,7 +125,8 @@ class SplitJob:
     @cached_property
     def inputs(self) -> dict[int, str]:
         """Shard number -> SHA-256 over its rows, file sizes and settings (not over where the images lie)."""
-        settings = [FORMAT_VERSION, dataclasses.asdict(self.task), self.split, self.mode, self.rows_per_shard]
+        made_with = (dataclasses.asdict(self.task), self.split, dataclasses.asdict(self.pixels), self.rows_per_shard)
+        settings = [FORMAT_VERSION, *made_with]
         hashes = {}
         for number, group in self.groups.items():
             rows = [[value for name, value in vars(source).items() if name != "path"] for source in group]
@@ -142,7 +154,8 @@ def write_split(
     show: print what is reused, and a progress bar.
     Returns: the shards of the split and True, or this node's and False while other nodes' are missing.
     Raises UserError for: a finished split of other inputs or format version in `out` (unless `overwrite`), another run
-    at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and are reused).
+    at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and are reused), a
+    split of which no image can be stored.
     """
     index.check_split_name(job.split)
     mine = [number for number in job.groups if number % num_nodes == node_rank]
@@ -176,7 +189,10 @@ def write_split(
             often = 0.1 if sys.stderr.isatty() else 10.0
             quiet = not show or not convertible
             bar = tqdm(convertible, f"  {job.split}", unit=" images", mininterval=often, disable=quiet)
-            with bar, contextlib.closing(convert_in_order((s.path for s in convertible), job.mode, workers)) as results:
+            with (
+                bar,
+                contextlib.closing(convert_in_order((s.path for s in convertible), job.pixels, workers)) as results,
+            ):
                 for number in todo:
                     records[number] = _write_shard(job, number, results, suffix, bar)
                     files.write_atomically(job.record(number), records[number].to_json())
@@ -214,10 +230,13 @@ def _write_shard(
                         left_out.append(LeftOut(key=source.key, image_name=source.image_name, reason=converted))
                         continue
                     offset = tar.tarstream.offset + tarfile.BLOCKSIZE
-                    sample = {"jpg": converted.jpeg, "json": _sample_json(job.task, source)}
+                    about = _about(job.task, source, converted.header)
+                    sample = {"jpg": converted.jpeg, "json": _sample_json(job.task, source, about)}
                     tar.write({"__key__": f"{source.key:08d}", **sample})
-                    hashes = (converted.sha256, converted.xxh3_64)
-                    images.append(Stored(source.key, offset, len(converted.jpeg), *hashes, converted.channels))
+                    found: dict[str, Any] = {
+                        n: getattr(converted, n) for n in Stored._fields if hasattr(converted, n)
+                    } | about
+                    images.append(Stored(source.key, offset, len(converted.jpeg), **found))
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -232,8 +251,16 @@ def _write_shard(
     return ShardRecord(job.inputs[number], size, sha256, tuple(images), tuple(left_out))
 
 
-def _sample_json(task: Task, source: Source) -> bytes:
-    sample: dict[str, Any] = {name: getattr(source, name) for name in index.ABOUT}
+def _about(task: Task, source: Source, header: dict[str, str]) -> dict[str, str]:
+    """What is known of an image, from its table, else its header; else the image is its own patient."""
+    about = {name: getattr(source, name) or header.get(name, "") for name in index.ABOUT if name != "image_name"}
+    with contextlib.suppress(ValueError):  # what is no id in a header is no id
+        return about | {"patient": task.patient(about["patient"])}
+    return about | {"patient": source.image_name}
+
+
+def _sample_json(task: Task, source: Source, about: dict[str, str]) -> bytes:
+    sample: dict[str, Any] = {"image_name": source.image_name, **about}
     if source.targets is not None:
         values = [None if value != value else int(value) if value in (0, 1) else value for value in source.targets]
         sample["labels"] = dict(zip(task.labels, values, strict=True))
@@ -296,6 +323,7 @@ def _finish(job: SplitJob) -> Records:
                 records = _work_records(job)
                 if len(records) < len(job.groups):
                     return {}
+                _refuse_empty(job, records)
                 listed = {job.tar(number).name for number, record in records.items() if record.size}
                 own = rf"{job.split}(-\d{{6,}}\.tar|\.index\.csv)|\.{job.split}\..*\.tmp"
                 for path in job.out.iterdir():
@@ -308,12 +336,22 @@ def _finish(job: SplitJob) -> Records:
         return _finished_records(job)
 
 
+def _refuse_empty(job: SplitJob, records: Records) -> None:
+    """UserError, with nothing left of the split, when not one image could be stored."""
+    if any(record.images for record in records.values()):
+        return
+    shutil.rmtree(job.work, ignore_errors=True)
+    first = next(entry for record in records.values() for entry in record.left_out)
+    why = f"{first.image_name}: {first.reason}"
+    raise UserError(f"{job.split}: none of {len(job.sources):,} images can be stored; the first is {why}")
+
+
 def _write_index_and_json(job: SplitJob, records: Records) -> None:
     numbers = [number for number, record in records.items() if record.size]  # a shard's place here is in the index
     source_of = {source.key: source for source in job.sources}
     rows = [(place, source_of[image.key], image) for place, n in enumerate(numbers) for image in records[n].images]
-    columns: dict[str, list[Any]] = {name: [getattr(source, name) for _, source, _ in rows] for name in index.ABOUT}
-    columns |= {name: [getattr(image, name) for *_, image in rows] for name in Stored._fields}
+    columns: dict[str, list[Any]] = {name: [getattr(image, name) for *_, image in rows] for name in Stored._fields}
+    columns["image_name"] = [source.image_name for _, source, _ in rows]
     columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"]]
     columns["shard"] = [place for place, *_ in rows]
     targets = None
@@ -328,8 +366,9 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
         task=job.task,
         split=job.split,
         counts=index.Counts(rows=len(job.sources), images=len(rows), left_out=len(left_out)),
-        size_px=SIZE_PX,
-        resize=index.Resize(mode=job.mode, filter="Pillow bilinear", jpeg_quality=JPEG_QUALITY),
+        size_px=job.pixels.size_px,
+        fit=job.pixels.fit,
+        resize=index.Resize(mode=job.pixels.mode, filter="Pillow bilinear", jpeg_quality=JPEG_QUALITY),
         source=job.provenance,
         rows_per_shard=job.rows_per_shard,
         shards=tuple(index.ShardMeta(name=n, bytes=r.size, sha256=r.sha256, count=len(r.images)) for n, r in shards),
@@ -343,7 +382,9 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
 
 def _check_space(job: SplitJob, sources: list[Source]) -> None:
     """UserError when the images to come will not fit on the disk, judged by a few of them."""
-    probes = (convert(source.path, job.mode) for source in sources[:: max(1, len(sources) // NUM_PROBES)][:NUM_PROBES])
+    probes = (
+        convert(source.path, job.pixels) for source in sources[:: max(1, len(sources) // NUM_PROBES)][:NUM_PROBES]
+    )
     sizes = [len(result.jpeg) for result in probes if isinstance(result, Converted)]
     needed = len(sources) * (sum(sizes) // len(sizes) + TAR_OVERHEAD) if sizes else 0
     free = shutil.disk_usage(job.out).free

@@ -28,42 +28,65 @@ def focal_bce(
     focal_alpha: float,
     focal_gamma: float,
     bce_weight: float,
+    masked: bool = False,
 ) -> Loss:
     """focal_weight * focal + bce_weight * BCE, both means over batch and labels, computed in float32.
 
     Args:
-        logits, targets: (B, K); targets in [0, 1].
+        logits, targets: (B, K); targets in [0, 1], nan where masked if `masked`: means are then over observed cells,
+            0 where none is, and a masked cell has no gradient.
         pos_weight: (K,) factor on the positive term of the BCE part only, or None.
         focal_alpha: a plain factor, the same for positives and negatives.
     Returns: total, focal, bce.
     Source: Lin et al. 2017 (focal loss), with the alpha of the published run.
     """
     logits, targets = logits.float(), targets.float()
+    observed = ~torch.isnan(targets) if masked else None
+    if observed is not None:  # not multiplied away: an infinite logit times 0 would be nan
+        logits, targets = torch.where(observed, logits, 0.0), torch.where(observed, targets, 0.0)
     plain = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    focal = (focal_alpha * (1.0 - torch.exp(-plain)) ** focal_gamma * plain).mean()
-    bce = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
+    focal_cells = focal_alpha * (1.0 - torch.exp(-plain)) ** focal_gamma * plain
+    if observed is None:
+        focal = focal_cells.mean()
+        bce = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
+    else:
+        bce_cells = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction="none")
+        focal, bce = mean_observed(focal_cells, observed), mean_observed(bce_cells, observed)
     return {"total": focal_weight * focal + bce_weight * bce, "focal": focal, "bce": bce}
 
 
-def published(recipe: Recipe, pos_weight: Tensor) -> Criterion:
+def mean_observed(cells: Tensor, observed: Tensor) -> Tensor:
+    """The mean of the observed cells (0-dim); 0 where there is none. No host sync."""
+    return torch.where(observed, cells, 0.0).sum() / observed.sum().clamp(min=1)
+
+
+def published(recipe: Recipe, pos_weight: Tensor, masked: bool) -> Criterion:
     """`focal_bce` with a recipe's numbers."""
     names = ("focal_weight", "focal_alpha", "focal_gamma", "bce_weight")
-    return functools.partial(focal_bce, pos_weight=pos_weight, **{name: getattr(recipe, name) for name in names})
+    return functools.partial(
+        focal_bce, pos_weight=pos_weight, masked=masked, **{name: getattr(recipe, name) for name in names}
+    )
 
 
-LOSSES: dict[str, Callable[[Recipe, Tensor], Criterion]] = {"focal_bce": published}
+# From a recipe, class weights (K,), and whether targets may hold nan for masked cells.
+LOSSES: dict[str, Callable[[Recipe, Tensor, bool], Criterion]] = {"focal_bce": published}
 
 
-def make_criterion(recipe: Recipe, targets: NDArray[np.float32], device: torch.device) -> Criterion:
-    """The recipe's loss with class weights from the targets (N, K) of all images that are trained on.
+def make_criterion(
+    recipe: Recipe, targets: NDArray[np.float32], device: torch.device, *, masked: bool | None = None
+) -> Criterion:
+    """The recipe's loss with class weights from the targets (N, K) of all images that are trained on, nan where masked.
 
+    masked: whether other targets, as those of validation, have masked cells; None: if these have.
     Raises UserError for an unknown loss.
     """
     if recipe.loss not in LOSSES:
         raise UserError(f"loss={recipe.loss!r} is unknown; one of {', '.join(LOSSES)}")
-    positives = torch.from_numpy(targets.sum(axis=0))
-    pos_weight = effective_pos_weight(positives, len(targets), recipe.pos_weight_beta, recipe.pos_weight_cap)
-    return LOSSES[recipe.loss](recipe, pos_weight.to(device))
+    observed = torch.from_numpy((~np.isnan(targets)).sum(axis=0))
+    positives = torch.from_numpy(np.nansum(targets, axis=0))
+    pos_weight = effective_pos_weight(positives, observed, recipe.pos_weight_beta, recipe.pos_weight_cap)
+    some_masked = bool((observed < len(targets)).any())
+    return LOSSES[recipe.loss](recipe, pos_weight.to(device), some_masked if masked is None else masked)
 
 
 def part_names(criterion: Criterion, num_labels: int) -> tuple[str, ...]:
@@ -74,12 +97,12 @@ def part_names(criterion: Criterion, num_labels: int) -> tuple[str, ...]:
     return names
 
 
-def effective_pos_weight(num_pos: Tensor, num_total: int, beta: float = 0.9999, cap: float = 10.0) -> Tensor:
+def effective_pos_weight(num_pos: Tensor, num_total: Tensor | int, beta: float = 0.9999, cap: float = 10.0) -> Tensor:
     """Class weights from the effective number of samples: E(neg) / E(pos), E(n) = (1 - beta^n) / (1 - beta).
 
     Args:
         num_pos: (K,) images with the finding; zero gives weight `cap`.
-        num_total: images that are trained on.
+        num_total: images that are trained on and whose label is observed, for all labels or (K,).
         beta: in [0, 1); 0 weights every class alike.
     Returns: (K,) float32 in [0, cap], for `pos_weight` of BCE-with-logits.
     Raises ValueError if a count exceeds `num_total`.

@@ -101,7 +101,8 @@ def roc_curves(labels: Sequence[str], targets: NDArray[np.float32], probs: NDArr
     """At most 200 points of each label's ROC, for labels that have one."""
     curves = {}
     for column, label in enumerate(labels):
-        if 0 < targets[:, column].sum() < len(targets):
+        observed = ~np.isnan(targets[:, column])
+        if 0 < targets[observed, column].sum() < observed.sum():
             false_positives, true_positives = metrics.roc_curve(targets[:, column], probs[:, column])
             chosen = np.unique(np.linspace(0, len(false_positives) - 1, MAX_CURVE_POINTS).astype(int))
             curves[label] = (false_positives[chosen].tolist(), true_positives[chosen].tolist())

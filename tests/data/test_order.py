@@ -103,6 +103,34 @@ def test_weighted_gradient_over_ranks_is_the_mean_over_the_global_batch(
         np.testing.assert_allclose(gradient, mean_gradient(np.array(members[step])), rtol=1e-10, atol=1e-12)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    num_rows=st.integers(1, 30), global_batch=st.integers(1, 12), device_batch=st.integers(1, 5), world=st.integers(1, 5)
+)
+def test_masked_cells_give_the_gradient_of_the_observed_ones_of_the_global_batch(
+    num_rows, global_batch, device_batch, world
+):
+    rng = np.random.default_rng(num_rows)
+    cells = rng.normal(size=(num_rows, 3))
+    cells[rng.random((num_rows, 3)) < 0.6] = np.nan
+    observed = (~np.isnan(cells)).sum(axis=1)
+    plan = {"seed": 3, "epoch": 1, "global_batch_size": global_batch, "device_batch_size": device_batch}
+    sums: dict[int, float] = {}
+    members: dict[int, list[int]] = {}
+    for rank in range(world):
+        own = train_batches(np.arange(num_rows), rank=rank, world_size=world, observed=observed, **plan)
+        for micro, plain in zip(
+            own, train_batches(np.arange(num_rows), rank=rank, world_size=world, **plan), strict=True
+        ):
+            mean = np.nansum(cells[micro.rows]) / max(1, observed[micro.rows].sum())
+            sums[micro.step] = sums.get(micro.step, 0.0) + micro.weight * mean / world
+            members.setdefault(micro.step, []).extend(micro.rows.tolist() if plain.weight else [])
+    for step, total in sums.items():
+        rows = members[step]
+        wanted = np.nansum(cells[rows]) / max(1, observed[rows].sum())
+        np.testing.assert_allclose(total, wanted, rtol=1e-10, atol=1e-12)
+
+
 @given(
     num_rows=st.integers(1, 60),
     device_batch_size=st.integers(1, 9),

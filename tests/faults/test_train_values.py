@@ -17,6 +17,7 @@ from cxrdist.errors import UserError
 from cxrdist.files import folder_lock
 from cxrdist.runs import checkpoint, member
 from cxrdist.shards.index import open_index
+from cxrdist.shards.convert import Pixels
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
 from tests import training_runs
@@ -42,7 +43,7 @@ def make_shards(folder: Path, targets: np.ndarray, patients: int = 6) -> Path:
         size, patient = path.stat().st_size, path.name[:8]
         labels = tuple(int(value) for value in row)
         sources.append(Source(number, path.name, str(path), size, "", patient, "001", targets=labels))
-    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, "exact", 24, {}))
+    write_split(SplitJob(folder / "div_b", TASKS["b"], "train", sources, Pixels(), 24, {}))
     return folder / "div_b"
 
 

@@ -26,7 +26,7 @@ def evaluation(num_labels: int) -> Evaluation:
         calibration_error=0.1,
         temperature=1.0,
         calibration_error_after=0.1,
-        study_averaged_auroc=math.nan,
+        study_averaged=None,
     )
     labels = [f"label {i}" for i in range(num_labels)]
     return Evaluation(
@@ -34,6 +34,7 @@ def evaluation(num_labels: int) -> Evaluation:
         num_patients=10,
         num_resamples=5,
         labels=labels,
+        observed=[20] * num_labels,
         positives=[i % 7 for i in range(num_labels)],
         scores=[score],
         comparisons=[],

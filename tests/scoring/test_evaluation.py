@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from cxrdist.errors import UserError
 from cxrdist.scoring.evaluation import evaluate
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, TableMeta
@@ -55,8 +55,18 @@ def test_comparisons_are_paired_and_so_sharper_than_the_intervals_of_the_two(res
 
 
 def test_averaging_a_study_helps_where_noise_differs_between_its_images(result):
-    score = result[0].scores[1]
-    assert score.study_averaged_auroc > score.macro_auroc
+    evaluation, tables, truth = result
+    score = evaluation.scores[1]
+    average = score.study_averaged
+    assert average.num_studies == 80
+    assert average.macro_auroc == pytest.approx(score.macro_auroc + average.macro_gain)
+    assert 0 < average.macro_gain_interval[0] <= average.macro_gain <= average.macro_gain_interval[1]
+    means = tables[1].probs.reshape(80, 3, 14).mean(axis=1)
+    wanted = roc_auc_score(truth.targets[::3, 0], means[:, 0])
+    assert average.by_study_auroc[0] == pytest.approx(wanted, abs=1e-6)
+    assert average.by_study_interval[0][0] <= wanted <= average.by_study_interval[0][1]
+    assert average.gain[0] == pytest.approx(wanted - score.auroc[0], abs=1e-6)  # each study has three images
+    assert np.isnan(average.gain[5])
 
 
 def test_an_overconfident_table_is_told_so_and_scaling_on_other_patients_corrects_it(result):
@@ -90,21 +100,29 @@ def test_any_number_of_labels_is_evaluated(num_labels):
     assert (score.macro_auroc, score.num_labels) == macro_auroc(targets, table.probs)
 
 
-def test_studies_come_from_the_label_table_and_unknown_ones_give_no_score(result):
+def test_without_studies_or_with_one_image_in_each_there_is_no_average(result):
     _, tables, truth = result
-    known = evaluate(tables[:1], truth, num_resamples=2).scores[0].study_averaged_auroc
-    split = LabelTable(truth.about.assign(study=[str(i) for i in range(240)]), truth.targets)
-    singly = evaluate(tables[:1], split, num_resamples=2).scores[0]
-    assert singly.study_averaged_auroc == pytest.approx(singly.macro_auroc, abs=1e-12)
-    assert known != singly.study_averaged_auroc
-    unknown = LabelTable(truth.about.assign(study=""), truth.targets)
-    assert np.isnan(evaluate(tables[:1], unknown, num_resamples=2).scores[0].study_averaged_auroc)
+    for studies in ("", [str(i) for i in range(240)]):
+        labels = LabelTable(truth.about.assign(study=studies), truth.targets)
+        assert evaluate(tables[:1], labels, num_resamples=2).scores[0].study_averaged is None
 
 
-def test_masked_and_soft_labels_are_refused_by_name_of_the_flag(result):
+def test_masked_cells_count_nowhere_and_soft_ones_by_their_share(result):
     _, tables, truth = result
-    for value in (np.nan, 0.5):
-        targets = truth.targets.copy()
-        targets[3, 2] = value
-        with pytest.raises(UserError, match="masked and soft labels cannot be scored; name another --task"):
-            evaluate(tables[:1], LabelTable(truth.about, targets), num_resamples=2)
+    targets = truth.targets.copy()
+    targets[:120, 2] = np.nan
+    targets[:, 3] = np.nan
+    targets[7, 4] = 0.5
+    evaluation = evaluate(tables[:1], LabelTable(truth.about, targets), num_resamples=20)
+    assert evaluation.observed == [240, 240, 120, 0, *[240] * 10]
+    assert evaluation.positives[2] == truth.targets[120:, 2].sum()
+    assert evaluation.positives[3] == 0
+    assert evaluation.positives[4] == truth.targets[:, 4].sum() - truth.targets[7, 4] + 0.5
+    (score,) = evaluation.scores
+    wanted = roc_auc_score(truth.targets[120:, 2], tables[0].probs[120:, 2])
+    assert score.auroc[2] == pytest.approx(wanted, abs=1e-9)
+    assert np.isnan(score.auroc[3])
+    assert score.num_labels == 12
+    assert np.isfinite([score.calibration_error, score.calibration_error_after, score.temperature]).all()
+    assert evaluation.subgroups
+    json.dumps(evaluation.to_json(), allow_nan=False)

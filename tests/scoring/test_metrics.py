@@ -82,5 +82,32 @@ def test_a_nan_prob_gives_nan_and_wrong_shapes_or_targets_are_refused():
     np.testing.assert_array_equal(metrics.auroc_per_label(truth, probs), [1.0, np.nan])
     with pytest.raises(ValueError, match="must be equal"):
         metrics.auroc_per_label(truth, probs[:1])
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(ValueError, match="in .0, 1."):
         metrics.auroc_per_label(truth - 1, probs)
+
+
+def test_masked_cells_count_nowhere_and_a_soft_cell_is_a_share_of_both_classes():
+    rng = np.random.default_rng(2)
+    truth = (rng.random((200, 3)) < 0.4).astype(float)
+    probs = np.round(rng.random((200, 3)), 2)
+    masked = rng.random((200, 3)) < 0.5
+    truth[masked] = np.nan
+    truth[:, 2] = np.nan
+    soft = np.flatnonzero(~masked[:, 1])[:40]
+    truth[soft, 1] = rng.random(40)
+    for measure, wanted in (
+        (metrics.auroc_per_label, roc_auc_score),
+        (metrics.average_precision_per_label, average_precision_score),
+    ):
+        hard, fractional, never = measure(truth, probs)
+        seen = ~np.isnan(truth)
+        assert hard == pytest.approx(wanted(truth[seen[:, 0], 0], probs[seen[:, 0], 0]), abs=1e-12)
+        share, prob = truth[seen[:, 1], 1], probs[seen[:, 1], 1]
+        both = np.repeat([1.0, 0.0], len(share)), np.tile(prob, 2)
+        assert fractional == pytest.approx(wanted(*both, sample_weight=np.append(share, 1 - share)), abs=1e-12)
+        assert np.isnan(never)
+    samples = metrics.bootstrap_auroc(truth, [probs], np.arange(200) // 2, num_resamples=8)[0]
+    alone = metrics.bootstrap_auroc(truth[:, :1], [probs[:, :1]], np.arange(200) // 2, num_resamples=8)[0]
+    np.testing.assert_array_equal(samples[:, :1], alone)
+    with pytest.raises(ValueError, match="in .0, 1."):
+        metrics.auroc_per_label(truth + 1, probs)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxrdist.errors import UserError
 from cxrdist.shards import convert
+from cxrdist.shards.convert import Pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess"
 SOURCES = json.loads((GOLDEN / "preprocess.json").read_text())["files"]
@@ -49,7 +51,7 @@ def test_golden_sources_become_the_published_pixels(name: str) -> None:
     expected = Image.open(GOLDEN / "expected" / f"{Path(name).stem}.png")
     assert converted.channels == len(expected.getbands())
     tolerance = 1 if name == "rgb.jpeg" else 0  # decoders of two Pillow versions
-    resized = convert.resized_to_store(content, "exact")
+    resized = convert.resized_to_store(content)
     assert np.abs(np.asarray(resized).astype(int) - np.asarray(expected)).max() <= tolerance
     assert np.array_equal(rgb(converted.jpeg), rgb(published(content)))
 
@@ -68,9 +70,9 @@ def test_16_bits_are_scaled_by_the_bits_in_use() -> None:
     expected = np.round(ramp * 255)
     for bits in (16, 12):
         values = (ramp * ((1 << bits) - 1)).round().astype(np.uint16)
-        stored = np.asarray(convert.resized_to_store(saved(Image.fromarray(values), "PNG"), "exact"))
+        stored = np.asarray(convert.resized_to_store(saved(Image.fromarray(values), "PNG")))
         assert np.abs(stored - expected).max() <= 1
-    golden = np.asarray(convert.resized_to_store((GOLDEN / "src" / "gray16.png").read_bytes(), "exact"))
+    golden = np.asarray(convert.resized_to_store((GOLDEN / "src" / "gray16.png").read_bytes()))
     assert golden.mean() < 100  # clipped, as published, it is 249.8: white
 
 
@@ -100,17 +102,19 @@ def test_one_coloured_pixel_keeps_the_colour() -> None:
 @pytest.mark.parametrize(("height", "width"), [(2400, 2500), (2501, 2403)])
 def test_fast_stays_within_48_db_of_exact(height: int, width: int) -> None:
     content = saved(picture(height, width), quality=80)
-    exact, fast = (np.asarray(convert.resized_to_store(content, mode)).astype(float) for mode in ("exact", "fast"))
+    exact, fast = (
+        np.asarray(convert.resized_to_store(content, Pixels(mode))).astype(float) for mode in ("exact", "fast")
+    )
     assert not np.array_equal(exact, fast)
     assert 10 * np.log10(255**2 / np.mean((exact - fast) ** 2)) >= 48
 
 
 def test_fast_never_decodes_below_the_target_and_keeps_colour_exact() -> None:
     small = saved(picture(1000, 2600), quality=80)
-    assert np.array_equal(convert.resized_to_store(small, "fast"), convert.resized_to_store(small, "exact"))
+    assert np.array_equal(convert.resized_to_store(small, Pixels("fast")), convert.resized_to_store(small))
     grey = picture(2400, 2400)
     colour = saved(Image.merge("RGB", (grey, grey.point(lambda value: value // 2), grey)), quality=80)
-    assert np.array_equal(convert.resized_to_store(colour, "fast"), convert.resized_to_store(colour, "exact"))
+    assert np.array_equal(convert.resized_to_store(colour, Pixels("fast")), convert.resized_to_store(colour))
 
 
 @pytest.mark.fast
@@ -147,7 +151,85 @@ def test_workers_give_results_in_order_and_pass_reasons_on(tmp_path: Path) -> No
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(saved(picture(40 + number, 50)) if number != 5 else b"")
         paths.append(str(path))
-    alone = list(convert.convert_in_order(iter(paths), "exact", 1))
-    assert list(convert.convert_in_order(iter(paths), "exact", 2)) == alone
+    alone = list(convert.convert_in_order(iter(paths), Pixels(), 1))
+    assert list(convert.convert_in_order(iter(paths), Pixels(), 2)) == alone
     assert alone[5] == "cannot identify image file"
     assert convert.convert(str(tmp_path / "none.jpg")) == "cannot be read: No such file or directory"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("size", [384, 600, 1024])
+def test_other_sizes_are_squashed_by_the_same_rule(size: int) -> None:
+    content = saved(picture(701, 650), "PNG")
+    expected = picture(701, 650).resize((size, size), Image.Resampling.BILINEAR)
+    assert np.array_equal(convert.resized_to_store(content, Pixels(size_px=size)), expected)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("height", "width"), [(700, 500), (301, 640), (600, 600), (3, 4000)])
+def test_pad_keeps_the_aspect_and_centres_on_black(height: int, width: int) -> None:
+    for source in (picture(height, width), Image.merge("RGB", [picture(height, width, seed) for seed in range(3)])):
+        stored = np.asarray(convert.resized_to_store(saved(source, "PNG"), Pixels(size_px=400, fit="pad")))
+        scale = 400 / max(height, width)
+        inner = source.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR)
+        left, top = (400 - inner.width) // 2, (400 - inner.height) // 2
+        assert stored.shape[:2] == (400, 400)
+        assert np.array_equal(stored[top : top + inner.height, left : left + inner.width], inner)
+        outside = np.ones((400, 400), bool)
+        outside[top : top + inner.height, left : left + inner.width] = False
+        assert not stored[outside].any()
+
+
+def test_fast_halves_where_the_stored_size_leaves_twice_as_many_pixels() -> None:
+    content = saved(picture(1540, 1601), quality=80)
+    for fit in ("squash", "pad"):
+        exact, fast, larger, larger_exact = (
+            np.asarray(convert.resized_to_store(content, Pixels(mode, size, fit))).astype(float)
+            for mode, size in (("exact", 384), ("fast", 384), ("fast", 600), ("exact", 600))
+        )
+        assert not np.array_equal(exact, fast)
+        assert 10 * np.log10(255**2 / np.mean((exact - fast) ** 2)) >= 48
+        assert np.array_equal(larger, larger_exact)
+    tall = saved(picture(1700, 900), quality=80)  # its shorter side alone would not allow it
+    assert convert.decode(tall, Pixels("fast", 400, "pad")).image.size == (450, 850)
+    assert convert.decode(tall, Pixels("fast", 400)).image.size == (900, 1700)
+
+
+@pytest.mark.fast
+def test_sizes_out_of_range_are_an_error() -> None:
+    for size in (383, 2049):
+        with pytest.raises(UserError, match="384 to 2048"):
+            Pixels(size_px=size)
+
+
+@pytest.mark.fast
+def test_the_source_size_and_its_orientation_are_recorded_and_not_applied() -> None:
+    source = picture(90, 70)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        plain = convert.convert_bytes(saved(source, kind))
+        converted = convert.convert_bytes(saved(source, kind, exif=turned))
+        assert isinstance(plain, convert.Converted)
+        assert isinstance(converted, convert.Converted)
+        assert (converted.width, converted.height, converted.orientation) == (70, 90, 6)
+        assert (plain.width, plain.height, plain.orientation) == (70, 90, 1)
+        assert converted.jpeg == plain.jpeg
+        assert converted.header == {}
+    damaged = convert.convert_bytes(saved(source, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    assert isinstance(damaged, convert.Converted)
+    assert damaged.orientation == 1
+
+
+@pytest.mark.fast
+def test_nothing_but_pixels_is_stored() -> None:
+    for kind in ("JPEG", "GIF", "PNG"):
+        exif = Image.Exif()
+        exif[0x010E] = "Jane Roe"  # the image's description
+        content = saved(
+            picture(50, 60).convert("CMYK" if kind == "JPEG" else "L"), kind, comment=b"Jane Roe", exif=exif
+        )
+        assert b"Jane Roe" in content
+        converted = convert.convert_bytes(content)
+        assert isinstance(converted, convert.Converted)
+        assert b"Jane Roe" not in converted.jpeg

@@ -82,7 +82,7 @@ def large_set(folder: Path, num_rows: int) -> SplitMeta:
         "length": np.full(num_rows, 80_000),
         "sha256": [bytes(32)] * num_rows,
         "xxh3_64": number,
-        "channels": np.ones(num_rows),
+        **{name: np.ones(num_rows) for name in ("channels", "width", "height", "orientation")},
         **{name: [""] * num_rows for name in ("study", "view", "sex", "age")},
     }
     targets = np.zeros((num_rows, TASKS["b"].num_labels), np.float32)

@@ -79,3 +79,56 @@ def test_the_published_loss_names_its_parts_in_order_and_an_unknown_one_is_refus
     assert part_names(criterion, 5) == ("total", "focal", "bce")
     with pytest.raises(UserError, match="loss='hinge' is unknown; one of focal_bce"):
         make_criterion(recipes.with_overrides(RECIPE, ["loss=hinge"]), targets, torch.device("cpu"))
+
+
+def masked_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(12, 5, generator=generator)
+    targets = (torch.rand(12, 5, generator=generator) < 0.4).float()
+    targets[0, 0] = 0.3
+    targets[torch.rand(12, 5, generator=generator) < 0.5] = torch.nan
+    targets[:, 4] = torch.nan
+    return logits, targets, torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0])
+
+
+def test_the_loss_of_masked_targets_is_that_of_the_observed_cells_alone():
+    logits, targets, pos_weight = masked_case()
+    logits.requires_grad_()
+    loss = focal_bce(logits, targets, pos_weight, **NUMBERS, masked=True)
+    loss["total"].backward()
+    seen = ~torch.isnan(targets)
+    alone = logits.detach()[seen].requires_grad_()
+    wanted = focal_bce(alone, targets[seen], pos_weight.expand(12, 5)[seen], **NUMBERS)
+    wanted["total"].backward()
+    for part in ("total", "focal", "bce"):
+        torch.testing.assert_close(loss[part], wanted[part], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits.grad[seen], alone.grad, rtol=0, atol=1e-6)
+    assert not logits.grad[~seen].any()
+
+
+def test_without_an_observed_cell_the_loss_is_0_and_so_is_its_gradient():
+    logits = torch.tensor([[1.0, torch.inf]], requires_grad=True)
+    loss = focal_bce(logits, torch.full((1, 2), torch.nan), None, **NUMBERS, masked=True)
+    loss["total"].backward()
+    assert loss["total"] == 0
+    assert logits.grad.tolist() == [[0, 0]]
+
+
+def test_a_soft_target_follows_the_plain_formula():
+    logits, share, weight = torch.tensor([[0.7]]), 0.3, 4.0
+    bce = -(weight * share * torch.log(torch.sigmoid(logits)) + (1 - share) * torch.log(torch.sigmoid(-logits)))
+    plain = -(share * torch.log(torch.sigmoid(logits)) + (1 - share) * torch.log(torch.sigmoid(-logits)))
+    focal = 0.25 * (1 - torch.exp(-plain)) ** 2 * plain
+    loss = focal_bce(logits, torch.full((1, 1), share), torch.tensor([weight]), **NUMBERS)
+    torch.testing.assert_close(loss["bce"], bce.squeeze())
+    torch.testing.assert_close(loss["focal"], focal.squeeze())
+
+
+def test_class_weights_count_the_observed_cells_alone():
+    targets = (np.random.default_rng(3).random((400, 2)) < 0.2).astype(np.float32)
+    masked = targets.copy()
+    masked[100:, 1] = np.nan
+    both = make_criterion(RECIPE, masked, torch.device("cpu")).keywords["pos_weight"]
+    ones = [make_criterion(RECIPE, rows[:, None], torch.device("cpu")) for rows in (targets[:, 0], targets[:100, 1])]
+    assert both.tolist() == [one.keywords["pos_weight"].item() for one in ones]
+    assert [one.keywords["masked"] for one in ones] == [False, False]

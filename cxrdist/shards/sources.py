@@ -1,0 +1,287 @@
+"""Image folders and tables -> the rows of each split, every one of them with its file or the reason why it has none.
+
+A row's image is the file at that path below the folder; where there is none, the one file that the name can mean: a
+path that begins above or below the folder, or a name without folder or extension that one file alone has.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cxrdist.errors import UserError
+from cxrdist.published import read_labels
+from cxrdist.shards import dicom
+from cxrdist.shards.convert import EXTENSIONS, Pixels
+from cxrdist.shards.index import check_split_name
+from cxrdist.shards.writer import Source, SplitJob
+from cxrdist.tables import read_cells, read_template
+from cxrdist.task import LAYOUTS, Task, name_problem
+
+NUM_NAMED = 10  # rows without an image that are printed; the split's JSON lists all
+MISSING = "not in the image folder"
+DICOM_EXTENSIONS = (".dcm", ".dicom")
+NUM_TRIED = 200  # rows that tell which column names the images
+
+
+class ImageFile(NamedTuple):
+    """A file: its path, its size in bytes, why it must not be read ('' if it may), whether it is a DICOM."""
+
+    path: str = ""
+    size: int = 0
+    problem: str = MISSING
+    is_dicom: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """What lies below an image folder, by path relative to it: `images`, and files of other kinds, `others`."""
+
+    images: dict[str, ImageFile]
+    others: dict[str, ImageFile]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """A file's name, and its name without extension, -> the files of that name."""
+        found = collections.defaultdict[str, list[str]](list)
+        for file in self.images:
+            name = file.rpartition("/")[2]
+            for key in {name, name.rpartition(".")[0]}:
+                found[key].append(file)
+        return found
+
+    def file_of(self, name: str) -> str | None:
+        """The file that a row's name means, or None."""
+        if name in self.images or name in self.others:
+            return name
+        parts = name.split("/")
+        tails = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        if tail := next((tail for tail in tails if tail in self.images), None):
+            return tail
+        candidates = self._by_name.get(parts[-1], [])
+        if len(parts) > 1:
+            candidates = [file for file in candidates if file.endswith(f"/{name}") or f"/{name}." in f"/{file}"]
+        return candidates[0] if len(candidates) == 1 else None
+
+    def __getitem__(self, file: str) -> ImageFile:
+        return self.images.get(file) or self.others[file]
+
+
+class Row(NamedTuple):
+    """A row of a table; '' where it does not say."""
+
+    image_name: str
+    patient: str = ""
+    study: str = ""
+    view: str = ""
+    sex: str = ""
+    age: str = ""
+    split: str = ""
+    targets: tuple[float, ...] | None = None
+
+
+def make_jobs(
+    task: Task,
+    out: Path,
+    split: str | None,
+    images: Sequence[Path],
+    tables: Sequence[Path],
+    pixels: Pixels,
+    per_shard: int,
+) -> list[SplitJob]:
+    """One job per split. The tables are read and checked and the folders listed; no image is opened.
+
+    images, tables: a table for each folder; or one table, or none, for all folders together.
+    split: the only one to make of those that the tables name; what rows are called that name none (default train).
+    Raises UserError for what cannot be right.
+    """
+    check_split_name(split or "train")
+    pairs: list[tuple[tuple[Path, ...], tuple[Path, ...]]]
+    pairs = [((folder,), (table,)) for folder, table in zip(images, tables, strict=False)]
+    if len(images) != len(tables):
+        pairs = [(tuple(images), tuple(tables))]
+    if not tables and split in (None, "train", "valid"):
+        needs = f"--split {split or 'train'} needs --csv FILE with the labels"
+        raise UserError(f"{needs}; images to be scored are a split of another name, such as test")
+    sources: dict[str, list[Source]] = {}
+    of_name: dict[str, Path] = {}
+    num_unused = 0
+    for folders, csvs in pairs:
+        listed = _together([list_images(folder) for folder in folders])
+        where = ", ".join(map(str, folders))
+        if csvs and task.format == "table" and not task.columns.image:
+            columns = dataclasses.replace(task.columns, image=image_column(csvs[0], listed, where))
+            task = dataclasses.replace(task, columns=columns)
+        rows = _rows(task, split, csvs[0]) if csvs else _rows_of_files(task, listed, where)
+        for row in rows:
+            if of_name.setdefault(row.image_name, folders[0]) != folders[0]:
+                both = f"{of_name[row.image_name]} and {folders[0]}"
+                raise UserError(f"image {row.image_name!r} is in {both}: keep one, or give the folder above them")
+        files = _files_of(rows, listed, where, csvs)
+        unused = len(listed.images) - len(set(files.values()) & listed.images.keys())
+        for name, found in _by_split(rows, split, csvs).items():
+            table = f" in {csvs[0]}" if csvs else ""
+            print(f"{name}: {len(found):,} rows{table}, {len(listed.images):,} images in {where}")
+            have = sources.setdefault(name, [])
+            have += _sources(task, name, found, files, listed, len(have))
+        if unused:
+            print(f"  {unused:,} images there are in no row of the CSV and are not used")
+        num_unused += unused
+    provenance = {
+        "csv": ", ".join(table.name for table in tables) or None,
+        "csv_sha256": ", ".join(hashlib.sha256(table.read_bytes()).hexdigest() for table in tables) or None,
+        "images_not_in_csv": num_unused,
+    }
+    return [SplitJob(out, task, name, found, pixels, per_shard, provenance) for name, found in sources.items()]
+
+
+def _together(folders: list[Folder]) -> Folder:
+    images = collections.ChainMap(*(folder.images for folder in folders))
+    if len(images) != sum(len(folder.images) for folder in folders):
+        names = itertools.chain.from_iterable(folder.images for folder in folders)
+        twice = next(name for name, times in collections.Counter(names).items() if times > 1)
+        raise UserError(f"{twice!r} is in several of the image folders; give the folder above them as --images")
+    return Folder(dict(images), dict(collections.ChainMap(*(folder.others for folder in folders))))
+
+
+def _rows(task: Task, split: str | None, table: Path) -> list[Row]:
+    header = {task.columns.image, *task.labels} if split == "test" and task.format == "table" else set()
+    if split == "test" and (
+        task.name in LAYOUTS or read_cells(table, ()).first.keys() <= header
+    ):  # a sample submission
+        names = read_template(table, task).image_names
+        return [Row(name, *(task.ids_in_name(name) or ())) for name in names]
+    labels = read_labels(table, task)
+    for note in labels.notes:
+        print(note)
+    about = [labels.about[field].tolist() for field in Row._fields[:-1]]
+    return [
+        row._replace(patient="") if row.patient == row.image_name and not task.columns.patient else row
+        for row in itertools.starmap(Row, zip(*about, map(tuple, labels.targets.tolist()), strict=True))
+    ]
+
+
+def _rows_of_files(task: Task, listed: Folder, where: str) -> list[Row]:
+    for name in listed.images:
+        if problem := name_problem(name):
+            raise UserError(f"{where}: the name of {name!r} {problem}; rename it")
+    return [Row(name, *(task.ids_in_name(name) or ())) for name in sorted(listed.images)]
+
+
+def _by_split(rows: list[Row], split: str | None, tables: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of each split that is to be made, in the order in which the splits come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.split or split or "train", []).append(row)
+    if split is None:
+        return found
+    if split not in found:
+        there = ", ".join(f"{name} ({len(rows):,})" for name, rows in found.items())
+        raise UserError(f"--split {split}: {tables[0]} has none; its splits are {there}")
+    return {split: found[split]}
+
+
+def _files_of(rows: list[Row], listed: Folder, where: str, tables: Sequence[Path]) -> dict[str, str]:
+    """The file of each row that has one, by image name. UserError where none has, two rows share one, or it is a DICOM
+    that cannot be read here.
+    """
+    files = {row.image_name: file for row in rows if (file := listed.file_of(row.image_name)) is not None}
+    if not files:
+        found = f"which holds {len(listed.images):,} images (first: {min(listed.images)!r})"
+        wanted = f"none of the {len(rows):,} images of {tables[0]} (first: {rows[0].image_name!r})"
+        raise UserError(f"{wanted} is in {where}, {found}; are --images and --csv of the same split?")
+    name_of: dict[str, str] = {}
+    for name, file in files.items():
+        if name_of.setdefault(file, name) != name:
+            raise UserError(f"{tables[0]}: images {name_of[file]!r} and {name!r} are the same file, {file} in {where}")
+    dicoms = [file for file in name_of if listed[file].is_dicom]
+    if dicoms and (remedy := dicom.dicom_available()):
+        raise UserError(f"{where}: {len(dicoms):,} DICOM files (first: {dicoms[0]}); {remedy}")
+    return files
+
+
+def _sources(
+    task: Task, split: str, rows: list[Row], files: dict[str, str], listed: Folder, first_key: int
+) -> list[Source]:
+    known_bad = set(task.unreadable) if split != "test" else set()
+    sources = []
+    for key, row in enumerate(rows, start=first_key):
+        path, size, problem, _ = listed[files[row.image_name]] if row.image_name in files else ImageFile()
+        reason = f"known to be unreadable in task {task.name}" if row.image_name in known_bad else problem
+        about = {field: getattr(row, field) for field in Row._fields if field not in ("image_name", "split")}
+        sources.append(Source(key, row.image_name, path, size, reason, **about))
+    if absent := [source.image_name for source in sources if source.reason == MISSING]:
+        more = f" and {len(absent) - NUM_NAMED:,} more" if len(absent) > NUM_NAMED else ""
+        print(f"  {len(absent):,} of the rows have no image there: {', '.join(absent[:NUM_NAMED])}{more}")
+    return sources
+
+
+def image_column(table: Path, listed: Folder, where: str) -> str:
+    """The column whose cells name files of the folder, judged by the first rows. UserError where none does."""
+    counts = {
+        name: sum(not name_problem(cell) and listed.file_of(cell) is not None for cell in column[:NUM_TRIED])
+        for name, column in read_cells(table).columns.items()
+    }
+    column = max(counts, key=counts.__getitem__)
+    if not counts[column]:
+        first = f"(first image: {min(listed.images)!r}; columns: {', '.join([*counts][:20])})"
+        raise UserError(f"{table}: no column names images of {where} {first}; give --image-column, or other --images")
+    print(f"{table}: column {column!r} names the images (--image-column says another)")
+    return column
+
+
+def list_images(folder: Path) -> Folder:
+    """Files below `folder`: images by extension (any case) or DICOM content, and others.
+
+    A link that leaves the folder, and anything that is not a regular file, is listed with its problem and never opened;
+    linked folders are not entered. Raises UserError for a folder that is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such image folder; check the path")
+    root = folder.resolve()
+    listed = Folder({}, {})
+    folders, linked = [""], list[str]()
+    while folders:
+        inside = folders.pop()
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                name = inside + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif entry.is_dir():
+                    linked.append(name)
+                else:
+                    file = _image_file(entry, root)
+                    is_image = file.is_dicom or name.lower().endswith(EXTENSIONS)
+                    (listed.images if is_image else listed.others)[name] = file
+    if linked:
+        print(f"{folder}: {len(linked):,} linked folders in it are not entered (first: {min(linked)!r})")
+    if listed.others:
+        kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension" for name in listed.others)
+        found = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(NUM_NAMED))
+        print(
+            f"{folder}: {len(listed.others):,} files of other kinds are no images: {found}; first: {min(listed.others)}"
+        )
+    if not listed.images:
+        found = f"; it holds the folder {min(os.listdir(folder))!r}" if any(folder.iterdir()) else ""
+        raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder or below{found}; name another")
+    return listed
+
+
+def _image_file(entry: "os.DirEntry[str]", root: Path) -> ImageFile:
+    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+        return ImageFile(entry.path, problem="a symbolic link that leaves the image folder is not followed")
+    if not entry.is_file():
+        return ImageFile(entry.path, problem="not a regular file")
+    is_dicom = entry.name.lower().endswith(DICOM_EXTENSIONS)
+    if not is_dicom and not entry.name.lower().endswith(EXTENSIONS):
+        with contextlib.suppress(OSError), open(entry.path, "rb") as file:  # scanners name files by number
+            is_dicom = file.read(132)[128:] == b"DICM"
+    return ImageFile(entry.path, entry.stat().st_size, "", is_dicom)
