@@ -16,7 +16,7 @@ from torch import Tensor
 from cxrdist import recipes
 from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import disk_errors_named, write_atomically
 from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
 from cxrdist.runs.documents import EpochMeta, RunDocument
 from cxrdist.runs.member import LoadedMember, load_member
@@ -47,8 +47,9 @@ def average(names: list[tuple[Path, int]], out: Path, weights: Literal["ema", "m
 
     Raises UserError when a checkpoint is missing, damaged, or of another model, size, task or frozen backbone.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give another --out")
+    with disk_errors_named(out):
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty; give another --out")
     if len(names) < 2:
         raise UserError("one checkpoint has no average; name at least two with --from RUN@5,6")
     total: dict[str, Tensor] = {}

@@ -8,12 +8,15 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cxrdist.distributed import environment
-from cxrdist.errors import UserError
+from cxrdist.errors import UserError, redacted
+from cxrdist.files import is_utf8
 from cxrdist.task import Task, load_task, parse_readings
 
 
@@ -24,14 +27,20 @@ class Parser(argparse.ArgumentParser):
         ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(*args, **(ours | kwargs))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            if not is_utf8(word):  # nor could a path be written into a document
+                self.error(f"argument {word!a} is not UTF-8; rename that file or folder")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
             known = [option for action in self._actions for option in action.option_strings]
             for word in message.split(":", 1)[1].split():
                 if word.startswith("-") and (close := difflib.get_close_matches(word.split("=")[0], known, n=1)):
                     message += f" (did you mean {close[0]}?)"
-        line = f"error: {message}; see `{self.prog} --help`\n"
-        self.exit(2, "" if environment.rank() else line)  # every rank makes the same mistake: said once
+        line = f"error: {redacted(message)}; see `{self.prog} --help`\n"
+        self.exit(2, line if environment.rank_text() == "0" else "")  # every rank makes the same mistake: said once
 
 
 def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
@@ -45,6 +54,28 @@ def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[s
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {minimum}")
 
     return parse
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number, or a share in percent, of a whole that is known later."""
+
+    value: float
+    percent: bool
+
+    def of(self, whole: int) -> int:
+        """The number; a share is rounded up, so that one of a few is not too many."""
+        return math.ceil(round(self.value * whole / 100, 6)) if self.percent else int(self.value)
+
+
+def amount(text: str) -> Amount:
+    """`N` or `P%` as an argparse type."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if not text.endswith("%"):
+            return Amount(at_least(0)(text), percent=False)
+        if (value := at_least(0, float)(text[:-1])) <= 100:
+            return Amount(value, percent=True)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images, e.g. 20, nor a share, e.g. 1%")
 
 
 def task_type(text: str) -> Task:
@@ -61,6 +92,8 @@ def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> di
     return {"type": kind, "metavar": metavar, "help": text} | more
 
 
+AGAIN = "run the same command again to resume from what is already written"
+REPORT = "please report the lines above, the command, and what `python -m cxrdist.doctor` prints"
 READINGS = "error, zero, one, masked, a number, or LABEL=... (default: as the task says)"
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
@@ -95,10 +128,11 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--timeout-s": flag(
         at_least(1, float), "S", "seconds without a response before a process counts as lost", default=600.0
     ),
-    "--max-unreadable": flag(at_least(0), "N", "stop when a process meets more unreadable images", default=100),
+    "--max-unreadable": flag(amount, "N|P%%", "stop when more images are unreadable (default 1%%)") | {"default": "1%"},
     "--scores": flag(Path, "FILE", "score tables", nargs="+", required=True),
     "--template": flag(Path, "FILE", "sample submission"),
-    "--weights": flag(float, "W", "of the members (default: as scored)", nargs="+"),
+    "--weights": flag(at_least(0, float), "W", "of the members (default: as scored)", nargs="+"),
+    "--allow-missing": {"action": "store_true", "help": "go on without what the tables lack; it is counted and named"},
     "--average": {
         "choices": ("prob", "logit", "rank"),
         "default": "prob",
@@ -133,22 +167,38 @@ def shards_of(args: argparse.Namespace) -> Path:
     return Path("shards", args.task.folder) if args.shards is None else Path(args.shards)
 
 
-def run_entry(main: Callable[[], None]) -> int:
-    """Run an entry's `main` and return the exit code: 0; 2 for a `UserError` (one line on stderr); 130 if interrupted.
+def run_entry(main: Callable[[], None], *, again: str = AGAIN) -> int:
+    """Run an entry's `main` and return the exit code.
 
-    Any other exception is ours and passes through with its traceback.
+    0; 2 for an end that has a name (`UserError` or a row of `ends`), with one line on stderr; 130 if interrupted, and
+    rank 0 says what to do: `again`; 1 for a mistake of our own, with its traceback and what to report.
     """
-    rank = environment.rank()
-    where = f" [rank {rank}]" if rank else ""
+    environment.raise_file_limit()
+    for stream in (sys.stdout, sys.stderr):  # a name in bytes or letters that the terminal has not
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         main()
-    except UserError as error:
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch's launcher then ends its own traceback with it
-            with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-                json.dump({"message": f"error: {error}", "timestamp": int(time.time())}, file)
-        return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume from what is already written", file=sys.stderr)
+        if environment.rank_text() == "0":
+            print(f"interrupted: {again}", file=sys.stderr)
         return 130
+    except Exception as error:
+        from cxrdist.distributed.ends import named  # needs torch, which no command has to wait for that ends well
+
+        if (text := named(error, again)) is not None:
+            _tell(text)
+            return 2
+        traceback.print_exc()
+        _tell(f"this is a bug of cxrdist ({type(error).__name__}): {REPORT}")
+        return 1
     return 0
+
+
+def _tell(text: str) -> None:
+    """The last line of this process, and of its launcher, where there is one."""
+    rank, text = environment.rank_text(), redacted(text)
+    where = "" if rank == "0" else f" [rank {rank}]"
+    print(f"error{where}: {text}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch's launcher then ends its own traceback with it
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": f"error: {text}", "timestamp": int(time.time())}, file)

@@ -1,6 +1,7 @@
 """What this machine has and what cxrdist would use on it; problems are named with their remedy.
 
-  python -m cxrdist.doctor
+  python -m cxrdist.doctor          the report
+  python -m cxrdist.doctor --bill   name, version and licence of every installed dependency
 
 Ends with exit code 0 also when something is wrong: it reports, it does not judge. Prints no secret.
 """
@@ -14,9 +15,11 @@ import socket
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cxrdist.cli import Parser, run_entry
 from cxrdist.distributed.environment import usable_cores
@@ -35,8 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m cxrdist.doctor", description=__doc__)
     plan_help = "print only config, number of processes and environment, for launch.sh"
     parser.add_argument("--plan", action="store_true", help=plan_help)
+    parser.add_argument("--bill", action="store_true", help="print name, version and licence of every dependency")
     problems: list[str] = []
-    if parser.parse_args(argv).plan:
+    args = parser.parse_args(argv)
+    if args.bill:
+        print(*("\t".join(row) for row in bill()), sep="\n")
+        return
+    if args.plan:
         gpus(problems)
         if problems and "CXRDIST_ACCEL_CONFIG" not in os.environ:
             raise UserError(f"{problems[0]}; to run on the CPU set CXRDIST_ACCEL_CONFIG=accel_configs/cpu.yaml")
@@ -83,6 +91,42 @@ def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
+
+
+def bill(root: str = "cxrdist") -> list[tuple[str, str, str]]:
+    """(name, version, licence) of every installed package that `root` and its extras need, by name.
+
+    The licence is what the metadata declares, not what libraries inside a wheel have: an SPDX expression, else the
+    classifiers, else the first line of free text, else "not declared". Raises UserError if `root` is not installed.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    waiting = {(root, extra) for extra in ("", *_metadata(root).get_all("Provides-Extra", []))}
+    seen = set(waiting)
+    while waiting:
+        name, extra = waiting.pop()
+        if _version(name) is None:
+            continue  # an extra that is not installed
+        declared = _metadata(name)
+        found[canonicalize_name(name)] = (declared["Name"], declared["Version"], _licence(declared))
+        for wanted in map(Requirement, declared.get_all("Requires-Dist", [])):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                waiting |= {(wanted.name, more) for more in ("", *wanted.extras)} - seen
+        seen |= waiting
+    return [row for name, row in sorted(found.items()) if name != root]
+
+
+def _metadata(name: str) -> Any:
+    try:
+        return importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{name} is not installed; run `./launch.sh setup`") from None
+
+
+def _licence(declared: Any) -> str:
+    classifiers = [text for text in declared.get_all("Classifier", []) if text.startswith("License :: ")]
+    named = [text.split(" :: ")[-1] for text in classifiers if text != "License :: OSI Approved"]
+    texts = (*declared.get_all("License-Expression", []), "; ".join(named), *declared.get_all("License", []))
+    return next((text.strip().split("\n")[0] for text in texts if text.strip()), "not declared")
 
 
 def memory() -> str:

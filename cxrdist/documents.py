@@ -12,9 +12,11 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cxrdist import files
 from cxrdist.errors import UserError
 
 MAX_BYTES = 2**29  # of a document: a split's JSON lists every image left out, 100 bytes each
+LogRow = dict[str, Any]  # a line of metrics.jsonl or timings.jsonl
 
 
 class Document:
@@ -45,14 +47,25 @@ class Document:
 
 def read_bounded(path: Path) -> bytes:
     """The bytes of a document's file; UserError when it is missing, no regular file, or larger than 512 MB."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path}: {size:,} bytes are too many for a JSON document of cxrdist")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return files.read_bytes(path, MAX_BYTES)
+
+
+def read_json_lines(path: Path) -> tuple[list[LogRow], int]:
+    """The JSON objects of a file with one a line, and how many lines are none (damage, or half of one at the end).
+
+    None where the file is missing; UserError when it cannot be read or is larger than 512 MB.
+    """
+    rows, num_bad = [], 0
+    for line in read_bounded(path).splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_bad += 1
+    return rows, num_bad
 
 
 def problem(error: ValidationError) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
+from cxrdist.files import check_outputs, with_json
 from cxrdist.published import read_labels
 from cxrdist.scoring import tables as score_tables
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.metrics import macro_auroc
-from cxrdist.scoring.submission import write_submission
+from cxrdist.scoring.submission import unreadable_note, write_submission
 from cxrdist.scoring.tables import ScoreTable, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
 from cxrdist.tables import read_template
@@ -25,21 +26,25 @@ from cxrdist.tables import read_template
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    tables, weights = read_members(args.scores, args.task, args.weights)
+    check_out(args)
+    tables, weights = read_members(args.scores, args.task, args.weights, allow_missing=args.allow_missing)
     if args.search_with:
         weights = searched_weights(args, tables)
-    final = average_tables(tables, weights, args.average)
+    final = average_tables(tables, weights, args.average, allow_missing=args.allow_missing)
     if args.average_studies:
         final = score_tables.average_studies(final, studies_of(args, final))
     for table, weight in zip(tables, weights, strict=True):
         print(f"{table.name:<16} weight {weight:.3g}")
+        if table.unsaid:
+            print(f"note: {table.name} does not say its {', '.join(table.unsaid)}, so these were not compared")
     if args.template is None:
         score_tables.write_table(args.out, final)
-        print(f"score table: {args.out}, {len(final.image_names):,} images; with --template it is a submission")
+        note = unreadable_note(final.meta.unreadable)
+        print(f"score table: {args.out}, {len(final.image_names):,} images{note}; with --template it is a submission")
         return
-    fallback = write_submission(final, read_template(args.template, task_of(final, args.task)), args.out)
-    note = f"; {len(fallback)} unreadable ones got the class means: {', '.join(fallback)}" if fallback else ""
-    print(f"submission: {args.out}, {len(final.image_names) + len(fallback):,} images{note}")
+    template = read_template(args.template, task_of(final, args.task))
+    fallback = write_submission(final, template, args.out, args.max_unreadable.of(len(template)))
+    print(f"submission: {args.out}, {len(template):,} images{unreadable_note(fallback, ' (class means)')}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_flags(
         parser,
         *("--scores", "--template", "--weights", "--average", "--average-studies", "--csv", "--out", "--shards"),
-        "--task",
+        *("--task", "--max-unreadable", "--allow-missing"),
         template={"help": "sample submission (default: write a table)"},
         csv={"help": "label CSV of the images in --search-with"},
         out={"metavar": "FILE", "help": "what to write (default %(default)s)", "default": Path("submission.csv")},
@@ -64,11 +69,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_out(args: argparse.Namespace) -> None:
+    """UserError where --out must not be written: over an input, or over what is not cxrdist's own."""
+    if args.out.suffix == ".json":
+        raise UserError(f"--out {args.out}: a table is CSV, with its JSON beside it; name it .csv")
+    inputs = [*with_json([*args.scores, *args.search_with]), args.csv, args.template, args.shards]
+    outputs = [args.out] if args.template else with_json([args.out])
+    check_outputs(outputs, [path for path in inputs if path is not None])
+
+
 def studies_of(args: argparse.Namespace, table: ScoreTable) -> Sequence[tuple[str, str] | None]:
     """The study of each image, from --shards or else from the images' names."""
     if args.shards is None:
         return list(map(task_of(table, args.task).ids_in_name, table.image_names))
     index = open_index(args.shards, table.meta.split or "test", args.task or table.meta.task)
+    score_tables.check_shards(table, index.fingerprint, args.shards)
     rows = index.rows_of(table.image_names)
     if len(unknown := table.image_names[rows < 0]):
         raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {index.split!r}; other shards?")

@@ -9,9 +9,9 @@ patients, paired comparisons, calibration, subgroups by view, sex and age.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,43 +19,54 @@ from numpy.typing import NDArray
 from cxrdist import __version__
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.data.loader import Loader
+from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import check_outputs, read_bytes, with_json, write_output
 from cxrdist.published import read_labels
+from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
 from cxrdist.report.page import Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
-from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
-from cxrdist.shards.index import open_index
+from cxrdist.scoring.tables import ScoreTable, align, average_tables, check_shards, read_members, task_of
+from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.tables import LabelTable
 from cxrdist.task import Task
+
+DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    tables, weights = read_members(args.scores, args.task, args.weights)
+    inputs = [*with_json(args.scores), args.csv, args.shards, args.timings]
+    outputs = [args.out / name for name in ("metrics.json", "report.html")]
+    check_outputs(outputs, [path for path in inputs if path is not None], folder=args.out)
+    more = {"allow_missing": args.allow_missing}
+    tables, weights = read_members(args.scores, args.task, args.weights, **more)
     if len(tables) > 1:
-        tables = [average_tables(tables, weights, args.average), *align(tables)]
+        tables = [average_tables(tables, weights, args.average, **more), *align(tables, **more)]
     task = with_readings(task_of(tables[0], args.task), args)
-    truth = match_labels(tables[0], *read_truth(args, task, tables[0].meta.split or "test"))
+    labelled, source = read_truth(args, task, tables)
+    unscored = check_rows(tables[0], labelled, source, allow_missing=args.allow_missing)
+    truth = match_labels(tables[0], labelled, source)
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
-    write_atomically(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
+    write_output(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
     targets = truth.targets.astype(np.float64)
+    logged = {run: read_metrics(run) for run in args.run}
     sections = [
-        figures.summary_section(result, notes(tables)),
+        figures.summary_section(result, [*notes(tables), *unscored, *ema_notes(logged)]),
         figures.label_section(result),
         *(figures.curves_section(kind, tables, targets, result) for kind in (figures.ROC, figures.PRECISION)),
         figures.calibration_section(tables, targets, result),
         figures.comparison_section(result),
     ]
     if args.run:
-        rows = {run.name: read_metrics(run) for run in args.run}
+        rows = {run.name: found for run, found in logged.items()}
         sections.append(figures.training_section(rows, colours_of_runs(args.run, tables)))
     if args.shards is not None:
-        sections += picture_sections(args, tables[0], targets, result)
+        sections += picture_sections(args, tables, targets, result)
     paths = {
         "scores": ", ".join(map(str, args.scores)),
         "labels": str(args.csv or args.shards),
@@ -75,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
 
 
-def read_truth(args: argparse.Namespace, task: Task, split: str) -> tuple[LabelTable, Path]:
+def read_truth(args: argparse.Namespace, task: Task, tables: Sequence[ScoreTable]) -> tuple[LabelTable, Path]:
     """The labels of --csv, or else those in the shard set, and where they are from."""
     if args.csv is not None:
         truth = read_labels(args.csv, task)
@@ -83,10 +94,39 @@ def read_truth(args: argparse.Namespace, task: Task, split: str) -> tuple[LabelT
         return truth, args.csv
     if args.shards is None:
         raise UserError("give --csv FILE with the labels of the scored images, or --shards DIR that holds them")
-    index = open_index(args.shards, split, task)
+    index = open_scored(args, tables, task)
     if index.targets is None:
-        raise UserError(f"{args.shards}: split {split!r} has no labels; give --csv FILE")
-    return LabelTable(index.about(), index.targets), args.shards
+        raise UserError(f"{args.shards}: split {index.split!r} has no labels; give --csv FILE")
+    return LabelTable(index.about().assign(split=index.split), index.targets), args.shards
+
+
+def open_scored(args: argparse.Namespace, tables: Sequence[ScoreTable], task: Task | None) -> ShardIndex:
+    """The split of --shards that was scored; UserError where it is known to be of another shard set."""
+    index = open_index(args.shards, next((table.meta.split for table in tables if table.meta.split), "test"), task)
+    for table in tables:
+        check_shards(table, index.fingerprint, args.shards)
+    return index
+
+
+def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_missing: bool) -> list[str]:
+    """What to tell of labelled images without a score, one line each.
+
+    UserError where the table lacks rows that it was to have, or does not say how many and labelled images have none.
+    """
+    splits, asked = labelled.about["split"].to_numpy(object), table.meta.asked
+    there = np.isin(splits, ("", table.meta.split)) if table.meta.split else np.ones(len(labelled), dtype=bool)
+    names = table.without_score(labelled.about["image_name"].to_numpy(object)[there])
+    lost = asked - len(table.image_names) - len(table.meta.unreadable) if asked else len(names)
+    first = f", e.g. {names[0]!r}" if names else ""
+    told = f"{lost:,} of {asked or int(there.sum()):,} images of {table.name!r} have no score{first} (labels: {source})"
+    if lost > 0 and not allow_missing:
+        raise UserError(f"{told}; score them, or --allow-missing evaluates the others")
+    if lost <= 0 and names:  # a fold, or a part of a larger CSV: all that was asked for
+        told = f"{len(table.image_names):,} of {int(there.sum()):,} images with labels in {source} were to be scored"
+    if names or lost > 0:
+        print(f"{'warning: ' if lost > 0 else ''}{told}")
+        return [f"{told}."]
+    return []
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -94,6 +134,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_flags(
         parser,
         *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
+        *("--allow-missing", "--backbone"),
         csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images, for pictures (default: none)"},
@@ -118,15 +159,28 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
     for meta in (table.meta for table in tables):
         if meta.checkpoints:
             views = ", ".join(sorted({view for item in meta.checkpoints for view in item.views}))
-            sources = ", ".join(item.source for item in meta.checkpoints)
+            kinds = {"ema": " (EMA weights)", "raw": " (raw weights, not the EMA)", "": ""}
+            sources = ", ".join(f"{item.source}{kinds[item.weights]}" for item in meta.checkpoints)
             found.append(f"{meta.member}: {sources}; views {views}; {meta.precision}")
-        elif meta.task is None and not meta.members:
-            found.append(f"{meta.member}: the table does not say its task, split, shards and models.")
+    found += [
+        f"{table.name}: the table does not say its {', '.join(table.unsaid)}, so these were not compared."
+        for table in tables
+        if table.unsaid
+    ]
     if first.split == "train" and not first.out_of_fold:
         found.append("These images may have been trained on: the scores say how well the models remember them.")
     if first.unreadable:
         found.append(f"{len(first.unreadable)} unreadable images have no score: {', '.join(first.unreadable)}")
     return found
+
+
+def ema_notes(logged: dict[Path, list[LogRow]]) -> list[str]:
+    """A note for each run whose average is still much of its first weights."""
+    warnings = {
+        run.name: ema_warning(read_recipe(run), max((row["step"] for row in rows), default=0))
+        for run, rows in logged.items()
+    }
+    return [f"{name}: {warning}" for name, warning in warnings.items() if warning]
 
 
 def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[str, str]:
@@ -139,44 +193,53 @@ def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[
     return colours
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+def read_metrics(run: Path) -> list[LogRow]:
+    """The rows of a run's metrics.jsonl that can be drawn; how many are damaged is said."""
     path = run / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --run takes a folder that cxrdist.train wrote") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged; resume the run, which repairs it, or leave --run out") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --run takes a folder that cxrdist.train wrote")
+    rows, num_bad = read_json_lines(path)
+    good = [row for row in rows if isinstance(row.get("kind"), str) and all(map(_drawable, map(row.get, DRAWN)))]
+    good = [row for row in good if row.get("step") and row.get("epoch")]
+    if num_bad := num_bad + len(rows) - len(good):
+        print(f"warning: {path}: {num_bad:,} damaged lines are left out", file=sys.stderr)
+    return good
+
+
+def _drawable(value: object) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return -1e15 <= value <= 1e15
+    return value is None
 
 
 def read_timings(path: Path) -> dict[str, float]:
     try:
-        return {str(name): float(seconds) for name, seconds in json.loads(path.read_text(encoding="utf-8")).items()}
+        return {str(name): float(seconds) for name, seconds in json.loads(read_bytes(path)).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f'--timings {path}: needs a JSON object {{"step": seconds}} ({error})') from None
 
 
 def picture_sections(
-    args: argparse.Namespace, table: ScoreTable, targets: NDArray[np.float64], result: Evaluation
+    args: argparse.Namespace, tables: Sequence[ScoreTable], targets: NDArray[np.float64], result: Evaluation
 ) -> Iterator[Section]:
     """Augmented training images, and maps of every run over a choice of scored images."""
-    task, split = args.task or table.meta.task, table.meta.split or "test"
+    table = tables[0]
+    task = args.task or table.meta.task
     if args.run and (args.shards / "train.json").is_file():
         with Loader(open_index(args.shards, "train", task), num_threads=1) as loader:
             yield saliency.augmented_section(loader, read_recipe(args.run[0]))
-    index = open_index(args.shards, split, task)
+    index = open_scored(args, tables, task)
     examples = saliency.choose_examples(args.show, table, targets, result)
     names = np.array([example.image_name for example in examples], dtype=object)
     rows = index.rows_of(names)
     if len(unknown := names[rows < 0]):
-        raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {split!r}; other shards?")
+        raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {index.split!r}; other shards?")
     if not examples:
         return
     with Loader(index, num_threads=1) as loader:
         images = saliency.read_images(loader, rows)
     for run in args.run:
-        member = load_member(run, max(epochs_of(run), default=0))
+        member = load_member(run, max(epochs_of(run), default=0), backbone=args.backbone)
         if member.architecture.saliency is not None:
             name, size = f"{run.name}@{member.meta.epoch}", member.recipe.image_size
             shown = (size, images, examples, table.labels)

@@ -27,6 +27,7 @@ from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.folds import rows_of_fold
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
+from cxrdist.data.reader import NO_XXH3
 from cxrdist.distributed import environment
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
 from cxrdist.distributed.precision import resolve_precision
@@ -37,12 +38,21 @@ from cxrdist.files import folder_lock
 from cxrdist.inference.members import Ensemble, MemberSpec, common_split, held_out, load_ensemble, parse_member
 from cxrdist.inference.parts import Basis, Part, PartStore, Rows, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
-from cxrdist.inference.score import check_finite, in_parts, member_table, score
-from cxrdist.scoring.submission import check_template, template_of, write_submission
+from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
+from cxrdist.scoring.submission import (
+    check_template,
+    check_unreadable,
+    template_of,
+    unreadable_note,
+    write_submission,
+)
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
 from cxrdist.shards.index import ShardIndex, open_index, task_of
-from cxrdist.shards.verify import verify
+from cxrdist.shards.verify import check_headers
 from cxrdist.tables import Template, read_template
+
+AGAIN = "run the same command again: finished scores are kept"
+SHOWN = 20  # unreadable images that are printed; the tables' JSON lists all
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +68,8 @@ class Job:
     batches: list[Rows]  # the global list; its composition does not depend on the number of ranks
     basis: Basis
     store: PartStore
+    left_out: dict[str, str]  # image name -> reason, of images that are asked for and not in the shards
+    most_unreadable: int
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,18 +84,21 @@ def main(argv: list[str] | None = None) -> None:
     check_gpus_seen()
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, args.split, args.task)
-    resume = "run the same command again: finished scores are kept"
-    with process_group(args.timeout_s, then=resume) as ranks, contextlib.ExitStack() as stack:
-        ranks.on_main(verify, shards, args.split, args.task)  # every tar header
+    with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
         with ranks.agree():
             job = prepare(args, shards, ranks.device)
+            check_headers(job.index, ranks.rank, ranks.world_size)
+        if job.index.checksums is None:
+            ranks.say(NO_XXH3)
         with ranks.agree():
             if ranks.rank == 0:
                 stack.enter_context(folder_lock(job.out))
         score_missing(args, job, ranks)
-        ranks.on_main(write_results, args, job, collect(job.store, ranks))
+        with ranks.working("reading scores"):
+            parts = collect(job.store, ranks)
+        note = ranks.on_main(write_results, args, job, parts)
         seconds = time.monotonic() - start
-        ranks.say(f"inference took {seconds:.0f} s on {ranks.world_size} processes, start and reading included")
+        ranks.say(f"inference took {seconds:.0f} s on {ranks.world_size} processes, start and reading included{note}")
 
 
 def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
@@ -92,7 +107,7 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     done = batches_done(job.store.read_all(), ranks)
     own = [number for number in range(len(job.batches)) if number not in done][ranks.rank :: ranks.world_size]
     batches = {number: job.batches[number] for number in own}
-    ranks.say(describe_plan(job.ensemble.members, job.passes, len(job.rows)))
+    ranks.say("\n".join([describe_plan(job.ensemble.members, job.passes, len(job.rows)), *job.ensemble.notes]))
     ranks.say(f"  {ranks.world_size} processes on {ranks.device.type}, {job.basis.precision}, {size} images a batch")
     if done:
         ranks.say(f"resuming: {len(done):,} of {len(job.batches):,} batches are scored already")
@@ -102,11 +117,11 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     none = torch.zeros(len(job.basis.columns), 0, job.index.task.num_labels, device=ranks.device)
     with (
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
-        Loader(job.index, ranks.device, on_bad="skip", max_bad=args.max_unreadable) as loader,
+        Loader(job.index, ranks.device, on_bad="skip", max_bad=job.most_unreadable - len(job.left_out)) as loader,
         show,
     ):
         scored = score(loader, list(batches.values()), job.passes, job.ensemble.models, job.basis.precision)
-        for part in in_parts(scored, loader, batches, none, args.checkpoint_minutes * 60, show):
+        for part in in_parts(ranks.paced(scored), loader, batches, none, args.checkpoint_minutes * 60, show):
             job.store.write(part, ranks.rank)
 
 
@@ -117,10 +132,16 @@ def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job
     out = args.out or Path("predictions") / index.task.folder
     template = choose_template(args, index)
     published = [MemberSpec(name, Path("runs") / f"{name}_{index.task.name}") for name in ("eva_x", "chexfound")]
-    ensemble = load_ensemble([parse_member(text) for text in args.member] or published, index.task)
+    specs = [parse_member(text) for text in args.member] or published
+    inputs = [shards, args.template, args.backbone, *(spec.source for spec in specs if spec.source.is_file())]
+    check_folder(out, [spec.name for spec in specs], inputs)
+    ensemble = load_ensemble(specs, index.task, args.backbone)
     rows = np.arange(len(index), dtype=np.int64)
     if args.fold is not None:
         rows = rows_of_fold(index.patients, common_split(ensemble, index.task), args.fold)[1]
+    left_out = index.left_out if args.fold is None else {}
+    most = args.max_unreadable.of(len(rows) + len(left_out))
+    check_unreadable(left_out, most, len(rows) + len(left_out))
     passes = plan_passes(ensemble.members)
     basis = Basis(
         shards=index.fingerprint,
@@ -131,7 +152,8 @@ def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job
         device=device.type,
     )
     batches = list(eval_batches(rows, basis.device_batch_size, 0, 1))
-    return Job(out, index, template, ensemble, passes, rows, batches, basis, PartStore(out / "parts", basis))
+    store = PartStore(out / "parts", basis)
+    return Job(out, index, template, ensemble, passes, rows, batches, basis, store, left_out, most)
 
 
 def choose_template(args: argparse.Namespace, index: ShardIndex) -> Template | None:
@@ -147,12 +169,15 @@ def choose_template(args: argparse.Namespace, index: ShardIndex) -> Template | N
     return template_of(index.task, [name for _, name in sorted(by_key)])
 
 
-def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> None:
-    """Average what was scored into score tables and the submission, and say what lies where."""
+def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> str:
+    """Average what was scored into score tables and the submission, and say what lies where.
+
+    Returns a note on unreadable images; UserError, before anything is written, for too many.
+    """
     index, basis = job.index, job.basis
     logits, kept, undecodable = merge(parts, len(index), job.rows)
-    left_out = index.left_out if args.fold is None else {}
-    unreadable = left_out | {index.image_names[row]: reason for row, reason in sorted(undecodable.items())}
+    unreadable = job.left_out | {index.image_names[row]: reason for row, reason in sorted(undecodable.items())}
+    check_unreadable(unreadable, job.most_unreadable, len(job.rows) + len(job.left_out))
     image_names = np.array(index.image_names[kept].to_list(), dtype=object)
     check_finite(logits, job.passes, image_names, basis.precision)
     shared = TableMeta(
@@ -163,6 +188,7 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
         precision=basis.precision,
         device_batch_size=basis.device_batch_size,
         unreadable=unreadable,
+        asked=len(job.rows) + len(job.left_out),
     )
     tables = []
     for member in job.ensemble.members:
@@ -171,16 +197,19 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
         path = job.out / "scores" / f"{member.name}.csv"
         write_table(path, tables[-1])
         print(f"scores of {member.name}: {path}")
-    for name, reason in unreadable.items():
+    for name, reason in list(unreadable.items())[:SHOWN]:
         print(f"unreadable: {name}: {reason}")
+    note, submission = unreadable_note(unreadable), job.out / "submission.csv"
     if job.template is None:
-        return
+        if submission.exists():
+            print(f"warning: {submission} is of an earlier inference; this one writes none")
+        return note
     final = average_tables(tables, [member.weight for member in job.ensemble.members], args.average)
     if args.average_studies:
         final = average_studies(final, study_ids(index.patients[kept], index.studies[kept]))
-    fallback = write_submission(final, job.template, job.out / "submission.csv")
-    note = f", {len(fallback)} of them unreadable (class means)" if fallback else ""
-    print(f"submission: {job.out / 'submission.csv'}, {len(job.template):,} images{note}")
+    fallback = write_submission(final, job.template, submission, job.most_unreadable)
+    print(f"submission: {submission}, {len(job.template):,} images{unreadable_note(fallback, ' (class means)')}")
+    return note
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -196,11 +225,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_flags(
         parser,
         *("--task", "--shards", "--shards-url", "--out", "--template", "--average", "--average-studies"),
-        *("--device-batch-size", "--precision", "--expect-processes", "--dry-run"),
+        *("--backbone", "--device-batch-size", "--precision", "--expect-processes", "--dry-run"),
         *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
         out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
         template={"help": "sample submission (default: the shards' order)"},
-        max_unreadable={"default": 20},
         checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
         timeout_s={"default": 1800.0},
     )
@@ -211,4 +239,4 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_entry(main))
+    raise SystemExit(run_entry(main, again=AGAIN))

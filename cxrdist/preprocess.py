@@ -20,7 +20,7 @@ from cxrdist.errors import UserError
 from cxrdist.shards.convert import SIZE_PX, Pixels
 from cxrdist.shards.index import splits_in, task_of
 from cxrdist.shards.sources import make_jobs
-from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, write_split
+from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, refuse_foreign, write_split
 from cxrdist.tables import read_cells
 from cxrdist.task import ALL, LAYOUTS, TASKS, Columns, Task, load_task
 
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs = [*competition_inputs(task, args.data, args.split)]
     # All before the first image: a mistake in the last split must not show hours later.
     jobs = [job for given in inputs for job in make_jobs(task, out, *given, pixels, args.rows_per_shard)]
+    for job in jobs:
+        refuse_foreign(job)
     how = {"workers": args.workers or usable_cores(), "node_rank": node_rank, "num_nodes": num_nodes}
     for job in jobs:
         print(summary(job, *write_split(job, **how, overwrite=args.overwrite, show=True)))
@@ -162,12 +164,10 @@ def summary(job: SplitJob, records: Records, complete: bool) -> str:
     lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in left_out[:NUM_NAMED]]
     if len(left_out) > NUM_NAMED:
         lines.append(f"    and {len(left_out) - NUM_NAMED:,} more, all listed in {job.split}.json")
-    if all(
-        image.patient == job.groups[n][0].image_name for n, record in records.items() for image in record.images[:1]
-    ):
-        lines.append(
-            "  no patient is known: folds cannot keep the images of a patient apart (--patient-column says them)"
-        )
+    firsts = [(image, job.groups[n][0]) for n, record in records.items() for image in record.images[:1]]
+    if firsts and all(image.patient == row.image_name and row.targets is not None for image, row in firsts):
+        remedy = " (--patient-column says them)" if job.task.format == "table" else ""
+        lines.append(f"  no patient is known: folds cannot keep the images of a patient apart{remedy}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ Source of every number: the published solution of Grand X-Ray Slam (2nd place di
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -26,19 +27,26 @@ PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
 View = Literal["plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05"]
 PUBLISHED_VIEWS: tuple[View, ...] = get_args(View)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=10**6)]
+Weight = Annotated[float, Field(ge=0, le=10**6)]
+ModelSize = Annotated[int, Field(ge=0, le=2**16)] | Annotated[float, Field(ge=0, le=10**6)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Document):
     """Parameters whose name matches `pattern` (re.search on the module's own names); the first matching row wins."""
 
-    pattern: str
-    lr: float | None  # None: never updated
-    weight_decay: float = 0.0
+    pattern: Annotated[str, Field(max_length=1000)]
+    lr: Weight | None  # None: never updated
+    weight_decay: Weight = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"pattern {self.pattern[:80]!r} is no regular expression ({error})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +69,14 @@ class Recipe(Document):
     model: Name  # an Architecture's name
     image_size: Annotated[int, Field(ge=1, le=4096)]  # px, after augmentation
     epochs: Count
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     global_batch_size: Count  # images per optimizer step, over all GPUs and accumulation
-    groups: Annotated[tuple[Group, ...], Field(min_length=1)]
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1000)]
     ema_decay: Share
     ema_ramp: bool = False  # decay of step t is min(ema_decay, (1 + t) / (10 + t)): for short runs
     betas: tuple[Share, Share] = (0.9, 0.999)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     clip_grad_norm: Positive | None = None
     loss: str = "focal_bce"  # a name in training.losses.LOSSES
     focal_weight: Weight = 0.7
@@ -80,7 +88,8 @@ class Recipe(Document):
     augment: Literal["published", "crop_flip", "none"] = "published"
     holes: Literal["as_run", "as_asked"] = "as_run"  # coarse dropout: what the library cut, or the one hole asked for
     drop_rate: Share = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
-    model_kwargs: tuple[tuple[str, int | float], ...] = ()  # size overrides for a small variant, sorted by name
+    # size overrides for a small variant, sorted by name
+    model_kwargs: Annotated[tuple[tuple[str, ModelSize], ...], Field(max_length=100)] = ()
     inference: Inference = field(default=Inference(), compare=False)
 
     def __post_init__(self) -> None:
@@ -290,6 +299,7 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
 
     `global_batch_size` also makes `ema_decay` decay^(new / old), unless that is set too: the EMA spans as many images.
     A decay made for 64 images a step would leave 83 % of the initial weights after 6 epochs at 1024.
+    `epochs` also moves `member_epochs`, unless they are set too: what is averaged stays the end of the run.
     Raises UserError for an unknown field, a value of another type, or a field that is not one value.
     """
     data: dict[str, Any] = dataclasses.asdict(recipe)
@@ -307,8 +317,11 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         elif isinstance(homes[name][name], tuple | list):  # a list where it was overridden before
             parts = value.split(",")
         homes[name][name] = None if value.lower() == "none" else parts
-    changed = Recipe.from_json(json.dumps(data), " ".join(f"--set {text}" for text in overrides), strict=False)
     names = {text.partition("=")[0] for text in overrides}
+    if "epochs" in names and "member_epochs" not in names and str(data["epochs"]).isdecimal():
+        later = int(data["epochs"]) - recipe.epochs
+        data["inference"]["member_epochs"] = sorted({max(1, n + later) for n in recipe.inference.member_epochs})
+    changed = Recipe.from_json(json.dumps(data), " ".join(f"--set {text}" for text in overrides), strict=False)
     if "global_batch_size" in names and "ema_decay" not in names:
         scale = changed.global_batch_size / recipe.global_batch_size
         return dataclasses.replace(changed, ema_decay=recipe.ema_decay**scale)

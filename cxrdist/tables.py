@@ -10,6 +10,7 @@ import io
 import re
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -41,8 +42,10 @@ USUAL = {
     "--split-column": r"split|partition|subset|fold",
 }
 IMAGE_TEXT = r".+\.(jpe?g|png|dcm|dicom|tiff?|bmp|webp)"
+MOST = 0.5  # of the rows: a shifted column contradicts in nearly every one, a clerical error in few
 MAX_BYTES = 2**31  # of a table, uncompressed; the largest public one has 100 MB
 MAX_LINE = 2**24  # characters
+MAX_COMPARED = 1000  # columns, for the nearest to one that is missing
 MAX_RATIO = 200  # of a gzip file larger than 64 MB; the public tables have 5 to 20
 
 
@@ -127,6 +130,7 @@ def label_table(cells: Cells, task: Task) -> LabelTable:
     from_names = [] if named.patient and named.study else [task.ids_in_name(name) for name in names]
     if named.patient:
         about["patient"] = _patients(cells, task)
+        notes += _contradictions(cells, task, names, about["patient"])
     else:  # where nothing says the patient, every image is its own
         about["patient"] = [ids[0] if ids else name for ids, name in zip(from_names, names, strict=True)]
         if task.names and None in from_names:
@@ -187,7 +191,7 @@ def read_template(path: Path, task: Task) -> Template:
     cells = read_cells(path, {image})
     header = tuple(cells.first)
     if image not in header:
-        close = near(image, header)
+        close = near(image, header[:MAX_COMPARED])
         meant = f"; the nearest is {close!r}: rename it if that is meant" if close else ""
         raise UserError(f"{path}: column {image!r} is missing{meant}; add it to the CSV")
     for name in header:
@@ -205,7 +209,7 @@ def read_template(path: Path, task: Task) -> Template:
 def read_cells(path: Path, wanted: Collection[str] | None = None) -> Cells:
     """A CSV's columns whose names are in `wanted` (None: all) as text; empty lines do not count.
 
-    The separator is a comma, or ';' or a tab where the header holds only that one, which is noted. gzip is known by its
+    The separator is a comma, or ';' or a tab where the header holds more of them, which is noted. gzip is known by its
     first bytes. Raises UserError as `read_label_csv` does for what is wrong with the file itself.
     """
     if not path.is_file():
@@ -243,9 +247,9 @@ def read_cells(path: Path, wanted: Collection[str] | None = None) -> Cells:
         raise UserError(f"{path}: the file is empty; a CSV with a header and one row per image is needed")
     if not lines:
         raise UserError(f"{path}: a header but no rows; is this the right file?")
-    for name in header:
-        if name and header.count(name) > 1:
-            raise UserError(f"{path}: column {name!r} appears {header.count(name)} times; keep one")
+    for name, times in Counter(header).items():
+        if name and times > 1:
+            raise UserError(f"{path}: column {name[:80]!r} appears {times} times; keep one")
     columns = {header[place]: kept[number :: len(places)] for number, place in enumerate(places)}
     return Cells(path, columns, lines, dict(zip(header, sample, strict=True)), notes)
 
@@ -276,8 +280,7 @@ def _lines(path: Path, file: io.BufferedReader) -> Iterator[str]:
 
 def _delimiter(header: str) -> str:
     outside = re.sub(r'"[^"]*"', "", header)
-    others = [character for character in ";\t" if character in outside]
-    return others[0] if len(others) == 1 and "," not in outside else ","
+    return max(",;\t", key=outside.count)  # none: a table of one column
 
 
 def _encoding_problem(path: Path) -> str:
@@ -316,7 +319,7 @@ def check_columns(cells: Cells, task: Task) -> None:
     missing = [*roles.values(), *lost]
     if not missing:
         return
-    free = [name for name in header if name and name not in {*flags.values(), *task.labels}]
+    free = [name for name in header if name and name not in {*flags.values(), *task.labels}][:MAX_COMPARED]
     remedies, sure = [], True
     for flag, name in roles.items():
         column = near(name, free) or _usual(flag, free, header)
@@ -374,6 +377,28 @@ def _patients(cells: Cells, task: Task) -> list[str]:
             line = cells.lines[column.index(text)]
             raise UserError(f"{cells.path}, line {line}: {task.columns.patient} {text!r} {error}") from None
     return [ids[text] for text in column]
+
+
+def _contradictions(cells: Cells, task: Task, names: list[str], patients: list[str]) -> list[str]:
+    """A note on patients that contradict what the image's name says by the task's rule, where there are some.
+
+    UserError where most do: then the column is another one, or shifted against the names.
+    """
+    if not task.names:
+        return []
+    told = [None if (ids := task.ids_in_name(name)) is None else ids[0] for name in names]
+    both = list(zip(told, patients, strict=True))
+    other = [row for row, (one, two) in enumerate(both) if one is not None and one.lstrip("0") != two.lstrip("0")]
+    if not other:
+        return []
+    row, num_told = other[0], sum(one is not None for one in told)
+    problem = (
+        f"{cells.path}, line {cells.lines[row]}: {task.columns.patient} is {patients[row]!r}, but the image's name "
+        f"{names[row]!r} says {told[row]!r}; so in {len(other):,} of {num_told:,} rows"
+    )
+    if len(other) > num_told * MOST:
+        raise UserError(f"{problem}; correct the table, or give a task whose names say nothing")
+    return [f"warning: {problem}; find out which is right"]
 
 
 def _bad_label(path: Path, line: int, label: str, text: str, count: int) -> str:

@@ -465,6 +465,11 @@ def _checked_id(text: str) -> str:
         raise ValueError(f"has more than {MAX_ID_CHARACTERS} characters")
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
         raise ValueError("holds a control character")
+    if not text.isascii():  # they look like others, so one patient would be two
+        if any(character.isdecimal() and not character.isascii() for character in text):
+            raise ValueError("holds digits other than 0 to 9; write them so")
+        if any(unicodedata.category(character) == "Cf" for character in text):
+            raise ValueError("holds an invisible character")
     return text
 
 

@@ -21,6 +21,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
+from cxrdist.data.reader import NO_XXH3
 from cxrdist.data.selection import Selection, never_observed, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
@@ -38,7 +39,7 @@ from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
 from cxrdist.shards.index import ShardIndex, open_index, read_meta, task_of
-from cxrdist.shards.verify import verify
+from cxrdist.shards.verify import check_headers
 from cxrdist.task import LAYOUTS, Task
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
@@ -75,6 +76,7 @@ OWN_FLAGS = {
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
     "--compile": SWITCH | {"help": "torch.compile the model"},
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
+    "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
     "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         check_gpus_seen()
         fetch_shards(args.shards_url, shards, "train", args.task)
     task = args.task or task_of(shards)
+    if args.shards_url and not args.dry_run and validates_on_split(args, task):
+        fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
     published = recipes.recipe_for(args.model, task.name, num_images)
     recipe = recipes.with_overrides(published, args.overrides)
@@ -128,17 +132,18 @@ def train(
     with ranks.agree():
         precision, why = resolve_precision(args.precision, ranks.device)
         index = open_index(shards, "train", task)
-    ranks.on_main(verify, shards, "train", task)  # every tar header, by one reader
-    with ranks.agree():
+        check_headers(index, ranks.rank, ranks.world_size)
         facts, rows = choose_data(index, recipe, run, args)
         targets = targets_of(index)[rows.train]
         validated = rows.valid or index
-    if rows.valid is not None:
-        ranks.on_main(verify, shards, "valid", task)
+        if rows.valid is not None:
+            check_headers(rows.valid, ranks.rank, ranks.world_size)
     describe_data(index, rows, ranks)
+    holder = ""
     with ranks.agree():
         if ranks.rank == 0:
-            stack.enter_context(folder_lock(run))
+            start.check_folder(run, shards)
+            holder = stack.enter_context(folder_lock(run))
     begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say)
     if begin.finished:
         ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
@@ -186,26 +191,28 @@ def train(
         restore(learner, begin, args, recipe, num_steps, ranks)
 
     # Where it goes
+    ranks.on_main(start.write_id, run, facts)
     if frozen is None and architecture.frozen_names(model):
         frozen = ranks.on_main(member.write_frozen, architecture, model, run)
     session = start.describe_session(ranks.device, ranks.world_size, device_batch_size, precision)
-    ranks.on_main(write_start, run, recipe, task, facts, rows, index, session)
+    ranks.on_main(write_start, run, recipe, task, rows, index, session)
     tracker: Tracker | None = None
-    if ranks.rank == 0:
-        if lost := cut_metrics(run, 0 if begin.state is None else begin.state.metrics_bytes):
-            ranks.say(f"warning: {lost}")
-        config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
-        tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, config=config))
+    with ranks.agree("opening the log"):
+        if ranks.rank == 0:
+            if lost := cut_metrics(run, 0 if begin.state is None else begin.state.metrics_bytes):
+                ranks.say(f"warning: {lost}")
+            config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
+            tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, images=args.wandb_images, config=config))
     threads = environment.decode_threads() if args.threads is None else args.threads
-    read = functools.partial(
-        Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad, max_bad=args.max_unreadable
-    )
-    loader = stack.enter_context(read(index))
-    valid_loader = loader if rows.valid is None else stack.enter_context(read(rows.valid))
+    read = functools.partial(Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad)
+    loader = valid_loader = stack.enter_context(read(index, max_bad=args.max_unreadable.of(len(index))))
+    if (valid := rows.valid) is not None:
+        valid_loader = stack.enter_context(read(valid, max_bad=args.max_unreadable.of(len(valid))))
     hardware = {name: getattr(session, name) for name in ("world_size", "device_batch_size", "precision")}
     step_state = StepState(data=facts, frozen=frozen, parts=parts, **hardware)
     meta = EpochMeta(data=facts, frozen=frozen, recipe=recipe.name, model=recipe.model, task=task)
-    folder = RunFolder(path=run, id=ranks.on_main(run_id, run), state=step_state, meta=meta, keep_steps=args.keep_steps)
+    saved = {"id": ranks.on_main(run_id, run), "holder": holder, "keep_steps": args.keep_steps}
+    folder = RunFolder(path=run, state=step_state, meta=meta, **saved)
     meter = Meter(
         ranks=ranks,
         learner=learner,
@@ -232,10 +239,11 @@ def train(
         observed=index.observed,
     )
     sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
-    if tracker is not None and tracker.dashboard is not None:
-        epoch = min(state.epoch, recipe.epochs - 1)
-        first = order.epoch_order(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
-        show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
+    with ranks.agree("showing samples"):
+        if tracker is not None and tracker.dashboard is not None:
+            epoch = min(state.epoch, recipe.epochs - 1)
+            first = order.epoch_order(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
+            show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
             model.train()
@@ -266,18 +274,17 @@ def train(
                 if state.global_step % args.log_every == 0 or state.step == num_steps:
                     meter.log()  # the only place where the host waits for the device
                 bar.update()
-                decision = control.after_step(state.global_step)
+                decision = control.after_step()
                 if decision.stop or (decision.save and state.step < num_steps):
                     save_step(folder, learner, tracker, ranks)
                 if decision.stop:
-                    again = "the same command with --resume continues"
-                    ranks.say(f"stopped after step {state.global_step} ({decision.stop}); {again}")
+                    ranks.say(f"stopped after step {state.global_step} ({decision.stop}); to continue, {AGAIN}")
                     return
             save_step(folder, learner, tracker, ranks)
             validation = None
             if rows.validation is not None:
                 resize = functools.partial(TrainingAugment(recipe.image_size, "none", recipe.seed), epoch=0)
-                with ema.applied():
+                with ema.applied(), ranks.working("validation"):
                     validation = validate(
                         *(model, valid_loader, rows.validation, resize, criterion_on_cpu, ranks),
                         *(device_batch_size, precision),
@@ -291,10 +298,15 @@ def train(
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
 
 
+def validates_on_split(args: Namespace, task: Task) -> bool:
+    """Whether validation is on split `valid` where the shard set has one."""
+    return args.validate_fold is None and task.name not in LAYOUTS
+
+
 def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -> tuple[Facts, Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
     fold, valid = args.validate_fold, None
-    if fold is None and index.task.name not in LAYOUTS:
+    if validates_on_split(args, index.task):
         if (index.folder / "valid.json").is_file():
             valid = open_index(index.folder, "valid", index.task)
         elif len(index.patients.codes()[1]) >= args.folds:
@@ -321,7 +333,9 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
 
 
 def describe_data(index: ShardIndex, rows: Selection, ranks: Ranks) -> None:
-    """Say what is validated on, and which labels are never observed."""
+    """Say what is validated on, which labels are never observed, and what format version 1 costs."""
+    if index.checksums is None:
+        ranks.say(NO_XXH3)
     parts = {"trained": targets_of(index)[rows.train]}
     if rows.validation is None:
         ranks.say("no validation: --validate-fold K holds out a fold by patient")
@@ -362,21 +376,22 @@ def restore(
 
 
 def write_start(
-    run: Path, recipe: Recipe, task: Task, facts: Facts, rows: Selection, index: ShardIndex, session: Environment
+    run: Path, recipe: Recipe, task: Task, rows: Selection, index: ShardIndex, session: Environment
 ) -> None:
     """What the run is, its split and where it runs."""
     if rows.fold_of is not None and not (run / "recipe.json").exists():
         folds.write_split(run / "split.csv", index.patients, rows.fold_of)
-    start.write_start(run, recipe, task, facts, session)
+    start.write_start(run, recipe, task, session)
 
 
 def save_step(folder: RunFolder, learner: Learner, tracker: Tracker | None, ranks: Ranks) -> None:
     """Write all that resume needs as `step_<N>`. Collective: every rank calls, rank 0 writes."""
     state = learner.state
     place = {"epoch": state.epoch, "step": state.step, "global_step": state.global_step}
-    logged = tracker.metrics_bytes() if tracker else 0
+    with ranks.agree("writing the log"):
+        logged = tracker.metrics_bytes() if tracker else 0
     ranks.on_main(folder.save_step, learner.tensors(ranks), **place, metrics_bytes=logged)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_entry(main))
+    raise SystemExit(run_entry(main, again=AGAIN))

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from cxrdist.cli import Parser, add_flags, flag, run_entry, shards_of
 from cxrdist.data.inspection import Splits, findings, look
 from cxrdist.errors import UserError
-from cxrdist.report.dataset import check_place, write_dataset_report
+from cxrdist.files import check_outputs
+from cxrdist.report.dataset import check_page, write_dataset_report
 from cxrdist.shards.index import ShardIndex, open_index, splits_in
 from cxrdist.shards.verify import verify, write_table
 
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     if not splits:
         raise UserError(f"{folder}: no shard set here; make it with `python -m cxrdist.preprocess --task NAME ...`")
     if args.report is not None:
-        check_place(args.report, folder)
+        check_page(args.report)
+        check_outputs([args.report], [folder], flag="--report")
     indexes = []
     for split in splits:
         started = time.monotonic()

@@ -77,6 +77,7 @@ def load_infer_world() -> Any:
 def make_division(tmp_path: Path) -> Any:
     """`make_division(names, **columns)`: a folder of small grey images and their label CSV, as (images, csv) paths."""
     import csv
+    import re
 
     import numpy as np
     from PIL import Image
@@ -96,7 +97,14 @@ def make_division(tmp_path: Path) -> Any:
                 (images / name).parent.mkdir(parents=True, exist_ok=True)
                 with (images / name).open("wb") as image:
                     noise.resize(size).save(image, "PNG" if name.endswith("png") else "JPEG")
-                values = {"Image_name": name, "Patient_ID": row // 2 + 1, "Study": 1, "Sex": "Female", "Age": 60}
+                said = re.fullmatch(r"([0-9]{1,8})_[0-9]+_[0-9]+\..*", name)
+                values = {
+                    "Image_name": name,
+                    "Patient_ID": said[1] if said else row // 2 + 1,
+                    "Study": 1,
+                    "Sex": "Female",
+                    "Age": 60,
+                }
                 values |= {"ViewCategory": "Frontal", "ViewPosition": "PA"}
                 values |= {label: (row + place) % 2 for place, label in enumerate(LABELS)}
                 values |= {column: cells[row] for column, cells in columns.items()}

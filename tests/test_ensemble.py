@@ -30,7 +30,9 @@ def tables(tmp_path):
         for part in (0, 1):
             names = np.array([f"{1000 + i:08d}_001_001.jpg" for i in range(part * 40, part * 40 + 40)], dtype=object)
             probs = (skill * truth[part * 40 : part * 40 + 40] + 0.5 * rng.random((40, 14))).astype(np.float32)
-            fold = ScoreTable(names, probs, TableMeta(member=member, task=TASK, out_of_fold=True))
+            fold = ScoreTable(
+                names, probs, TableMeta(member=member, task=TASK, out_of_fold=True, split="train", shards="s")
+            )
             write_table(tmp_path / f"{member}_fold{part}.csv", fold)
         files[member] = table
     names = [f"{1000 + i:08d}_001_001.jpg" for i in range(80)]
@@ -76,7 +78,9 @@ def test_weights_are_searched_on_joined_out_of_fold_tables_only(tables, tmp_path
     weights = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines() if " weight " in line}
     assert weights["good"] > 0.8
     table = read_table(tmp_path / "poor_fold1.csv")
-    write_table(tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta=TableMeta(member="poor", task=TASK)))
+    write_table(
+        tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta=dataclasses.replace(table.meta, out_of_fold=False))
+    )
     with pytest.raises(UserError, match="'poor' is not out-of-fold"):
         ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
     with pytest.raises(UserError, match="same members only"):

@@ -17,7 +17,8 @@ ENTRIES = {"preprocess", "verify", "train", "infer", "ensemble", "evaluate", "av
 LAYERS = (
     {"__init__"},
     {"errors", "splitmix"},
-    {"files", "documents"},
+    {"files"},
+    {"documents"},
     {"task"},
     {"tables"},
     {"published"},

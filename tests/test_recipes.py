@@ -81,7 +81,7 @@ def test_overrides_take_the_type_of_their_field():
         ("image_size=0", "image_size: .*greater than or equal to 1"),
         ("views=plain,sideways", "inference.views.1: .*'plain', 'hflip'"),
         ("views=", "inference.views.0: .*'plain', 'hflip'"),
-        ("epochs=3", "epochs run from 1 to 3"),
+        ("member_epochs=7", "epochs run from 1 to 6"),
         ("lr_schedule=linear", "lr_schedule: .*'constant' or 'cosine'"),
         ("groups=1", "no such recipe field"),
         ("inference=1", "no such recipe field"),
@@ -162,3 +162,11 @@ def test_each_field_of_another_type_is_named():
 def test_a_recipe_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipes.eva_x("b").epochs = 7
+
+
+def test_other_epochs_move_the_epochs_that_are_averaged():
+    members = {
+        text: recipes.with_overrides(recipes.eva_x("b"), text.split()).inference.member_epochs
+        for text in ("epochs=12", "epochs=2", "epochs=1", "epochs=3 member_epochs=1", "seed=1")
+    }
+    assert list(members.values()) == [(11, 12), (1, 2), (1,), (1,), (5, 6)]

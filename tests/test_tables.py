@@ -171,7 +171,12 @@ def test_another_separator_is_read_and_said(tmp_path: Path, separator: str, call
         read_label_csv(tmp_path / "b.csv", MINE)
 
 
-def test_a_header_with_a_comma_is_separated_by_commas(tmp_path: Path) -> None:
+def test_the_separator_is_what_the_header_holds_most_often(tmp_path: Path) -> None:
+    (tmp_path / "b.csv").write_text(MINE_TEXT.replace(",", ";").replace("Pleural effusion", "Effusion, any"))
+    task = dataclasses.replace(
+        MINE, labels=tuple(label.replace("Pleural effusion", "Effusion, any") for label in MINE.labels)
+    )
+    assert read_label_csv(tmp_path / "b.csv", task).targets.tolist() == [[1, 0], [0, 0.25]]
     (tmp_path / "a.csv").write_text(MINE_TEXT.replace("who", "who;x"))
     task = dataclasses.replace(MINE, columns=Columns(image="file", patient="who;x"))
     assert read_label_csv(tmp_path / "a.csv", task).notes == ()

@@ -14,6 +14,7 @@ import cxrdist.bench
 from cxrdist.bench.timing import Row, as_json, table
 from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
+from cxrdist.files import check_outputs, write_output
 
 NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
 
@@ -31,10 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv[1:])
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json is not None:
+        check_outputs([args.json], flag="--json")
     rows = cast(Callable[..., list[Row]], module.run)(args)
     print(table(rows))
     if args.json is not None:
-        args.json.write_text(json.dumps(as_json(rows), indent=1) + "\n", encoding="utf-8")
+        write_output(args.json, json.dumps(as_json(rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Rivals that are not installed are named as skipped (`pip install '.[bench]' litd
 """
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import io
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.augment.training import TrainingAugment
-from cxrdist.bench.timing import Row, interleaved, rows_of
+from cxrdist.bench.timing import Row, interleaved, median_ratio, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, epoch_order, train_batches
 from cxrdist.data.reader import ShardReader
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         index = _write_shards(folder, args.num_images)
         files = _write_published_files(index, folder / "published")
         rows, notes = _one_core(index, files, folder, args.batch_size, args.epochs, args.rounds)
+        rows += _check(index, args.batch_size, args.rounds)
         rows += _end_to_end(index, files, args.batch_size, args.rounds)
         rows += _all_cores(index, files, args.batch_size, args.epochs, args.rounds)
         rows += [_memory(folder, args.batch_size), _planning()]
@@ -97,6 +99,31 @@ def _one_core(
         rows_of("one core", speeds, baseline=published if published in variants else None, limit="bare decode"),
         skipped,
     )
+
+
+def _check(index: ShardIndex, batch_size: int, rounds: int) -> list[Row]:
+    """What it takes to compare the bytes of every read with the index, as a share of the time of decoding them."""
+
+    def checked(index: ShardIndex) -> Variant:
+        reader = ShardReader(index)
+        jpegs = [(row, reader.read(row)) for row in range(len(index))]
+
+        def epoch() -> int:
+            for row, jpeg in jpegs:
+                reader.check(row, jpeg)
+            return len(jpegs)
+
+        return epoch
+
+    limit, old = "bare decode", dataclasses.replace(index, checksums=None)
+    variants = {limit: _bare_decode(index, batch_size)}
+    variants |= {
+        "XXH3": _repeated(checked(index), 20),  # a turn of more than a few clock ticks
+        "SHA-256, of format version 1": _repeated(checked(old), 5),
+    }
+    speeds = interleaved(variants, rounds=rounds, clock=time.process_time)
+    shares = {name: f"{median_ratio(speeds[limit], values):.2%} of a decode" for name, values in speeds.items()}
+    return rows_of("check of a read", speeds, limit=limit, notes=shares | {limit: ""})
 
 
 def _end_to_end(index: ShardIndex, files: list[Path], batch_size: int, rounds: int) -> list[Row]:

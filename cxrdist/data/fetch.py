@@ -5,62 +5,105 @@ epoch touches every shard in random order, so all of it is needed at once anyway
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from cxrdist import files
+from cxrdist import documents, files
 from cxrdist.errors import UserError
 from cxrdist.shards.index import FileMeta, read_meta
 from cxrdist.task import Task
 
-PROTOCOLS = {"s3": "s3fs", "https": "aiohttp", "hf": "huggingface_hub"}  # and the package that fsspec needs for it
+PROTOCOLS = {"s3": "s3fs", "https": "", "hf": "huggingface_hub"}  # and the package that fsspec needs for it
 CHUNK = 2**23  # bytes of a read
 DOWNLOADS = 4  # files at the same time
+READ_S = 120.0  # for one read of CHUNK bytes (70 kB/s), a connection or a response: whatever takes longer is given up
+TRIES = 4
+PAUSE_S = 1.0  # before the second try; twice as long before each further one
+PASSING = (408, 425, 429)  # HTTP answers below 500 after which another try can help
+T = TypeVar("T")
 
 
-def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None) -> None:
+class Web:
+    """Files on a web server, opened by their address."""
+
+    def open(self, url: str, mode: str = "rb") -> Any:
+        """The body of `url`. OSError where the server does not give it; FileNotFoundError where it says so (404)."""
+        try:
+            return urllib.request.urlopen(urllib.parse.quote(url, safe=":/%[]"), timeout=READ_S)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                raise FileNotFoundError("HTTP 404: no such file") from None
+            raise
+
+
+def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None, *, optional: bool = False) -> None:
     """Copy one split from `url` (s3://bucket/path, https://host/path, hf://datasets/name/path) into `folder`.
 
     What lies there already is kept. The processes of a machine may call it together: one copies, the others wait.
+    optional: a split that the address does not have is left out. What fails and may pass is tried again a few times.
     Raises UserError, naming URL and file, for another kind of address, a file that is missing or not what its hash
-    says, another shard set or task, or too little disk space.
+    says, a server that refuses, fails or gives no data in time, another shard set or task, or too little disk space.
     """
     protocol, separator, rest = url.partition("://")
     if not separator or protocol not in PROTOCOLS or "::" in url:
         raise UserError(f"{url}: shards are fetched from {', '.join(f'{name}://' for name in PROTOCOLS)} only")
     if set("@?#") & set(rest):
         raise UserError("the shards' URL may not hold credentials or queries: use the environment of s3fs or the hub")
+    source: Any = Web()
+    root = url.rstrip("/")
     try:
-        source, root = fsspec.core.url_to_fs(url.rstrip("/"))
+        if protocol != "https":
+            source, root = fsspec.core.url_to_fs(root)
     except ImportError as error:
         raise UserError(f"{url}: needs a package that is not installed; pip install {PROTOCOLS[protocol]}") from error
-    copy_shards(source, str(root), folder, split, task)
+    except Exception as error:  # of the package's own kind
+        raise UserError(f"{url}: cannot be used ({reason(error)}); check the address") from error
+    copy_shards(source, str(root), folder, split, task, optional=optional)
 
 
-def copy_shards(source: Any, root: str, folder: Path, split: str, task: Task | None = None) -> None:
-    """`fetch_shards` from the fsspec file system `source`, from its folder `root`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # The lock file stays: deleting it would part those who wait for it.
-    with files.lock(folder / f".{split}.fetch.lock", wait=True, message=""):
+def copy_shards(
+    source: Any, root: str, folder: Path, split: str, task: Task | None = None, *, optional: bool = False
+) -> None:
+    """`fetch_shards` from `source` (`Web`, or a file system of fsspec), from its folder `root`."""
+    with contextlib.ExitStack() as stack:
         work = folder / f".{split}.fetch"
-        work.mkdir(exist_ok=True)
+        with files.disk_errors_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # The lock file stays: deleting it would part those who wait for it.
+            stack.enter_context(files.lock(folder / f".{split}.fetch.lock", wait=True, message=""))
+            files.refuse_links(work, flag="--shards")
+            work.mkdir(exist_ok=True)
         name = f"{split}.json"
-        with _named(f"{root}/{name}"):
-            content = source.cat_file(f"{root}/{name}")
-        (work / name).write_bytes(content)
+        content = _json(source, f"{root}/{name}", optional)
+        if content is None:
+            shutil.rmtree(work)
+            return
+        with files.disk_errors_named(work / name, len(content)):
+            files.write_atomically(work / name, content)
         meta = read_meta(work, split, task)  # it names no file outside the folder
         if (folder / name).is_file() and (folder / name).read_bytes() != content:
             raise UserError(f"{folder / name} is of another shard set than {root}/{name}; give another --shards folder")
         # A file gets its name only when its hash was right, so its size is enough.
         paths = [(file, folder / file.name) for file in (meta.index, *meta.shards)]
         missing = [file for file, path in paths if not path.is_file() or path.stat().st_size != file.bytes]
+        if not (folder / name).is_file():  # else its JSON says that they are of this set, and damaged
+            for path in (folder / file.name for file in missing):
+                if path.exists() or path.is_symlink():
+                    raise UserError(f"{path}: is there, and not what {root} holds under this name; move it away")
         needed, free = sum(file.bytes for file in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(f"{folder}: {needed:,} bytes are to be fetched and {free:,} are free")
@@ -70,26 +113,112 @@ def copy_shards(source: Any, root: str, folder: Path, split: str, task: Task | N
         shutil.rmtree(work)
 
 
+def _json(source: Any, path: str, optional: bool) -> bytes | None:
+    """The content of a split's JSON; None where it is optional and not there, or may not be read."""
+
+    def get() -> bytes:
+        content = b"".join(_chunks(source, path, documents.MAX_BYTES))
+        if len(content) > documents.MAX_BYTES:
+            raise UserError(f"{path}: more than {documents.MAX_BYTES:,} bytes are too many for the JSON of a split")
+        return content
+
+    try:
+        return _tried(path, get)
+    except UserError as error:
+        # S3 answers 403 for a file that is not there to those who may not list the folder.
+        if optional and (isinstance(error.__cause__, FileNotFoundError) or _status(error.__cause__) == 403):
+            print(f"{path}: not there, so this split is not fetched", flush=True)
+            return None
+        raise
+
+
 def _copy(source: Any, root: str, file: FileMeta, work: Path, folder: Path) -> None:
     path, temporary = f"{root}/{file.name}", work / file.name
-    digest, size = hashlib.sha256(), 0
-    with _named(path), source.open(path, "rb") as remote, temporary.open("wb") as local:
-        while size <= file.bytes and (chunk := remote.read(CHUNK)):
-            local.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        local.flush()
-        os.fsync(local.fileno())
-    if size != file.bytes or digest.hexdigest() != file.sha256:
+
+    def get() -> str:
+        digest, size = hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            with files.disk_errors_named(temporary, file.bytes):
+                temporary.unlink(missing_ok=True)
+                local = stack.enter_context(temporary.open("xb"))
+            for chunk in _chunks(source, path, file.bytes):
+                with files.disk_errors_named(temporary, file.bytes):
+                    local.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            with files.disk_errors_named(temporary, file.bytes):
+                local.flush()
+                os.fsync(local.fileno())
+        if size < file.bytes:
+            raise EOFError(f"ended after {size:,} of {file.bytes:,} bytes")
+        return digest.hexdigest() if size == file.bytes else ""
+
+    if _tried(path, get) != file.sha256:
         temporary.unlink()
         what = f"not the {file.bytes:,} bytes that its JSON names (size or SHA-256 differs)"
         raise UserError(f"{path}: {what}; run again, and if it stays so, upload the shard set again")
     files.replace(temporary, folder / file.name)
 
 
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
+def _chunks(source: Any, path: str, most: int) -> Iterator[bytes]:
+    """The bytes of a remote file as they come, each read within READ_S; ends soon after `most` bytes."""
+    remote = _within(READ_S, lambda: source.open(path, "rb"))
     try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be fetched ({type(error).__name__}: {error}); run again to resume") from error
+        left = most + 1
+        while left > 0 and (chunk := _within(READ_S, functools.partial(remote.read, min(CHUNK, left)))):
+            left -= len(chunk)
+            yield chunk
+    finally:
+        with contextlib.suppress(Exception):  # nothing is lost with a connection that cannot be closed
+            _within(1.0, remote.close)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns; TimeoutError when it takes longer. A timeout of the socket does not end a slow drip."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer, or too slow a one, in {seconds:.3g} s") from None
+
+
+def _tried(path: str, get: Callable[[], T]) -> T:
+    """What `get` returns, in at most TRIES tries; UserError, with its cause, when none succeeds or none can."""
+    for number in range(1, TRIES + 1):
+        try:
+            return get()
+        except UserError:
+            raise
+        except Exception as error:  # each package has its own kinds
+            status = _status(error)
+            final = isinstance(error, FileNotFoundError | PermissionError | ImportError)
+            final |= status is not None and status < 500 and status not in PASSING
+            if final or number == TRIES:
+                tries = "" if number == 1 else f", {number} tries"
+                hint = "check the address and your access" if final else "run again to resume"
+                raise UserError(f"{path}: cannot be fetched ({reason(error)}{tries}); {hint}") from error
+            time.sleep(PAUSE_S * 2 ** (number - 1))
+    raise AssertionError
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status of an error; 403 for a permission that is missing, None where there is none."""
+    if isinstance(error, urllib.error.HTTPError):
+        return int(error.code)
+    return 403 if isinstance(error, PermissionError) else None
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a remote says, in one line."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {' '.join(str(error.reason).split())}"[:200]
+    said = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+    return f"{type(error).__name__}: {' '.join(said.split())}"[:200]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import read_bytes, write_atomically
 from cxrdist.shards.index import Texts
 from cxrdist.task import Task
 
@@ -70,7 +70,7 @@ def read_split(path: Path, task: Task) -> dict[str, int]:
     line_of: dict[str, int] = {}
     digits = bool(task.names and task.columns.patient)
     try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
+        rows = list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a split ({error})") from error
     if not rows or rows[0] != HEADER:

@@ -6,7 +6,6 @@ decoder's speed, worker processes, which copy every batch, 0.62-0.75 (`python -m
 
 import collections
 import contextlib
-import hashlib
 import itertools
 import math
 import threading
@@ -26,7 +25,7 @@ from cxrdist.data.order import MicroBatch
 from cxrdist.data.reader import ShardReader
 from cxrdist.distributed.environment import MAX_DECODE_THREADS, usable_cores
 from cxrdist.errors import UserError
-from cxrdist.shards.index import MAKE_AGAIN, ShardIndex
+from cxrdist.shards.index import ShardIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +78,8 @@ class Loader:
         Args:
             num_threads: to decode; None takes this process's cores, at most 8, and 0 the caller's thread.
             prefetch: batches decoded ahead, at least 1; with those that the caller keeps, the memory in use.
-            on_bad: raise a UserError that names shard and key for an image that cannot be decoded, or skip it, count it
-                in `skipped`, and raise after `max_bad` of them.
+            on_bad: of an image that was stored as no JPEG of the split's size: raise a UserError that names shard and
+                key, or skip it, count it in `skipped`, and raise after `max_bad` of them. Damage is never skipped.
         """
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: at least 1 batch must be in work")
@@ -118,7 +117,7 @@ class Loader:
     def batches(self, plan: Iterable[MicroBatch | NDArray[np.int64]]) -> Iterator[Batch]:
         """The batches of `plan` (`order.train_batches` or `eval_batches`), in its order; waiting is added to `wait_s`.
 
-        Raises UserError, naming shard file and key, for an image that cannot be read or decoded (see `on_bad`).
+        Raises UserError, naming shard file and key, for an image that is damaged, or cannot be decoded (see `on_bad`).
         """
         jobs: collections.deque[_Job] = collections.deque()
         numbered = enumerate(plan)
@@ -163,8 +162,10 @@ class Loader:
             raise RuntimeError("the loader was closed while it was in use")
         for position in sorted(job.errors):
             error = job.errors[position]
-            if not isinstance(error, _Undecodable) or self._on_bad == "error":
+            if not isinstance(error, _Undecodable):
                 raise error
+            if self._on_bad == "error":
+                raise UserError(f"{error}; preprocess again, or train without it by --on-bad skip") from error
             self._skip(int(job.micro.rows[max(position, 0)]), error)
         if job.batch is not None and job.copied is not None:
             current = torch.cuda.current_stream(self.device)
@@ -179,7 +180,8 @@ class Loader:
             about = int(self.index.keys[row]), self.index.image_names[row]
             self.skipped.append(SkippedImage(row, *about, str(error)))
             if len(self.skipped) > self._max_bad:
-                raise UserError(f"more than {self._max_bad} images were skipped; the last one: {error}") from error
+                most = f"more than {self._max_bad} images cannot be decoded (--max-unreadable)"
+                raise UserError(f"{most}; preprocess again; the last one: {error}") from error
 
     def _cancel(self, jobs: Iterable["_Job"]) -> None:
         for job in jobs:
@@ -189,7 +191,7 @@ class Loader:
 
 
 class _Undecodable(UserError):
-    """An image whose bytes are not a JPEG of the split's size."""
+    """An image whose bytes are those that were preprocessed, and no JPEG of the split's size."""
 
 
 class _Buffers:
@@ -263,10 +265,8 @@ class _Job:
             if image.shape != target.shape:
                 raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
         except ValueError as error:
-            intact = hashlib.sha256(data).hexdigest() == self._reader.index.sha256(row)
-            state = "as it was preprocessed" if intact else f"damaged since: {MAKE_AGAIN}"
-            what = f"{self._reader.where(row)}: cannot be decoded ({error}); its bytes are {state}"
-            raise _Undecodable(what) from error
+            what = f"cannot be decoded ({error}) though its bytes are those that were preprocessed"
+            raise _Undecodable(f"{self._reader.where(row)}: {what}") from error
 
     def _assemble(self) -> Batch | None:
         """The batch on the device, without bad rows."""

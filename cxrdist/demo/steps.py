@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import refuse_input, refuse_links, write_atomically
 
 GRACE_S = 60  # a stopped training writes its checkpoint within this time
 
@@ -60,6 +60,7 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
         key = hashlib.sha256(identity.encode()).hexdigest()
         stamp = stamps / f"{step.name.replace(' ', '_')}.json"
         before = read_stamp(stamp)
+        check_results(step, out, stamp)
         title = f"[{number}/{len(steps)}] {step.name}"
         same = before.key == key
         if same and before.finished and all(path.exists() for path in step.results):
@@ -98,6 +99,17 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
         write_atomically(stamp, Stamp(key=key, finished=finished[step.name], seconds=took, command=command).to_json())
         seconds[step.name] = (took, False)
     return seconds
+
+
+def check_results(step: Step, out: Path, stamp: Path) -> None:
+    """UserError where the step would write over an input, through a link, or over what no stamp says the demo made."""
+    for path in (*step.results, *filter(None, [step.folder])):
+        refuse_links(path, out)
+        for source in step.inputs:
+            if isinstance(source, Path):
+                refuse_input(path, source)
+        if path.exists() and not stamp.exists():
+            raise UserError(f"{path}: is there, and no {stamp} says that the demo made it; give another --out")
 
 
 def path_hash(path: Path) -> str:

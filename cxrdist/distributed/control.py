@@ -13,6 +13,9 @@ from torch import Tensor
 
 from cxrdist.distributed.ranks import Ranks
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_SIGNAL_S = 1.0  # a terminal and the launcher may both deliver one Ctrl-C
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -26,32 +29,41 @@ class Control:
     """Saving and stopping, agreed by all ranks at the same step, one step after the cause.
 
     Each rank's wish travels in a small all-reduce on the host that is started after one step and read after the next,
-    so it costs no waiting.
+    so it costs no waiting. max_steps: of this session; a resumed run counts from where it was resumed.
     """
 
     def __init__(self, ranks: Ranks, checkpoint_s: float, max_s: float | None, max_steps: int | None) -> None:
         self._ranks, self._checkpoint_s, self._max_s, self._max_steps = ranks, checkpoint_s, max_s, max_steps
         self._started = self._saved = self._last = time.monotonic()
-        self._signal, self._slowest_s = 0, 0.0
+        self._steps, self._signal, self._signalled, self._slowest_s = 0, 0, 0.0, 0.0
         self._pending: tuple[Any, Tensor] | None = None
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGUSR1 mean: checkpoint at the next step boundary, then stop."""
+        """Inside, SIGTERM, SIGUSR1 and SIGINT mean: checkpoint at the next step boundary, then stop.
+
+        A second SIGINT ends at once, as KeyboardInterrupt.
+        """
 
         def note(number: int, _: object) -> None:
-            self._signal = number
+            now = time.monotonic()
+            if number == signal.SIGINT and self._signal == number and now - self._signalled > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
+            if self._signal != number:
+                self._signal, self._signalled = number, now
 
-        kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        kept = {number: signal.signal(number, note) for number in STOPPING}
         try:
             yield
         finally:
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
-    def after_step(self, global_step: int) -> Decision:
+    def after_step(self) -> Decision:
         """Send this rank's wishes and return what was agreed on the wishes sent one step ago."""
-        if global_step == self._max_steps:
+        self._ranks.beat()
+        self._steps += 1
+        if self._steps == self._max_steps:
             return Decision(stop="--max-steps")
         now = time.monotonic()
         self._slowest_s, self._last = max(self._slowest_s, now - self._last), now

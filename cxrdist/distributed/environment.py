@@ -1,12 +1,15 @@
 """What the launcher, Slurm and the machine say of this process, read from the environment here only. No torch."""
 
+import contextlib
 import os
+import resource
 from collections.abc import Mapping
 
 from cxrdist.errors import UserError
 
 # A core decodes about 1,000 images/s and today's fastest GPU trains on 800: more threads only take cores from others.
 MAX_DECODE_THREADS = 8
+MOST_FILES = 2**16
 SHARERS = (  # who may have started several processes that share the work: rank, count, first rank
     ("torchrun or accelerate", "RANK", "WORLD_SIZE", ""),
     ("a Slurm array", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
@@ -15,13 +18,25 @@ SHARERS = (  # who may have started several processes that share the work: rank,
 
 
 def rank() -> int:
-    """This process's rank as the launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as the launcher set it; 0 without a launcher. UserError for what is no rank."""
+    return _from_launcher("RANK", 0, least=0)
+
+
+def rank_text() -> str:
+    """The rank as it stands in the environment, for messages, also where it is the mistake."""
+    return os.environ.get("RANK", "0")
 
 
 def world_size() -> int:
-    """The number of processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes the launcher started; 1 without a launcher. UserError for what is no number of them."""
+    return _from_launcher("WORLD_SIZE", 1, least=1)
+
+
+def _from_launcher(name: str, without: int, least: int) -> int:
+    text = os.environ.get(name, str(without))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} in the environment: it is at least {least}; unset it, or use ./launch.sh")
+    return int(text)
 
 
 def cpu_wanted() -> bool:
@@ -36,12 +51,25 @@ def usable_cores() -> int:
 
 def decode_threads() -> int:
     """Decode threads for this rank: the cores it may use, shared with the node's other ranks, 1 to 8."""
-    ranks_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(MAX_DECODE_THREADS, usable_cores() // ranks_here))
+    return max(1, min(MAX_DECODE_THREADS, usable_cores() // _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)))
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as the machine allows it: a set may have thousands of shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < (most := MOST_FILES if hard == resource.RLIM_INFINITY else hard):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MOST_FILES), hard))
 
 
 def check_processes(expected: int | None) -> None:
-    """UserError unless `expected` processes were started; before the process group, which would wait for the others."""
+    """UserError unless `expected` processes were started, and told so alike; before the process group, which would
+    wait for the others.
+    """
+    _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)
+    _from_launcher("LOCAL_RANK", 0, least=0)
+    if rank() >= world_size():
+        raise UserError(f"RANK={rank()} with WORLD_SIZE={world_size()} in the environment: unset both, or ./launch.sh")
     if expected is not None and world_size() != expected:
         raise UserError(
             f"{world_size()} processes were started, {expected} expected (--expect-processes): use ./launch.sh, or "

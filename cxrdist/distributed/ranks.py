@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cxrdist.distributed.ends import local_problem
+from cxrdist.distributed.pulse import Pulse
 from cxrdist.errors import UserError
 
 P = ParamSpec("P")
@@ -24,7 +26,8 @@ T = TypeVar("T")
 class Ranks:
     """The processes of this run.
 
-    Small messages go over a gloo group of their own, so that agreeing on the host never waits for a GPU.
+    Small messages go over a gloo group of their own, so that agreeing on the host never waits for a GPU; before each
+    the ranks meet (see Pulse), so that one may come late.
     """
 
     def __init__(
@@ -36,12 +39,37 @@ class Ranks:
         timeout: datetime.timedelta = datetime.timedelta(minutes=10),
         parallel: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        """timeout: of small messages; with more than one process torch's process group must be up.
+        """timeout: of silence and of small messages; with more than one process torch's process group must be up.
         parallel: makes a model average its gradients over the ranks; None leaves it as it is.
         """
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._parallel = parallel
+        self.group: Any = None
+        self._pulse: Pulse | None = None
+        if world_size > 1:
+            self._pulse = Pulse(rank, world_size, timeout.total_seconds())
+            self._pulse.meet()
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def close(self, *, failed: bool) -> None:
+        """Leave the others; after a failure they are told."""
+        if self._pulse is not None:
+            self._pulse.close(failed=failed)
+
+    def beat(self) -> None:
+        """Say that this rank goes on."""
+        if self._pulse is not None:
+            self._pulse.beat()
+
+    def paced(self, items: Iterable[T]) -> Iterator[T]:
+        """The items of a loop in which no collective shows that this rank goes on: each of them does."""
+        for item in items:
+            self.beat()
+            yield item
+
+    def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, this rank may take longer than the others wait for a silent one."""
+        return contextlib.nullcontext() if self._pulse is None else self._pulse.working(what)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -53,6 +81,8 @@ class Ranks:
         """Every rank's value, in rank order, on every rank (small values: it is pickled)."""
         if self.world_size == 1:
             return [value]
+        assert self._pulse is not None
+        self._pulse.meet()
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -66,16 +96,20 @@ class Ranks:
         return total
 
     @contextlib.contextmanager
-    def agree(self) -> Iterator[None]:
+    def agree(self, what: str = "") -> Iterator[None]:
         """All ranks reach the end of the block, or all end: a UserError on one is raised by rank 0 for all of them.
 
-        The other ranks leave with the same exit code and without a message.
+        So is what has a name in `ends`: memory, files, permissions. The other ranks leave with the same exit code and
+        without a message. The block may take as long as it likes; `what` is shown to those who wait.
         """
         problem = None
         try:
-            yield
-        except UserError as error:
-            problem = str(error)
+            with self.working(what or "start-up"):
+                yield
+        except Exception as error:
+            problem = local_problem(error)
+            if problem is None:
+                raise
         problems = self.gather(problem)
         first = next((rank for rank, text in enumerate(problems) if text is not None), None)
         if first is not None:
@@ -86,7 +120,7 @@ class Ranks:
     def on_main(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`act(*args, **kwargs)` on rank 0 and its (small) result on all, which wait for it and end if it fails."""
         result: T | None = None
-        with self.agree():
+        with self.agree(getattr(act, "__name__", "")):
             if self.rank == 0:
                 result = act(*args, **kwargs)
         return self.gather(result)[0]  # type: ignore[return-value]

@@ -4,8 +4,9 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -20,9 +21,10 @@ from cxrdist.models.weights.safetensors import tensors_sha256
 from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe, recipe_for
 from cxrdist.runs.documents import Facts
 from cxrdist.runs.member import build_model, load_member, read_recipe
-from cxrdist.scoring.tables import Checkpoint
+from cxrdist.scoring.tables import Checkpoint, shares
 from cxrdist.task import Task
 
+Kind = Literal["", "ema", "raw"]
 VIEW_SETS: dict[str, tuple[str, ...]] = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
 MEMBER = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>\w+))?"
@@ -44,9 +46,14 @@ class MemberSpec:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from; run (folder) and facts (the data it was trained on) are None for a bare file."""
+    """Where a checkpoint came from; run (folder) and facts (the data it was trained on) are None for a bare file.
+
+    weights, task: as in a score table's `Checkpoint`.
+    """
 
     label: str
+    weights: Kind = ""
+    task: str = ""
     run: Path | None = None
     facts: Facts | None = None
 
@@ -58,6 +65,7 @@ class Ensemble:
     members: list[Member] = field(default_factory=list)
     models: dict[str, nn.Module] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)  # by checkpoint hash
+    notes: list[str] = field(default_factory=list)  # to be told with the plan
 
 
 def parse_member(text: str) -> MemberSpec:
@@ -86,15 +94,20 @@ def parse_member(text: str) -> MemberSpec:
     return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
 
 
-def load_ensemble(specs: Sequence[MemberSpec], task: Task) -> Ensemble:
-    """Load every checkpoint once, on the CPU. UserError for another task, or two weights of one member."""
+def load_ensemble(specs: Sequence[MemberSpec], task: Task, backbone: Path | None = None) -> Ensemble:
+    """Load every checkpoint once, on the CPU. backbone: where to look first for a run's frozen backbone.
+
+    UserError for another task, or two weights of one member.
+    """
     ensemble = Ensemble()
     checkpoints: dict[str, list[Checkpoint]] = {}
     weights: dict[str, float] = {}
     backbones: dict[tuple[str, str, int], nn.Module] = {}
     for spec in specs:
-        for origin, recipe, model in load_checkpoints(spec, task):
+        for origin, recipe, model in load_checkpoints(spec, task, backbone):
             item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
+            item = replace(item, weights=origin.weights, task=origin.task)
+            ensemble.notes += [note for note in [raw_note(spec, item)] if note]
             if item.backbone_sha256 is not None:
                 first = backbones.setdefault((item.model, item.backbone_sha256, item.image_size), model)
                 architecture_of(item.model).share_frozen(model, first)
@@ -104,36 +117,53 @@ def load_ensemble(specs: Sequence[MemberSpec], task: Task) -> Ensemble:
         weight = 1.0 if spec.weight is None else spec.weight
         if weights.setdefault(spec.name, weight) != weight:
             raise UserError(f"--member {spec.name} has two weights ({weights[spec.name]}, {weight}); give one")
-    if sum(weights.values()) <= 0:
-        raise UserError("the members' weights sum to 0; give at least one a weight above 0")
+    shares(list(weights.values()))
     ensemble.members = [Member(name, tuple(items), weights[name]) for name, items in checkpoints.items()]
     return ensemble
 
 
-def load_checkpoints(spec: MemberSpec, task: Task) -> Iterator[tuple[Origin, Recipe, nn.Module]]:
+def load_checkpoints(
+    spec: MemberSpec, task: Task, backbone: Path | None = None
+) -> Iterator[tuple[Origin, Recipe, nn.Module]]:
     """(origin, recipe, model) of every checkpoint that one `--member` names."""
     if spec.source.is_dir():
         for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
-            loaded, label = load_member(spec.source, epoch), f"{spec.source}@{epoch}"
+            loaded, label = load_member(spec.source, epoch, backbone=backbone), f"{spec.source}@{epoch}"
             if found := task.differences(loaded.task):
                 problem = f"was trained for another task than the shards' ({'; '.join(found)})"
                 raise UserError(f"{label} {problem}; use a run of that task")
-            yield Origin(label, spec.source, loaded.meta.data), loaded.recipe, loaded.model
+            averaged_raw = loaded.meta.averaged and loaded.meta.weights == "model"
+            kind: Kind = "raw" if averaged_raw else "ema"
+            yield Origin(label, kind, task.name, spec.source, loaded.meta.data), loaded.recipe, loaded.model
         return
     files, member = [Path(part) for part in str(spec.source).split(",")], f"--member {spec.name}: {spec.source}"
     if not all(path.is_file() for path in files):
         raise UserError(f"{member} is neither a run folder nor a weight file; check the path")
     if spec.epochs is not None:
         raise UserError(f"{member} is one weight file; @epochs belongs to a run folder")
-    kind = architecture_of_file(read_weights(*files))
-    recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == kind}
+    weights = read_weights(*files)
+    model_name = architecture_of_file(weights)
+    recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
     if not recipes or spec.recipe not in (None, *recipes):
         known = ", ".join(recipes) or "not known"
-        raise UserError(f"{member} holds weights of {kind}, and recipes of that are {known}; name one as FILE#RECIPE")
+        raise UserError(
+            f"{member} holds weights of {model_name}, and recipes of that are {known}; name one as FILE#RECIPE"
+        )
     recipe = recipes[spec.recipe or next(iter(recipes))]  # the first one is the published one
     model = build_model(recipe, task)
     load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
-    yield Origin(str(spec.source)), recipe, model
+    yield Origin(str(spec.source), weights=weights.kind), recipe, model
+
+
+def raw_note(spec: MemberSpec, item: Checkpoint) -> str:
+    """The warning for a weight file with the raw weights of an epoch, whose EMA is in a file of its own; else ''."""
+    if item.weights != "raw" or spec.source.is_dir():
+        return ""
+    number = re.findall(r"\d+", spec.source.stem)[-1:]
+    files = sorted(spec.source.parent.glob(f"*[eE][mM][aA]*{spec.source.suffix}"))
+    twins = [path.name for path in files if re.findall(r"\d+", path.stem)[-1:] == number and path != spec.source]
+    beside = f"{twins[0]} beside it looks like its EMA" if twins else "its EMA is in another file"
+    return f"warning: {spec.name}: {spec.source} holds raw weights; {beside}: name that, or both as FILE,FILE"
 
 
 def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence[str]) -> Checkpoint:

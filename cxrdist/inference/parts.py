@@ -1,12 +1,12 @@
 """Scores of finished batches on the disk, so that a killed inference resumes instead of starting from scratch.
 
-A part is a file that is complete or not there. It holds raw logits of every pass, so averaging in another way, or a run
-on another number of processes, uses it again. The folder's name is the hash of everything that the logits depend on.
+A part is a file that is complete or not there, and holds its own hash: damage is scored again. It has the raw logits of
+every pass, so averaging in another way, or a run on another number of processes, uses it again. The folder's name is
+the hash of everything that the logits depend on.
 """
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import read_bytes, write_atomically
 from cxrdist.inference.passes import Column
 
 Rows = NDArray[np.int64]
 Logits = NDArray[np.float32]
+DIGEST_BYTES = 32  # SHA-256, before the arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Basis(Document):
     device_batch_size: int
     precision: str
     device: str
+    checked: bool = True  # each image's bytes were compared with the index; older parts do not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +54,15 @@ class Part:
         buffer = io.BytesIO()
         bad, reasons = np.array(list(self.unreadable), np.int64), np.array(list(self.unreadable.values()), str)
         np.savez(buffer, batches=self.batches, rows=self.rows, logits=self.logits, bad=bad, reasons=reasons)
-        return buffer.getvalue()
+        content = buffer.getvalue()
+        return hashlib.sha256(content).digest() + content
 
     @staticmethod
     def from_bytes(content: bytes) -> "Part":
-        """Raises ValueError, KeyError or BadZipFile for anything that `to_bytes` did not write."""
+        """Raises ValueError for anything that `to_bytes` did not write."""
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its hash is another")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             unreadable = dict(zip(arrays["bad"].tolist(), arrays["reasons"].tolist(), strict=True))
             return Part(arrays["batches"], arrays["rows"], arrays["logits"], unreadable)
@@ -77,8 +83,8 @@ class PartStore:
         parts = {}
         for path in sorted(self.folder.glob("*.npz")):
             try:
-                parts[path.name] = Part.from_bytes(path.read_bytes())
-            except (ValueError, KeyError, zipfile.BadZipFile):
+                parts[path.name] = Part.from_bytes(read_bytes(path))
+            except (ValueError, OSError):
                 print(f"{path} is damaged: its images are scored again")
         return parts
 

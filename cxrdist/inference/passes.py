@@ -62,7 +62,9 @@ def describe_plan(members: Sequence[Member], passes: Sequence[Pass], num_images:
             least = min(checkpoint.views.values())
             counts = {view: round(share / least) for view, share in checkpoint.views.items()}
             views = ", ".join(view if n == 1 else f"{view} (counts {n}x)" for view, n in counts.items())
-            lines.append(f"  {member.name}: {checkpoint.source}, {checkpoint.image_size} px, views: {views}")
+            kind = {"ema": "EMA weights", "raw": "raw weights", "": "weights as stored"}[checkpoint.weights]
+            told = f"{kind}{'' if checkpoint.task else ' (the file does not say their task)'}"
+            lines.append(f"  {member.name}: {checkpoint.source}, {told}, {checkpoint.image_size} px, views: {views}")
     naive, shared = num_naive_passes(members), sum(len(item.heads) - 1 for item in passes)
     once = f"{naive - len(passes) - shared} equal views or weights and {shared} shared frozen backbones run once"
     decoded = f"each image decoded once instead of {naive} times"

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cxrdist.augment.views import make_views
 from cxrdist.data.loader import Loader
 from cxrdist.distributed.precision import autocast
 from cxrdist.errors import UserError
+from cxrdist.files import check_outputs, refuse_links, with_json
 from cxrdist.inference.parts import Logits, Part, Rows
 from cxrdist.inference.passes import Column, Member, Pass
 from cxrdist.models import architecture_of
@@ -108,6 +110,28 @@ def in_parts(
             first, rows, logits, saved = place + 1, rows[:1], [none], time.monotonic()
     if first < len(batches):
         yield close(len(batches))
+
+
+def check_folder(out: Path, names: Sequence[str], inputs: Iterable[Path | None]) -> None:
+    """UserError, before a model is read, where the tables of these members and a submission must not be written."""
+    tables = with_json(out / "scores" / f"{name}.csv" for name in dict.fromkeys(names))
+    there = [path for path in inputs if path is not None]
+    check_outputs([*tables, out / "submission.csv"], there, folder=out)
+    refuse_links(out / "parts")
+    check_no_other_tables(out / "scores", names)
+
+
+def check_no_other_tables(folder: Path, names: Sequence[str]) -> None:
+    """UserError where an earlier inference left score tables of other members than `names` in `folder`.
+
+    They would be averaged in by `ensemble --scores FOLDER/*.csv`. A table without a JSON is not an inference's.
+    """
+    tables = [path for path in sorted(folder.glob("*.csv")) if path.with_suffix(".json").exists()]
+    if others := [str(path) for path in tables if path.stem not in names]:
+        about = f"{', '.join(others)}: from an earlier inference with other members, and ensembles would average it in"
+        raise UserError(
+            f"{about}; give its members with --member, too, move it away, or choose another folder by --out"
+        )
 
 
 def check_finite(logits: Logits, passes: Sequence[Pass], image_names: NDArray[np.object_], precision: str) -> None:

@@ -5,8 +5,9 @@ A new model is one module that makes an `Architecture` and puts it into `cxrdist
 """
 
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ Tensors = dict[str, Tensor]
 Size = int | tuple[int, int]
 Maps = NDArray[np.float32]
 Resize = Callable[[Tensor, tuple[int, int]], Tensor]  # a rule for another grid
+MAX_IMAGE_PX, MAX_DEPTH = 4096, 256  # of what a recipe may ask for; the published models have 512 and 24
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,32 @@ class Architecture:
             known = ", ".join(sorted(self.sizes)) or "nothing"
             raise UserError(f"{self.name} has no {unknown}; model_kwargs may be {known}")
         for px in image_size if isinstance(image_size, tuple) else (image_size,):
-            if px < 1 or px % self.multiple_of:
-                raise UserError(f"{self.name}: image_size={px} is not valid (a multiple of {self.multiple_of} px)")
+            if not 1 <= px <= MAX_IMAGE_PX or px % self.multiple_of:
+                valid = f"a multiple of {self.multiple_of} px, at most {MAX_IMAGE_PX}"
+                raise UserError(f"{self.name}: image_size={px} is not valid ({valid})")
+        if sizes:  # of another variant than those that are known to work
+            self._check_sizes(image_size, num_classes, drop_rate, sizes)
         return self.create(image_size, num_classes, drop_rate, **sizes)
+
+    def _check_sizes(
+        self, image_size: Size, num_classes: int, drop_rate: float, sizes: Mapping[str, int | float]
+    ) -> None:
+        """UserError for sizes with which the model cannot be made, or not in this machine's memory; none is used."""
+        shown = f"model_kwargs={','.join(f'{name}={value}' for name, value in sizes.items())}"
+        if sizes.get("depth", 1) > MAX_DEPTH:
+            raise UserError(f"{self.name}: {shown}: depth is at most {MAX_DEPTH}")
+        try:
+            with torch.device("meta"):
+                state = self.create(image_size, num_classes, drop_rate, **sizes).state_dict()
+        except UserError:
+            raise
+        except Exception as error:  # whatever the layers say of sizes that do not go together
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{self.name}: {shown} makes no model ({reason}); num_heads divides embed_dim") from None
+        needed = sum(tensor.nbytes for tensor in state.values())
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise UserError(f"{self.name}: {shown}: weights of {needed:,} bytes, this machine has {there:,}")
 
     def is_frozen(self, name: str) -> bool:
         """Whether a tensor of this name belongs to the frozen backbone."""
@@ -127,10 +152,14 @@ class Architecture:
         return {name: tensor for name, tensor in model.state_dict().items() if not self.is_frozen(name)}
 
     def load_trained_state_dict(self, model: nn.Module, tensors: Tensors, source: str) -> None:
-        """Copy what `trained_state_dict` gave into `model`; UserError names `source` and what does not fit."""
+        """Copy what `trained_state_dict` gave into `model`; UserError as `check_trained`."""
+        self.check_trained(model, tensors, source)
+        model.load_state_dict(tensors, strict=False)
+
+    def check_trained(self, model: nn.Module, tensors: Tensors, source: str) -> None:
+        """UserError that names `source` and what of `tensors` does not fit `model`, which may be on the meta device."""
         if misfits := named_misfits(found_misfits(self.trained_state_dict(model), tensors)):
             raise UserError(f"{source} does not fit the model: {misfits}; it was written by another recipe or version")
-        model.load_state_dict(tensors, strict=False)
 
     def share_frozen(self, model: nn.Module, other: nn.Module) -> None:
         """Let `model` use the frozen backbone module of `other`, which is equal, instead of its own copy."""

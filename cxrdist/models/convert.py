@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
+from cxrdist.files import check_outputs
 from cxrdist.models.weights.layouts import architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import file_sha256, write_safetensors
 
@@ -22,8 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out {args.out}: name it .safetensors")
-    if any(args.out.exists() and path.exists() and args.out.samefile(path) for path in args.files):
-        raise UserError(f"--out {args.out}: is one of the files to read; give another name")
+    check_outputs([args.out], args.files)
     found = read_weights(*args.files)
     print(found.report)
     kept, tensors = ("model", found.tensors) if args.weights == "model" or found.ema is None else ("ema", found.ema)
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         "epoch": str(found.epoch or ""),
         "sources": json.dumps({path.name: file_sha256(path) for path in found.paths}),
     }
-    write_safetensors(args.out, tensors, metadata)
+    write_safetensors(args.out, tensors, metadata, recorded=True)
     print(f"{args.out}: {kept} weights, {len(tensors)} tensors, sha256 {file_sha256(args.out)}")
 
 

@@ -18,8 +18,6 @@ from cxrdist.report.page import Section, figure_html, html_table, plain, write_r
 
 matplotlib.use("Agg")
 
-GENERATOR = '<meta name="generator" content="cxrdist.verify">'  # a page with it may be replaced
-START_BYTES = 16_384  # of a page: GENERATOR is in them
 THUMB_PX = 160  # shown at 118; 5 kB of the page
 SHEET_IMAGES = 240  # in the sheet of all labels, at most MAX_PER_LABEL of one: 1.2 MB
 MAX_PER_LABEL = 8
@@ -30,9 +28,7 @@ PRIVACY = "This page holds images of patients and their ids: treat it like the d
 STYLE = """
 h3 { margin: 20px 0 6px; font-size: 16px; overflow-wrap: anywhere; }
 section p, section li, section h2 { overflow-wrap: anywhere; }
-.tall { max-height: 620px; overflow: auto; }
 .tall > .scroll { overflow: visible; }
-.tall th { position: sticky; top: 0; background: #fff; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 4px 28px; }
 .columns > div { min-width: 0; }
 table.pairs td:nth-child(2), table.pairs th:nth-child(2) { text-align: left; }
@@ -66,22 +62,10 @@ table.heat th span { writing-mode: vertical-rl; transform: rotate(180deg); white
 """
 
 
-def check_place(path: Path, inputs: Path) -> None:
-    """UserError where a page must not be written: over anything but an older page, or among the shards."""
-    if path.is_symlink() or path.is_dir():
-        raise UserError(f"--report {path}: is a {'link' if path.is_symlink() else 'folder'}; name a new file")
+def check_page(path: Path) -> None:
+    """UserError where the name is not one of a page."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report {path}: the page is HTML; name a file that ends with .html")
-    if path.resolve().is_relative_to(inputs.resolve()):
-        raise UserError(
-            f"--report {path}: lies among the shards, which hold nothing else; name a file outside {inputs}"
-        )
-    if path.exists():
-        if not path.is_file():
-            raise UserError(f"--report {path}: is not a regular file; name a new one")
-        with path.open("rb") as file:
-            if GENERATOR.encode() not in file.read(START_BYTES):
-                raise UserError(f"--report {path}: exists and is not such a page; name another file, or remove it")
 
 
 def write_dataset_report(path: Path, splits: Splits, findings: Sequence[Finding], seed: int = 0) -> None:
@@ -98,8 +82,7 @@ def write_dataset_report(path: Path, splits: Splits, findings: Sequence[Finding]
     title = f"Shard set of task {task.name}"
     names = ", ".join(index.split for index in splits.indexes)
     subtitle = f"{splits.indexes[0].folder}: {len(splits):,} images in {names}. {PRIVACY}"
-    # Behind the page's own style, which it changes, and in the first START_BYTES.
-    write_report(path, title[:200], subtitle, sections, head=f"{GENERATOR}<style>{STYLE}</style>")
+    write_report(path, title[:200], subtitle, sections, head=f"<style>{STYLE}</style>")  # behind the page's own style
 
 
 def _summary(splits: Splits, findings: Sequence[Finding]) -> Section:

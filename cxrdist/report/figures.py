@@ -72,7 +72,7 @@ def label_section(result: Evaluation) -> Section:
         "AUROC per label",
         "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
         "positives or negatives has no AUROC and is left out of the macro. AP: average precision of the first table; a "
-        "random score has the positives' share." + _note(result),
+        "random score has the positives' share." + _note(result, "The picture shows only"),
         figure_html(_forest(result), "AUROC per label with intervals") + _label_table(result),
     )
 
@@ -88,8 +88,10 @@ def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[
             value = getattr(score, kind.values)[label]
             if not math.isnan(value):
                 points = kind.curve(targets[:, label], table.probs[:, label])
-                axis.plot(*points, color=colour, lw=1.4, label=f"{score.name} {value:.2f}")
-        axis.set_title(f"{plain(result.labels[label])} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5)
+                axis.plot(*points, color=colour, lw=1.4, label=plain(f"{score.name} {value:.2f}"))
+        axis.set_title(
+            f"{_short(result.labels[label], 26)} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5
+        )
         ends, ticks = (-0.02, 1.02), (0, 0.5, 1)
         axis.set(xlim=ends, ylim=ends, aspect="equal", xticks=ticks, yticks=ticks)
         axis.tick_params(labelsize=7)
@@ -97,14 +99,14 @@ def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[
             axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
     figure.supxlabel(kind.x, fontsize=9)
     figure.supylabel(kind.y, fontsize=9)
-    return Section(kind.title, kind.about + _note(result), figure_html(figure, kind.title))
+    return Section(kind.title, kind.about + _note(result, "Only"), figure_html(figure, kind.title))
 
 
 def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
     figure, ((diagram, histogram),) = grid(1, 2, 11, 3.9)
     diagram.plot([0, 1], [0, 1], color=GREY, lw=0.8)
     for table, colour in zip(tables, cycle(COLOURS)):
-        curve, style = reliability(targets, table.probs), {"color": colour, "label": table.name}
+        curve, style = reliability(targets, table.probs), {"color": colour, "label": plain(table.name)}
         diagram.plot(curve.mean_prob, curve.positive_share, "o-", ms=4, lw=1.3, **style)
         histogram.hist(table.probs.ravel(), bins=np.linspace(0, 1, 41).tolist(), histtype="step", **style)
     diagram.set(xlabel="mean probability in the bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
@@ -165,14 +167,14 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
     validated = any(row["kind"] == "validation" for rows in runs.values() for row in rows)
     figure, (axes,) = grid(1, 2 if validated else 1, 11, 3.6)
     for name, rows in runs.items():
-        style = {"color": colours[name], "label": name}
+        style = {"color": colours[name], "label": plain(name)}
         per_epoch = next((row["step"] / row["epoch"] for row in reversed(rows)), 1)
         if points := [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]:
             x, y = np.array(points, dtype=float).T
             window = max(1, len(y) // 25)
             axes[0].plot(x, y, color=colours[name], lw=0.7, alpha=0.35)
             axes[0].plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid"), lw=1.8, **style)
-        points = [(row["epoch"], row["validation/auroc_macro"]) for row in rows if row["kind"] == "validation"]
+        points = [(row["epoch"], row.get("validation/auroc_macro")) for row in rows if row["kind"] == "validation"]
         if points := [point for point in points if point[1] is not None]:
             axes[1].plot(*np.array(points, dtype=float).T, "o-", ms=4, **style)
     for axis, name in zip(axes, ("training loss", "validation macro AUROC"), strict=False):
@@ -195,8 +197,8 @@ def shown_labels(result: Evaluation) -> list[int]:
     return sorted(sorted(range(len(result.labels)), key=lambda label: -result.positives[label])[:MAX_SHOWN])
 
 
-def _note(result: Evaluation) -> str:
-    return f" Only the {MAX_SHOWN} labels with the most positives." if len(result.labels) > MAX_SHOWN else ""
+def _note(result: Evaluation, start: str) -> str:
+    return f" {start} the {MAX_SHOWN} labels with the most positives." if len(result.labels) > MAX_SHOWN else ""
 
 
 def _forest(result: Evaluation) -> Figure:
@@ -209,8 +211,8 @@ def _forest(result: Evaluation) -> Figure:
         values = [*(score.auroc[label] for label in labels), score.macro_auroc]
         low, high = np.array([*(score.auroc_interval[label] for label in labels), score.macro_interval]).T
         axis.hlines(y, low, high, color=colour, lw=1.6, alpha=0.75)
-        axis.plot(values, y, "o", color=colour, ms=5, label=score.name)
-    names = [f"{plain(result.labels[label])} ({result.positives[label]:,.5g})" for label in labels]
+        axis.plot(values, y, "o", color=colour, ms=5, label=plain(score.name))
+    names = [f"{_short(result.labels[label], 48)} ({result.positives[label]:,.5g})" for label in labels]
     axis.set_yticks(range(num + 1), [*names, "macro"])
     axis.axhline(num - 0.5, color="#1d2733", lw=0.8)
     axis.axvline(0.5, color=GREY, lw=1)
@@ -236,6 +238,11 @@ def _label_table(result: Evaluation) -> str:
     rows.append((f"macro ({first.num_labels} of {len(result.labels)})", "", *macros, mean_precision))
     cases_title = "positives of observed" if some_masked else "positives"
     return html_table(["label", cases_title, *(score.name for score in result.scores), "AP"], rows, total=True)
+
+
+def _short(label: str, most: int) -> str:
+    """The label as a picture has room for: of a longer one both ends, since long names often differ in the last."""
+    return plain(label if len(label) <= most else f"{label[: most // 2 - 1]}...{label[2 - most // 2 :]}")
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:

@@ -12,10 +12,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cxrdist.files import write_atomically
+from cxrdist.files import write_output
 
 Cell = str | tuple[str, str]
 WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on this page."
+MAX_ROWS = 60  # of a table that is shown at its full length
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6776; --line: #dfe4ea; --accent: #1f3a5f; }
 * { box-sizing: border-box; }
@@ -44,10 +45,18 @@ tr.total td { font-weight: 650; border-top: 2px solid var(--ink); border-bottom:
 table.text td, table.text th { text-align: left; }
 td small, th small { color: var(--soft); font-weight: 400; white-space: nowrap; }
 .scroll { overflow-x: auto; }
+.tall { max-height: 620px; overflow: auto; }
+.tall th { position: sticky; top: 0; background: #fff; }
 img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
 table.text td:last-child { font: 13px monospace; word-break: break-all; }
 .warning { background: #fff4e5; border: 1px solid #f0c48a; border-radius: 8px; padding: 10px 16px; margin: 20px 0 0; }
 footer { color: var(--soft); font-size: 13.5px; padding: 6px 0 40px; }
+@media (max-width: 700px) {
+  nav { position: static; }
+  .wrap { padding: 0 14px; }
+  section { padding: 16px 14px; }
+  .figure img { max-width: none; width: 760px; }
+}
 """
 
 
@@ -61,13 +70,13 @@ class Section:
 
 
 def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section], *, head: str = "") -> None:
-    """Write the page atomically. head: HTML behind the style."""
+    """Write the page atomically, recorded as cxrdist's own. head: HTML behind the style."""
     links, blocks, title = "", "", html.escape(title)
     for i, section in enumerate(sections):
         name, about = html.escape(section.title), html.escape(section.about)
         links += f'<a href="#s{i}">{name}</a>'
         blocks += f'<section id="s{i}"><h2>{name}</h2><p class="about">{about}</p>{section.body}</section>'
-    write_atomically(
+    write_output(
         path,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -79,21 +88,25 @@ def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Secti
 
 
 def figure_html(figure: Figure, alt: str) -> str:
-    """The figure as an <img> with its PNG inside."""
+    """The figure as an <img> with its PNG inside, which a narrow screen scrolls instead of shrinking it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, facecolor="white")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll figure"><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></div>'
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, total: bool = False, kind: str = "") -> str:
-    """A table of plain texts; a cell of two has the second in small print. total: the last row is a sum."""
+    """A table of plain texts; a cell of two has the second in small print. total: the last row is a sum.
+
+    A table of more than MAX_ROWS scrolls in a box of its own under its head.
+    """
     lines = ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
     marks = [""] * (len(rows) - total) + [' class="total"'] * total
     titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marks, lines, strict=True))
     head_and_body = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{kind}">{head_and_body}</table></div>'
+    box = "scroll tall" if len(rows) > MAX_ROWS else "scroll"
+    return f'<div class="{box}"><table class="{kind}">{head_and_body}</table></div>'
 
 
 def _cell(cell: Cell) -> str:
@@ -124,5 +137,5 @@ def duration_text(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it is: dollar signs would begin a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it is: dollar signs would begin a formula, a '_' keeps a line out of the legend."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")

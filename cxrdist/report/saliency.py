@@ -48,7 +48,7 @@ def augmented_section(loader: Loader, recipe: Recipe) -> Section:
         for axis, image in zip(column, stage, strict=True):
             _show(axis, image)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(index.image_names[row], fontsize=7)
+        axis.set_ylabel(plain(index.image_names[row]), fontsize=7)
     about = "Stored images and what training made of them in four epochs; draws depend only on seed, epoch and image."
     return Section("Training images", about, figure_html(figure, "augmented training images"))
 
@@ -99,7 +99,7 @@ def saliency_section(
         pair[1].imshow(heat, alpha=0.25 + 0.45 * np.sqrt(heat), **style)
         pair[0].set_title(plain(labels[example.label]), fontsize=8.5, loc="left", fontweight="bold")
         caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
-        pair[0].set_xlabel(caption, fontsize=7.5, loc="left", color="#5b6776")
+        pair[0].set_xlabel(plain(caption), fontsize=7.5, loc="left", color="#5b6776")
     note = " Images with the finding and a high ensemble score. A map shows what moved the score, not the disease."
     title = f"{architecture.saliency_title} of {name}"
     return Section(title, architecture.saliency_about + note, figure_html(figure, title))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cxrdist.documents import Document
 from cxrdist.errors import CheckpointError, UserError
-from cxrdist.files import disk_errors_named, sync_folder, write_atomically
+from cxrdist.files import LOCK_FILE, disk_errors_named, is_held, sync_folder, write_atomically
 from cxrdist.models.weights.safetensors import file_sha256, read_safetensors, write_safetensors
 from cxrdist.runs.documents import EpochMeta, FileEntry, Manifest, RunDocument, StepState, read_versioned
 
@@ -28,21 +28,28 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 class RunFolder:
     """Where a session saves. Methods run on rank 0.
 
-    state, meta: what every step and epoch checkpoint says, but for `changes`, the fields in which one differs.
+    holder: what the folder's lock file says while no other process took it. state, meta: what every step and epoch
+    checkpoint says, but for `changes`, the fields in which one differs.
     """
 
     path: Path
     id: str
+    holder: str = ""
     state: StepState
     meta: EpochMeta
     keep_steps: int
 
     def require_same(self) -> None:
-        """UserError unless the folder is still the one that this run began in."""
+        """UserError unless the folder is still the one that this run began in, and no other process has taken it."""
         if not (self.path / "recipe.json").exists() or run_id(self.path) != self.id:
             raise UserError(
                 f"{self.path} was removed or replaced while the run was at work: nothing more is saved; restore it and "
                 "use --resume, or start again"
+            )
+        if not is_held(self.path, self.holder):
+            raise UserError(
+                f"{self.path}: another process took the folder, or removed {LOCK_FILE} in it, while the run was at "
+                "work: nothing more is saved; end the other, then use --resume"
             )
 
     def save_step(self, tensors: Tensors, **changes: Any) -> None:
@@ -50,6 +57,7 @@ class RunFolder:
         self.require_same()
         state = dataclasses.replace(self.state, **changes)
         write_checkpoint(step_folder(self.path, state.global_step), tensors, {"state": state})
+        self.require_same()
         keep_newest_steps(self.path, self.keep_steps)
 
     def save_epoch(self, tensors: Tensors, **changes: Any) -> None:
@@ -57,6 +65,7 @@ class RunFolder:
         self.require_same()
         meta = dataclasses.replace(self.meta, **changes)
         write_checkpoint(epoch_folder(self.path, meta.epoch), tensors, {"meta": meta})
+        self.require_same()
 
 
 def run_id(path: Path) -> str:

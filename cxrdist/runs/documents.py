@@ -8,7 +8,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
 
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
@@ -118,7 +120,7 @@ class Manifest(Document):
     """`manifest.json`, written last: a checkpoint counts when every file listed is there with its hash."""
 
     format_version: int = FORMAT_VERSION
-    files: dict[str, FileEntry]
+    files: dict[Annotated[str, Field(max_length=100)], FileEntry]
 
 
 def read_versioned(kind: type[D], path: Path) -> D:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from cxrdist import recipes
@@ -77,10 +78,13 @@ def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path 
         raise CheckpointError(f"{error}; copy it again, or train again from an earlier checkpoint") from None
     if changed := task.differences(meta.task):
         raise UserError(f"{folder} is of another task than {run}: {'; '.join(changed)}")
-    architecture, model = architecture_of(recipe.model), build_model(recipe, task)
+    architecture, tensors = architecture_of(recipe.model), checkpoint.read_tensors(folder, weights)
+    with torch.device("meta"):  # compared before memory is used
+        architecture.check_trained(build_model(recipe, task), tensors, str(folder))
+    model = build_model(recipe, task)
     if meta.frozen is not None:
         load_frozen(architecture, model, run, meta.frozen, backbone)
-    architecture.load_trained_state_dict(model, checkpoint.read_tensors(folder, weights), str(folder))
+    architecture.load_trained_state_dict(model, tensors, str(folder))
     return LoadedMember(recipe, task, architecture, model.eval(), meta)
 
 
@@ -91,15 +95,16 @@ def write_frozen(architecture: Architecture, model: nn.Module, run: Path) -> Fro
     return Frozen(file=BACKBONE_FILE, sha256=file_sha256(run / BACKBONE_FILE))
 
 
-def load_frozen(
-    architecture: Architecture, model: nn.Module, run: Path, frozen: Frozen, backbone: Path | None = None
-) -> None:
+def load_frozen(architecture: Architecture, model: nn.Module, run: Path, frozen: Frozen, *places: Path | None) -> None:
     """Load the frozen backbone that a run names from wherever its bytes are.
 
-    Looked at in turn: `backbone`, where the run saw it last, the run folder, `weights/`. UserError when none is it.
+    Looked at in turn: `places` (files, or folders of files), where the run saw it last, the run folder, `weights/`.
+    UserError when none is it.
     """
-    candidates = [backbone, run / frozen.file, run / BACKBONE_FILE, *sorted(WEIGHTS_FOLDER.glob("*"))]
-    there = [path for path in dict.fromkeys(candidates) if path is not None and path.is_file()]
+    given = [file for place in places if place is not None for file in (sorted(place.glob("*")) or [place])]
+    beside = [run / frozen.file, run / Path(frozen.file).name, run / BACKBONE_FILE]
+    candidates = [*given, *beside, *sorted(WEIGHTS_FOLDER.glob("*"))]
+    there = [path for path in dict.fromkeys(candidates) if path.is_file()]
     path = next((path for path in there if file_sha256(path) == frozen.sha256), None)
     if path is None:
         looked = ", ".join(map(str, there)) or "no file"

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import cxrdist
-from cxrdist import recipes
+from cxrdist import files, recipes
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import warn_once, write_atomically
 from cxrdist.models import architecture_of
 from cxrdist.models.weights import fit, layouts
 from cxrdist.models.weights.safetensors import file_sha256
@@ -25,6 +25,10 @@ from cxrdist.runs import checkpoint, member
 from cxrdist.runs.documents import Environment, Facts, Frozen, RunDocument, Sessions, StepState, read_versioned
 from cxrdist.task import Task
 
+RUN_FILES = (
+    *("run.json", "recipe.json", "task.json", "environment.json", "split.csv", member.BACKBONE_FILE),
+    *("checkpoints", "metrics.jsonl", "timings.jsonl", "wandb", "wandb_id", files.LOCK_FILE),
+)
 SHOWN_PACKAGES = ("torch", "timm", "accelerate", "kornia", "numpy", "safetensors", "simplejpeg")
 
 
@@ -45,6 +49,25 @@ def read_facts(run: Path) -> Facts:
         return read_versioned(Facts, run / "data.json")  # version 1
     except UserError as error:
         raise UserError(f"{error}: {run} is not a complete run folder; give another --out") from None
+
+
+def check_folder(run: Path, shards: Path) -> None:
+    """UserError, before anything is written, where `run` is no place for a run: it is among the shards, holds a link
+    under a name that a run uses, or such a file that is of no run.
+    """
+    with files.disk_errors_named(run):
+        if shards.is_dir():
+            files.refuse_input(run, shards)
+        for name in RUN_FILES:
+            files.refuse_links(run / name)
+        if (run / "recipe.json").exists():
+            return
+        if (run / "run.json").exists():  # a start that was interrupted
+            RunDocument.read(run / "run.json")
+        elif foreign := [name for name in RUN_FILES if name != files.LOCK_FILE and (run / name).exists()]:
+            raise UserError(
+                f"{run / foreign[0]}: is there and of no run of cxrdist; move it away, or give another --out"
+            )
 
 
 def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Callable[[str], None]) -> Start:
@@ -99,7 +122,8 @@ def build(
     architecture, model = architecture_of(recipe.model), member.build_model(recipe, task)
     if start.state is not None:
         if start.state.frozen is not None:
-            member.load_frozen(architecture, model, run, start.state.frozen, backbone)
+            named = [Path(part) for part in (init or "").split(",") if part not in ("", "random")]
+            member.load_frozen(architecture, model, run, start.state.frozen, backbone, *named)
         return model, start.state.frozen, f"weights of {start.folder}"
     if init == "random":
         return model, None, "weights: random"
@@ -114,19 +138,30 @@ def build(
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
 
 
-def write_start(run: Path, recipe: Recipe, task: Task, facts: Facts, session: Environment) -> None:
+def write_id(run: Path, facts: Facts) -> None:
+    """Make the folder this run's, before anything else is written in it; a resumed run keeps its id."""
+    checkpoint.remove_unfinished(run)
+    if not (run / "recipe.json").exists():
+        write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts).to_json())
+
+
+def write_start(run: Path, recipe: Recipe, task: Task, session: Environment) -> None:
     """What the run is and where it runs; a resumed run adds its session to the list. recipe.json comes last.
 
-    The split of a run with folds must be written before.
+    The id, a frozen backbone and the split of a run with folds must be written before.
     """
-    checkpoint.remove_unfinished(run)
     path = run / "environment.json"
-    sessions = read_versioned(Sessions, path).sessions if path.exists() else ()
+    sessions: tuple[Environment, ...] = ()
+    if path.exists():
+        try:
+            sessions = read_versioned(Sessions, path).sessions
+        except UserError as error:  # where earlier sessions took place changes nothing that is learned
+            path.replace(path.with_suffix(".damaged"))
+            warn_once(f"{error}; it is kept as {path.with_suffix('.damaged').name}, and a new list begins")
     write_atomically(path, Sessions(sessions=(*sessions, session)).to_json())
     if (run / "recipe.json").exists():
         return
     write_atomically(run / "task.json", task.to_json())
-    write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts).to_json())
     write_atomically(run / "recipe.json", recipes.to_json(recipe))
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
-from cxrdist.files import write_atomically
+from cxrdist.files import read_bytes, write_output
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.task import TASKS, Task
 
@@ -40,6 +40,8 @@ class Checkpoint(Document):
     model: str = ""  # an Architecture's name; '' in tables of version 1
     sha256: str  # of all its tensors
     backbone_sha256: str | None  # of the frozen backbone's tensors; None when there is none to share
+    weights: Literal["", "ema", "raw"] = ""  # the averaged ones or those of the last step; '' where it is not known
+    task: str = ""  # that the weights were trained for; '' where their file does not say it
     image_size: int
     views: dict[str, float]  # distinct canonical views with their shares in the mean
     num_views: int = 0  # views asked for, equal ones included
@@ -50,7 +52,7 @@ class TableMeta(Document):
     """What made a table; the defaults stand for unknown.
 
     labels: of the columns, where the task is unknown. shards: fingerprint. unreadable: image name -> reason, of images
-    asked for and not scored. sha256: of the CSV.
+    asked for and not scored. asked: images that were to be scored, these included. sha256: of the CSV.
     """
 
     format_version: int = FORMAT_VERSION
@@ -68,6 +70,7 @@ class TableMeta(Document):
     unreadable: dict[str, str] = field(default_factory=dict)
     members: dict[str, float] = field(default_factory=dict)  # of an average, with their weights
     study_averaged: bool = False
+    asked: int = 0
     sha256: str = ""
 
 
@@ -94,6 +97,23 @@ class ScoreTable:
     def labels(self) -> tuple[str, ...]:
         return self.meta.labels if self.meta.task is None else self.meta.task.labels
 
+    @property
+    def unsaid(self) -> list[str]:
+        """What of its origin is not known, so that it could not be compared."""
+        meta = self.meta
+        said = {
+            "task": meta.task,
+            "split": meta.split,
+            "shards": meta.shards,
+            "models": meta.checkpoints or meta.members,
+        }
+        return [what for what, value in said.items() if not value]
+
+    def without_score(self, image_names: Iterable[str]) -> list[str]:
+        """Those of the images that have neither a score nor a reason for having none."""
+        known = {*self.image_names, *self.meta.unreadable}
+        return [name for name in image_names if name not in known]
+
 
 def write_table(path: Path, table: ScoreTable) -> None:
     """Write `path` (CSV; every float32 survives the round trip) and then the JSON beside it, each atomically."""
@@ -102,9 +122,9 @@ def write_table(path: Path, table: ScoreTable) -> None:
     rows.writerow(("image_name", *table.labels))
     rows.writerows((name, *map(str, probs)) for name, probs in zip(table.image_names, table.probs, strict=True))
     content = buffer.getvalue().encode("utf-8")
-    write_atomically(path, content)
+    write_output(path, content)
     meta = dataclasses.replace(table.meta, sha256=hashlib.sha256(content).hexdigest())
-    write_atomically(path.with_suffix(".json"), meta.to_json())
+    write_output(path.with_suffix(".json"), meta.to_json())
 
 
 def read_table(path: Path, task: Task | None = None) -> ScoreTable:
@@ -115,7 +135,7 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problem = error.strerror if isinstance(error, OSError) else "not a CSV file"
@@ -144,19 +164,42 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
         print(f"{path}: no JSON beside it says its split, shards and models, so they cannot be compared")
     elif meta.sha256 != hashlib.sha256(content).hexdigest():
         raise UserError(f"{side}: {path.name} was changed after it was written, its hash is another; {AGAIN}")
-    meta = dataclasses.replace(meta, task=task, labels=labels if task is None else ())
+    asked = meta.asked or (len(names) + len(meta.unreadable) if meta.sha256 else 0)  # the hash vouches for the rows
+    meta = dataclasses.replace(meta, task=task, labels=labels if task is None else (), asked=asked)
     return ScoreTable(np.array(list(names), dtype=object), probs, meta)
 
 
-def read_members(paths: list[Path], task: Task | None, weights: Weights = None) -> tuple[list[ScoreTable], list[float]]:
+def read_members(
+    paths: list[Path], task: Task | None, weights: Weights = None, *, allow_missing: bool = False
+) -> tuple[list[ScoreTable], list[float]]:
     """A table for each member in the files, its parts joined, and its weight: `weights`, else as it was scored with.
 
-    Raises UserError as `read_table` and `join_parts` do, and for another number of weights than of members.
+    Raises UserError as `read_table`, `join_parts` and `shares` do, and for another number of weights than of members.
     """
-    tables = join_parts([read_table(path, task) for path in paths])
+    tables = join_parts([read_table(path, task) for path in paths], allow_missing=allow_missing)
     if weights is not None and len(weights) != len(tables):
         raise UserError(f"--weights has {len(weights)} numbers for {len(tables)} members; give one per member")
-    return tables, [table.meta.weight for table in tables] if weights is None else list(weights)
+    found = [table.meta.weight for table in tables] if weights is None else list(weights)
+    shares(found)
+    return tables, found
+
+
+def shares(weights: Sequence[float]) -> NDArray[np.float64]:
+    """The weights, scaled to sum 1. UserError unless all are finite and 0 or more, and their sum positive."""
+    found = np.asarray(weights, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        total = found.sum()
+    if not (found >= 0).all() or not 0 < total < np.inf:
+        told = ", ".join(f"{weight:g}" for weight in weights)
+        raise UserError(f"weights {told}: each must be a number of 0 or more, and one of them positive; use --weights")
+    return np.asarray(found / total, dtype=np.float64)
+
+
+def check_shards(table: ScoreTable, fingerprint: str, source: object) -> None:
+    """UserError where the shard set at `source` is known to be another than the one that was scored."""
+    if table.meta.shards and table.meta.shards != fingerprint:
+        both = f"{table.meta.shards[:12]}... and {fingerprint[:12]}..."
+        raise UserError(f"{source} is not the shard set that {table.name!r} was scored on ({both}); give that one")
 
 
 def task_of(table: ScoreTable, given: Task | None) -> Task:
@@ -175,14 +218,10 @@ def average(probs: Sequence[Probs], weights: Weights = None, how: Average = "pro
 
     prob: of probabilities (published). logit: of their logits, then the sigmoid (a geometric mean of odds).
     rank: of each label's ranks over these N images, scaled into (0, 1): only the order of a member counts.
-    Weights are scaled to sum 1. Raises ValueError without a positive sum.
+    Weights are scaled to sum 1; UserError as in `shares`.
     """
-    shares = np.asarray([1.0] * len(probs) if weights is None else weights, dtype=np.float64)
-    if not (shares >= 0).all() or shares.sum() <= 0:
-        raise ValueError("weights must be 0 or more, and one of them positive")
-    shares = shares / shares.sum()
     total = np.zeros_like(probs[0])
-    for share, table in zip(shares, probs, strict=True):
+    for share, table in zip(shares([1.0] * len(probs) if weights is None else weights), probs, strict=True):
         if how == "logit":
             table = logit(table)
         elif how == "rank":  # equal probs share the middle of their places
@@ -203,74 +242,117 @@ def logit(probs: NDArray[Real]) -> NDArray[Real]:
     return np.asarray(np.log(inside) - np.log1p(-inside), dtype=probs.dtype)
 
 
-def average_tables(tables: Sequence[ScoreTable], weights: Weights = None, how: Average = "prob") -> ScoreTable:
+def average_tables(
+    tables: Sequence[ScoreTable], weights: Weights = None, how: Average = "prob", *, allow_missing: bool = False
+) -> ScoreTable:
     """One table from several over the same images, in the first one's row order.
 
-    Raises UserError when they hold different images, tasks, splits or shard sets; nothing is averaged then.
+    Raises UserError as `align` does; nothing is averaged then.
     """
-    aligned = [table.probs for table in align(tables)]
-    shares = [1.0] * len(tables) if weights is None else weights
-    members = {table.name: share for table, share in zip(tables, shares, strict=True)}
-    meta = TableMeta(member="ensemble", average=how, members=members, **_together(tables))
-    return ScoreTable(tables[0].image_names, average(aligned, shares, how), meta)
+    aligned = align(tables, allow_missing=allow_missing)
+    given = [1.0] * len(tables) if weights is None else weights
+    members = {table.name: weight for table, weight in zip(tables, given, strict=True)}
+    asked = max(table.meta.asked for table in tables)
+    meta = _together(tables, TableMeta(member="ensemble", average=how, members=members, asked=asked))
+    return ScoreTable(aligned[0].image_names, average([table.probs for table in aligned], given, how), meta)
 
 
-def align(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
-    """Every table in the first one's row order; UserError as in `average_tables`."""
+def align(tables: Sequence[ScoreTable], *, allow_missing: bool = False) -> list[ScoreTable]:
+    """Every table in the first one's row order.
+
+    allow_missing: keep the images that all tables hold, and say how many others there are.
+    Raises UserError where they differ in their task, split or shard set, or hold different images.
+    """
+    if found := _difference(tables):
+        raise UserError(f"tables {found[0]!r} and {found[1]!r} differ in {found[2]}; score both with one shard set")
     first, names = tables[0], pd.Index(tables[0].image_names)
-    aligned = []
-    for table in tables:
-        both = f"tables {first.name!r} and {table.name!r}"
-        if found := _differences(first, table):
-            raise UserError(f"{both} differ in {found}; score both with one shard set")
+    kept = names
+    for table in tables[1:]:
         own = pd.Index(table.image_names)
         missing, extra = names.difference(own), own.difference(names)
-        if len(missing) or len(extra):
-            counts = f"{len(missing):,} missing and {len(extra):,} extra in the second, e.g. {[*missing, *extra][0]!r}"
-            raise UserError(f"{both} hold different images: {counts}; score both on the same images")
-        aligned.append(ScoreTable(first.image_names, table.probs[own.get_indexer(names)], table.meta))
-    return aligned
+        if not len(missing) and not len(extra):
+            continue
+        counts = f"{len(missing):,} missing and {len(extra):,} extra in the second, e.g. {[*missing, *extra][0]!r}"
+        told = f"tables {first.name!r} and {table.name!r} hold different images: {counts}"
+        if not allow_missing:
+            raise UserError(f"{told}; score both on the same images, or --allow-missing takes those in all tables")
+        print(f"warning: {told}; only images in all tables are taken")
+        kept = kept[kept.isin(own)]
+    if not len(kept):
+        raise UserError(f"the tables {', '.join(repr(table.name) for table in tables)} have no image in common")
+    image_names = np.asarray(kept, dtype=object)
+    places = [pd.Index(table.image_names).get_indexer(kept) for table in tables]
+    return [ScoreTable(image_names, table.probs[rows], table.meta) for table, rows in zip(tables, places, strict=True)]
 
 
-def join_parts(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+def join_parts(tables: Sequence[ScoreTable], *, allow_missing: bool = False) -> list[ScoreTable]:
     """Tables of the same member over disjoint images (its out-of-fold parts) become one; others stay as they are.
 
-    Order: each member where it first appears. Raises UserError when parts of a member overlap or differ in their task,
-    split or shard set.
+    Order: each member where it first appears. allow_missing: parts that do not say their split and shard set, too.
+    Raises UserError when parts of a member overlap or differ in their task, split, shard set or kind of weights.
     """
     joined = []
     for name in dict.fromkeys(table.name for table in tables):
         parts = [table for table in tables if table.name == name]
+        if len(parts) == 1:
+            joined += parts
+            continue
         names = np.concatenate([part.image_names for part in parts])
         if len(repeated := names[pd.Series(names).duplicated()]):
             both = f"two tables are named {name!r} and both hold image {repeated[0]!r}"
             raise UserError(f"{both}: give them different member names (in their JSON), or parts over different images")
-        if found := next(filter(None, (_differences(parts[0], part) for part in parts)), ""):
-            raise UserError(f"two parts of member {name!r} differ in {found}; score all with one shard set")
-        meta = dataclasses.replace(parts[0].meta, **_together(parts))
+        if found := _difference(parts) or _difference_of_weights(parts):
+            raise UserError(f"two parts of member {name!r} differ in {found[2]}; score all with one shard set")
+        unsaid = dict.fromkeys(what for part in parts for what in part.unsaid if what in ("split", "shards"))
+        if unsaid and not allow_missing:
+            told = f"{len(parts)} tables are named {name!r} and not all say their {' and '.join(unsaid)}"
+            remedy = "give their JSON, or other file names, or --allow-missing to go on"
+            raise UserError(f"{told}, so nothing says that they are parts of one; {remedy}")
+        asked = [part.meta.asked for part in parts]
+        meta = dataclasses.replace(parts[0].meta, asked=sum(asked) if all(asked) else 0)
+        meta = _together(parts, meta)
         joined.append(ScoreTable(names, np.concatenate([part.probs for part in parts]), meta))
     return joined
 
 
-def _together(tables: Sequence[ScoreTable]) -> dict[str, Any]:
-    """The fields of a TableMeta that are equal in all tables, or depend on all."""
-    same = {name: getattr(tables[0].meta, name) for name in ("task", "labels", "split", "shards")}
-    unreadable = {name: reason for table in tables for name, reason in table.meta.unreadable.items()}
-    return same | {"out_of_fold": all(table.meta.out_of_fold for table in tables), "unreadable": unreadable}
+def _together(tables: Sequence[ScoreTable], meta: TableMeta) -> TableMeta:
+    """`meta` with what is equal in all tables, or depends on all. What one table does not say is not known."""
+    metas = [table.meta for table in tables]
+    task = next((each.task for each in metas if each.task is not None), None)
+    return dataclasses.replace(
+        meta,
+        task=task,
+        labels=() if task is not None else tables[0].labels,
+        split=metas[0].split if all(each.split for each in metas) else "",
+        shards=metas[0].shards if all(each.shards for each in metas) else "",
+        out_of_fold=all(each.out_of_fold for each in metas),
+        unreadable={name: reason for each in metas for name, reason in each.unreadable.items()},
+    )
 
 
-def _differences(one: ScoreTable, other: ScoreTable) -> str:
-    """What two tables say differently of themselves; '' where nothing is known to differ."""
-    if one.meta.task is not None and other.meta.task is not None:
-        if found := one.meta.task.differences(other.meta.task):
-            return "; ".join(found)
-    elif one.labels != other.labels:
-        return "their labels"
+def _difference(tables: Sequence[ScoreTable]) -> tuple[str, str, str] | None:
+    """Two tables' names and what they say differently of themselves; None where nothing is known to differ."""
+    by_task = next((table for table in tables if table.meta.task is not None), None)
+    for table in tables:
+        if by_task is not None and by_task.meta.task is not None and table.meta.task is not None:
+            if found := by_task.meta.task.differences(table.meta.task):
+                return by_task.name, table.name, "; ".join(found)
+        elif table.labels != tables[0].labels:
+            return tables[0].name, table.name, "their labels"
     for key in ("split", "shards"):
-        values = getattr(one.meta, key), getattr(other.meta, key)
-        if all(values) and values[0] != values[1]:
-            return f"{key}: {values[0]} and {values[1]}"
-    return ""
+        said: dict[str, str] = {}
+        for table in tables:
+            if value := getattr(table.meta, key):
+                said.setdefault(value, table.name)
+        if len(said) > 1:
+            (one, first), (other, second) = list(said.items())[:2]
+            return first, second, f"{key}: {one} and {other}"
+    return None
+
+
+def _difference_of_weights(parts: Sequence[ScoreTable]) -> tuple[str, str, str] | None:
+    kinds = {item.weights for part in parts for item in part.meta.checkpoints if item.weights}
+    return (parts[0].name, parts[0].name, "weights: EMA and raw ones") if len(kinds) > 1 else None
 
 
 def study_ids(patients: Iterable[str], studies: Iterable[str]) -> list[tuple[str, str] | None]:

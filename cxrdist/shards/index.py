@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from cxrdist import files
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
 from cxrdist.task import TASKS, Task
@@ -380,10 +381,10 @@ def read_rows(folder: Path, meta: SplitMeta) -> pa.RecordBatch:
     """
     path = folder / meta.index.name
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == meta.index.sha256
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {AGAIN}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     if not intact:
         raise UserError(f"{path} is damaged: its SHA-256 is not the one in {meta.split}.json; {AGAIN}")
     try:

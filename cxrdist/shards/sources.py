@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cxrdist.errors import UserError
+from cxrdist.files import is_utf8
 from cxrdist.published import read_labels
 from cxrdist.shards import dicom
 from cxrdist.shards.convert import EXTENSIONS, Pixels
@@ -125,15 +126,16 @@ def make_jobs(
                 both = f"{of_name[row.image_name]} and {folders[0]}"
                 raise UserError(f"image {row.image_name!r} is in {both}: keep one, or give the folder above them")
         files = _files_of(rows, listed, where, csvs)
-        unused = len(listed.images) - len(set(files.values()) & listed.images.keys())
-        for name, found in _by_split(rows, split, csvs).items():
-            table = f" in {csvs[0]}" if csvs else ""
-            print(f"{name}: {len(found):,} rows{table}, {len(listed.images):,} images in {where}")
+        unused = listed.images.keys() - set(files.values())
+        parts = _by_split(rows, split, csvs)
+        counts = ", ".join(f"{name} {len(found):,}" for name, found in parts.items())
+        print(f"rows of {csvs[0] if csvs else where}: {counts}; images in {where}: {len(listed.images):,}")
+        for name, found in parts.items():
             have = sources.setdefault(name, [])
             have += _sources(task, name, found, files, listed, len(have))
         if unused:
-            print(f"  {unused:,} images there are in no row of the CSV and are not used")
-        num_unused += unused
+            print(f"  images there without a row, not used: {len(unused):,} (first: {min(unused)})")
+        num_unused += len(unused)
     provenance = {
         "csv": ", ".join(table.name for table in tables) or None,
         "csv_sha256": ", ".join(hashlib.sha256(table.read_bytes()).hexdigest() for table in tables) or None,
@@ -219,7 +221,7 @@ def _sources(
         sources.append(Source(key, row.image_name, path, size, reason, **about))
     if absent := [source.image_name for source in sources if source.reason == MISSING]:
         more = f" and {len(absent) - NUM_NAMED:,} more" if len(absent) > NUM_NAMED else ""
-        print(f"  {len(absent):,} of the rows have no image there: {', '.join(absent[:NUM_NAMED])}{more}")
+        print(f"  rows of {split} without an image there: {len(absent):,}: {', '.join(absent[:NUM_NAMED])}{more}")
     return sources
 
 
@@ -253,6 +255,8 @@ def list_images(folder: Path) -> Folder:
         with os.scandir(folder / inside) as entries:
             for entry in entries:
                 name = inside + entry.name
+                if not is_utf8(name):
+                    raise UserError(f"{folder}: the name {name!a} in it is not UTF-8; rename it")
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{name}/")
                 elif entry.is_dir():
@@ -262,13 +266,11 @@ def list_images(folder: Path) -> Folder:
                     is_image = file.is_dicom or name.lower().endswith(EXTENSIONS)
                     (listed.images if is_image else listed.others)[name] = file
     if linked:
-        print(f"{folder}: {len(linked):,} linked folders in it are not entered (first: {min(linked)!r})")
+        print(f"{folder}: linked folders, not entered: {len(linked):,} (first: {min(linked)!r})")
     if listed.others:
         kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension" for name in listed.others)
         found = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(NUM_NAMED))
-        print(
-            f"{folder}: {len(listed.others):,} files of other kinds are no images: {found}; first: {min(listed.others)}"
-        )
+        print(f"{folder}: files that are no images, not used: {found}; first: {min(listed.others)}")
     if not listed.images:
         found = f"; it holds the folder {min(os.listdir(folder))!r}" if any(folder.iterdir()) else ""
         raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder or below{found}; name another")

@@ -30,8 +30,17 @@ def verify(
     """
     index = open_index(folder, split, task)
     for number in progress(range(len(index.shards))):
-        _check_shard(index, number, hashes)
+        _check_readable_shard(index, number, hashes)
     return index
+
+
+def check_headers(index: ShardIndex, rank: int, world_size: int) -> None:
+    """Every header of this rank's share of the tars; UserError as of `verify`.
+
+    A header is checked in 80 us: 10 million on one rank would take 13 minutes.
+    """
+    for number in range(rank, len(index.shards), world_size):
+        _check_readable_shard(index, number, hashes=False)
 
 
 def write_table(index: ShardIndex, file: TextIO) -> None:
@@ -49,6 +58,14 @@ def write_table(index: ShardIndex, file: TextIO) -> None:
         for name in columns.keys() - COLUMNS.keys():
             columns[name] = ["" if cell == MASKED or cell != cell else cell for cell in columns[name]]
         writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _check_readable_shard(index: ShardIndex, number: int, hashes: bool) -> None:
+    try:
+        _check_shard(index, number, hashes)
+    except OSError as error:
+        path = index.folder / index.shards[number]
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {MAKE_AGAIN}") from None
 
 
 def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:

@@ -3,7 +3,7 @@
 A shard holds the rows of a fixed range of the source, so it depends on nothing but these rows: any number of processes
 and nodes, and any interruption, give the same bytes. A tar gets its final name only when it is complete and on the
 disk; a record in the split's work folder then lets a later run, or another node, take it as it is. The work folder is
-removed when the split is finished.
+removed when the split is finished. Only files that a record or the split's JSON names are ever replaced or removed.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from cxrdist.task import Task
 ROWS_PER_SHARD = 1000
 TAR_OVERHEAD = 2560  # bytes a sample besides its JPEG: two headers, the JSON, padding
 REUSED = "  reused: {:,} finished shards; to do: {:,} shards, {:,} images"
+PUT_ASIDE = "superseded-"
 NUM_PROBES = 8  # images converted beforehand to estimate the space needed
 
 
@@ -155,7 +156,7 @@ def write_split(
     Returns: the shards of the split and True, or this node's and False while other nodes' are missing.
     Raises UserError for: a finished split of other inputs or format version in `out` (unless `overwrite`), another run
     at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and are reused), a
-    split of which no image can be stored.
+    split of which no image can be stored, files under the split's names that no preprocessing recorded.
     """
     index.check_split_name(job.split)
     mine = [number for number in job.groups if number % num_nodes == node_rank]
@@ -168,15 +169,14 @@ def write_split(
             return finished, True
         if not overwrite:
             _refuse_another(job, finished)
-        if job.work.is_symlink():
-            raise UserError(f"{job.work} is a symbolic link; remove it: nothing is written through links")
+        refuse_foreign(job)
         job.work.mkdir(exist_ok=True)
         taken = f"{job.out}: another cxrdist.preprocess writes this split ({{holder}}); wait, or give another --out"
         with files.lock(job.work / f"node-{node_rank}.lock", wait=False, message=taken):
             for number, record in finished.items():
                 files.write_atomically(job.record(number), record.to_json())
             if not _is_sound(job, _finished_records(job)):  # another node may have finished it since
-                job.json_path.unlink(missing_ok=True)
+                _put_aside(job)
             suffix = f"{node_rank}-{num_nodes}.tmp"
             for stale in job.work.glob(f"*.{suffix}"):
                 stale.unlink()
@@ -208,6 +208,53 @@ def _refuse_another(job: SplitJob, finished: Records) -> None:
         raise UserError(f"{job.json_path}: a split of format version {version} is here, of another cxrdist; {remedy}")
     if finished and {number: record.inputs for number, record in finished.items()} != job.inputs:
         raise UserError(f"{job.json_path}: a split made from other images, labels or settings is here; {remedy}")
+
+
+def refuse_foreign(job: SplitJob) -> None:
+    """UserError where `out` holds links or files under the split's names that no preprocessing recorded."""
+    if not job.out.exists():
+        return
+    for path in (job.work, job.json_path):
+        files.refuse_links(path)
+    with files.disk_errors_named(job.out):
+        there = os.listdir(job.out)  # before the records, which another node may write just now
+    recorded = _recorded(job)
+    foreign = [name for name in sorted(there) if _own(job, name) and name not in recorded]
+    if job.json_path.exists() and "format_version" not in index.read_fields(job.json_path):
+        foreign = [job.json_path.name]
+    if foreign:
+        more = f" (and {len(foreign) - 1:,} more)" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{job.out / foreign[0]}{more}: is named as a file of split {job.split!r}, but no record says that "
+            "cxrdist wrote it, or it is damaged; move it away, or give another --out"
+        )
+
+
+def _own(job: SplitJob, name: str) -> bool:
+    return re.fullmatch(rf"{job.split}(-\d{{6,}}\.tar|\.index\.(csv|arrow))", name) is not None
+
+
+def _recorded(job: SplitJob) -> set[str]:
+    """Names of the files in `out` that were written, or were about to be: by the split's JSON, those put aside, and
+    the records of the work folder. Another node may put a JSON aside or finish: so the work folder is read twice.
+    """
+    names: set[str] = set()
+    for folder, pattern in ((job.work, "*.json"), (job.out, job.json_path.name), (job.work, "*.json")):
+        for path in folder.glob(pattern):
+            names.add(path.name.removesuffix(".json"))
+            if path == job.json_path or path.name.startswith(PUT_ASIDE):
+                fields = index.read_fields(path)
+                shards = fields.get("shards")
+                entries = [*(shards if isinstance(shards, list) else ()), fields.get("index")]
+                names |= {str(entry.get("name")) for entry in entries if isinstance(entry, dict)}
+    return names
+
+
+def _put_aside(job: SplitJob) -> None:
+    """Move the JSON of a split that is written again to the work folder: it says which files are to be removed."""
+    with contextlib.suppress(FileNotFoundError):
+        digest = hashlib.sha256(job.json_path.read_bytes()).hexdigest()
+        job.json_path.rename(job.work / f"{PUT_ASIDE}{digest[:16]}.json")
 
 
 def _write_shard(
@@ -245,6 +292,7 @@ def _write_shard(
         if not images:
             path.unlink(missing_ok=True)
             return ShardRecord(job.inputs[number], 0, "", (), tuple(left_out))
+        job.record(number).touch()  # from here on `path` is known as written here
         files.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -323,12 +371,11 @@ def _finish(job: SplitJob) -> Records:
                 records = _work_records(job)
                 if len(records) < len(job.groups):
                     return {}
-                _refuse_empty(job, records)
                 listed = {job.tar(number).name for number, record in records.items() if record.size}
-                own = rf"{job.split}(-\d{{6,}}\.tar|\.index\.csv)|\.{job.split}\..*\.tmp"
-                for path in job.out.iterdir():
-                    if re.fullmatch(own, path.name) and path.name not in listed:
-                        path.unlink()
+                for name in _recorded(job) - listed:
+                    if _own(job, name):
+                        (job.out / name).unlink(missing_ok=True)
+                _refuse_empty(job, records)
                 _write_index_and_json(job, records)
             shutil.rmtree(job.work, ignore_errors=True)
             return records
@@ -376,8 +423,11 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
         left_out=left_out,
         inputs={str(number): record.inputs for number, record in records.items()},
     )
-    files.write_atomically(job.out / name, content)
-    files.write_atomically(job.json_path, meta.to_json())
+    for path, text in ((job.out / name, content), (job.json_path, meta.to_json())):
+        unfinished = job.work / f"{path.name}.new"  # what a killed process leaves is in the work folder
+        files.write_atomically(unfinished, text)
+        (job.work / f"{path.name}.json").touch()  # the record, as of a shard
+        files.replace(unfinished, path)
 
 
 def _check_space(job: SplitJob, sources: list[Source]) -> None:

@@ -26,13 +26,15 @@ from torch import Tensor
 
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import Rows
-from cxrdist.errors import UserError
-from cxrdist.files import reason
+from cxrdist.documents import read_json_lines
+from cxrdist.errors import UserError, redacted
+from cxrdist.files import open_to_append, reason, require_same, write_atomically
 
 WandbMode = Literal["auto", "online", "offline", "off"]
 INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting for 90 s
 QUEUE_ROWS = 1000  # rows waiting for wandb; further ones are dropped there, never in the local files
 CLOSE_TIMEOUT_S = 60.0
+SENT = "recipe, versions, hardware, losses, validation scores and curves, speeds, the run folder's name"
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
@@ -41,12 +43,25 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
     dashboard: None where pictures and curves are not worth making.
     """
 
-    def __init__(self, run: Path, *, wandb_mode: WandbMode = "off", config: dict[str, Any] | None = None) -> None:
-        """wandb_mode: auto is online when logged in, else off. config: the resolved recipe and environment."""
+    def __init__(
+        self,
+        run: Path,
+        *,
+        wandb_mode: WandbMode = "off",
+        images: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """wandb_mode: auto is online when logged in, else off; what is sent is said in one line, images and their names
+        only where they may be. config: the resolved recipe and environment.
+        """
         mode = resolve_mode(wandb_mode)
+        self._send_images = images
+        if mode != "off":
+            what = f"{SENT}, and images with their names" if images else f"{SENT}; no images and no names of images"
+            _say(f"{mode}; {'sends' if mode == 'online' else 'records'} {what} (--wandb off: nothing)")
         history = [] if mode == "off" else _history(run)  # of earlier sessions, before this one writes
-        self._metrics = _open_to_append(run / "metrics.jsonl")
-        self._timings = _open_to_append(run / "timings.jsonl")
+        self._metrics = open_to_append(run / "metrics.jsonl")
+        self._timings = open_to_append(run / "timings.jsonl")
         self.dashboard = None if mode == "off" else _WandbThread(run, mode, config or {}, history)
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +80,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._write(self._timings, row)
 
     def images(self, step: int, name: str, images: NDArray[np.uint8], captions: list[str]) -> None:
-        """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard."""
+        """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard, where they may leave the machine."""
+        if not self._send_images:
+            return
         pairs = list(zip(images, captions, strict=True))
         self._show(step, name, lambda wandb: [wandb.Image(array, caption=caption) for array, caption in pairs])
 
@@ -77,6 +94,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl that are safely on disk: what a checkpoint remembers."""
+        require_same(self._metrics)
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
@@ -87,6 +105,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def _write(self, file: io.FileIO, row: dict[str, Any]) -> None:
         line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        require_same(file)
         begin = file.tell()
         try:
             if file.write(line) < len(line):
@@ -112,31 +131,22 @@ def show_samples(
 def cut_metrics(run: Path, num_bytes: int) -> str | None:
     """Drop the rows of metrics.jsonl after the restored checkpoint; a warning when rows before it are missing."""
     path = run / "metrics.jsonl"
-    with path.open("ab") as file:
-        if (size := file.tell()) > num_bytes:
+    with open_to_append(path) as file:
+        if (size := file.seek(0, os.SEEK_END)) > num_bytes:
             file.truncate(num_bytes)
     return f"{path} lost {num_bytes - size:,} bytes since the checkpoint" if size < num_bytes else None
 
 
-def _open_to_append(path: Path) -> io.FileIO:
-    """The file at its end, on a new line even where a killed process left half of one."""
-    file = path.open("a+b", buffering=0)
-    if file.tell() > 0:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
-
-
 def _history(run: Path) -> list[dict[str, Any]]:
-    """The rows of both local files up to the last one of metrics.jsonl, by step."""
-    found: list[list[dict[str, Any]]] = [[], []]
-    for path, rows in zip((run / "metrics.jsonl", run / "timings.jsonl"), found, strict=True):
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                rows.append(json.loads(line))
+    """The rows of both local files up to the last one of metrics.jsonl, by step; a damaged line is left out, said."""
+    found: list[list[dict[str, Any]]] = []
+    for path in (run / "metrics.jsonl", run / "timings.jsonl"):
+        rows, num_bad = read_json_lines(path)
+        found.append([row for row in rows if type(row.get("step")) is int])
+        if num_bad := num_bad + len(rows) - len(found[-1]):
+            _say(f"warning: {path}: {num_bad:,} damaged lines are not sent; all others are")
     last_step = max((row["step"] for row in found[0]), default=-1)
-    return sorted((row for row in [*found[0], *found[1]] if row["step"] <= last_step), key=lambda row: int(row["step"]))
+    return sorted((row for row in [*found[0], *found[1]] if row["step"] <= last_step), key=lambda row: row["step"])
 
 
 def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:
@@ -213,13 +223,16 @@ class _WandbThread:
     def _start(self, wandb: Any) -> Any:
         shown = {"project": os.environ.get("WANDB_PROJECT", "cxrdist"), "group": self._run.name, "name": self._run.name}
         settings = {"init_timeout": INIT_TIMEOUT_S, "console": "off", "silent": True}
+        settings |= dict.fromkeys(
+            ("disable_git", "disable_code", "x_disable_meta"), True
+        )  # command line, user, remotes
         init = functools.partial(wandb.init, **shown, dir=str(self._run), config=self._config, settings=settings)
         session: Any = None
         if self._mode == "online":
             try:
                 file = self._run / "wandb_id"  # the id on wandb, the same for every session of the run folder
                 if not file.exists():
-                    file.write_text(os.urandom(6).hex())
+                    write_atomically(file, os.urandom(6).hex())
                 session = init(id=file.read_text().strip(), resume="allow", mode="online")
             except Exception as error:
                 _say(f"not reachable ({type(error).__name__}); recording offline, send it later with `wandb sync`")
@@ -232,4 +245,4 @@ class _WandbThread:
 
 
 def _say(text: str) -> None:
-    print(f"wandb: {text}", file=sys.stderr, flush=True)
+    print(redacted(f"wandb: {text}"), file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ def test_the_loader_benchmark_runs_and_names_what_is_not_installed(capsys, tmp_p
     loader = by_name["one core", "cxrdist loader"]
     assert loader["images_per_s"] > 0
     assert loader["ratio_to_limit"] > 0
-    assert {"one core", "all cores", "memory", "plan an epoch"} <= {row["stage"] for row in rows}
+    assert {"one core", "check of a read", "all cores", "memory", "plan an epoch"} <= {row["stage"] for row in rows}
+    assert by_name["check of a read", "XXH3"]["note"].endswith("% of a decode")
     for package, names in {"albumentations": "published loader", "litdata": "litdata"}.items():
         row = by_name.get(("one core", names))
         assert row is None or row["images_per_s"] or row["note"] == f"skipped: {package} is not installed"

@@ -162,7 +162,7 @@ def test_the_command_writes_one_page_and_a_line_for_each_finding(
     assert len(text) < 3_000_000
     verify.main(["--shards", str(planted), "--report", str(page), "--split", "valid"])  # an older page is replaced
     assert "Nearly black" not in page.read_text()
-    assert os.listdir(page.parent) == ["look.html"]
+    assert sorted(os.listdir(page.parent)) == [".cxrdist", "look.html"]
 
 
 def test_a_page_replaces_nothing_but_a_page(clean: Path, tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_a_page_replaces_nothing_but_a_page(clean: Path, tmp_path: Path) -> None
     other.write_text("mine")
     link.symlink_to(other)
     for path, told in (
-        (other, "not such a page"),
-        (link, "is a link"),
-        (tmp_path, "is a folder"),
-        (clean / "look.html", "among the shards"),
+        (other, "not as cxrdist wrote it"),
+        (link, "is a symbolic link"),
+        (tmp_path, "ends with .html"),
+        (clean / "look.html", "input"),
         (tmp_path / "train.csv", "ends with .html"),
     ):
         with pytest.raises(UserError, match=told):

@@ -105,7 +105,10 @@ def test_weighted_gradient_over_ranks_is_the_mean_over_the_global_batch(
 
 @settings(deadline=None, max_examples=40)
 @given(
-    num_rows=st.integers(1, 30), global_batch=st.integers(1, 12), device_batch=st.integers(1, 5), world=st.integers(1, 5)
+    num_rows=st.integers(1, 30),
+    global_batch=st.integers(1, 12),
+    device_batch=st.integers(1, 5),
+    world=st.integers(1, 5),
 )
 def test_masked_cells_give_the_gradient_of_the_observed_ones_of_the_global_batch(
     num_rows, global_batch, device_batch, world

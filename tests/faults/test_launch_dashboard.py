@@ -73,7 +73,7 @@ def test_every_panel_of_the_dashboard_has_its_series_and_equals_the_local_file(
     uneven_shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = train_words(uneven_shards, run)
+    words = train_words(uneven_shards, run, "--wandb-images")
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = run.glob("wandb/offline-run-*/*.wandb")

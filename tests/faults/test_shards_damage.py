@@ -164,7 +164,7 @@ def test_a_damaged_unfinished_or_foreign_index_is_named(shards: Path, tmp_path: 
         with pytest.raises(UserError, match=r"train\.index\.arrow is damaged"):
             open_index(shards, "train", TASKS["b"])
     index.unlink()
-    with pytest.raises(UserError, match=r"train\.index\.arrow: No such file"):
+    with pytest.raises(UserError, match=r"train\.index\.arrow: no such file"):
         open_index(shards, "train", TASKS["b"])
     index.write_bytes(content)
     with pytest.raises(UserError, match=r"split 'train' of another task \(task a and b\)"):

@@ -102,8 +102,10 @@ def test_nothing_is_read_or_written_outside_the_folders(make_division: Any, tmp_
     victim.write_bytes(b"precious")
     for name in ("train-000000.tar", "train.json", "train.index.arrow"):
         (out / name).symlink_to(victim)
-    run(images, table, out)
+    with pytest.raises(UserError, match="symbolic link"):
+        run(images, table, out)
     assert victim.read_bytes() == b"precious"
+    run(images, table, out := tmp_path / "empty")
     assert list(open_index(out, "train", TASKS["b"]).image_names) == ["a.jpg", "c.jpg"]
     linked = tmp_path / "linked"
     linked.mkdir()

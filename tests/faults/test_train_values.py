@@ -16,8 +16,8 @@ from cxrdist import train as train_entry
 from cxrdist.errors import UserError
 from cxrdist.files import folder_lock
 from cxrdist.runs import checkpoint, member
-from cxrdist.shards.index import open_index
 from cxrdist.shards.convert import Pixels
+from cxrdist.shards.index import open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
 from tests import training_runs

@@ -167,7 +167,7 @@ def test_unknown_models_and_sizes_are_named():
         architecture_of("eva_y").build(224, 14)
     with pytest.raises(UserError, match="decoder_dim"):
         architecture_of("eva_x_tiny").build(112, 14, decoder_dim=3)
-    with pytest.raises(UserError, match=r"image_size=120 is not valid \(a multiple of 16 px\)"):
+    with pytest.raises(UserError, match=r"image_size=120 is not valid \(a multiple of 16 px, at most 4096\)"):
         architecture_of("eva_x_tiny").build(120, 14)
 
 

@@ -421,10 +421,11 @@ def test_convert_writes_nothing_when_it_fails(golden, tmp_path, capsys):
     write_safetensors(source, {"cls_token": torch.zeros(1)})
     out.write_bytes(b"kept")
     for arguments, message in [
-        ([str(source), "--out", str(out)], "no weights of eva_x"),
-        ([str(source), "--out", str(source)], "is one of the files to read"),
+        ([str(source), "--out", str(tmp_path / "d.safetensors")], "no weights of eva_x"),
+        ([str(source), "--out", str(out)], "not as cxrdist wrote it"),
+        ([str(source), "--out", str(source)], "is an input of this command"),
         ([str(golden / "evax" / "base_mim.pt"), "--out", str(tmp_path / "c.pth")], "name it .safetensors"),
-        ([str(tmp_path / "none.pt"), "--out", str(out)], "there is no such file"),
+        ([str(tmp_path / "none.pt"), "--out", str(tmp_path / "e.safetensors")], "no such file"),
     ]:
         assert run_entry(functools.partial(convert.main, arguments)) == 2
         error = capsys.readouterr().err

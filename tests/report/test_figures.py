@@ -66,9 +66,20 @@ def test_of_very_many_labels_those_with_the_most_positives_are_drawn_and_the_pag
         figures.curves_section(figures.ROC, [table], targets, result),
         figures.curves_section(figures.PRECISION, [table], targets, result),
     ):
-        assert "Only the 48 labels with the most positives." in section.about
+        assert "nly the 48 labels with the most positives." in section.about
     assert "label 999" in figures.label_section(result).body, "the table holds every label"
-    assert "Only the" not in figures.label_section(evaluation(48)).about
+    assert 'class="scroll tall"' in figures.label_section(result).body, "and scrolls under its head"
+    few = figures.label_section(evaluation(48))
+    assert "nly the" not in few.about
+    assert "tall" not in few.body
+
+
+def test_long_labels_keep_both_ends_within_their_panel():
+    long = "Very long finding of the left upper lobe with calcification"
+    texts = {figures._short(f"{long} {n}", 26) for n in range(10)}
+    assert len(texts) == 10
+    assert all(len(text) <= 26 and text.startswith("Very long") for text in texts)
+    assert figures._short("Enlarged Cardiomediastinum", 26) == "Enlarged Cardiomediastinum"
 
 
 def test_more_tables_than_colours_are_all_drawn():

@@ -82,7 +82,7 @@ def test_a_nan_prob_gives_nan_and_wrong_shapes_or_targets_are_refused():
     np.testing.assert_array_equal(metrics.auroc_per_label(truth, probs), [1.0, np.nan])
     with pytest.raises(ValueError, match="must be equal"):
         metrics.auroc_per_label(truth, probs[:1])
-    with pytest.raises(ValueError, match="in .0, 1."):
+    with pytest.raises(ValueError, match=r"in .0, 1."):
         metrics.auroc_per_label(truth - 1, probs)
 
 
@@ -109,5 +109,5 @@ def test_masked_cells_count_nowhere_and_a_soft_cell_is_a_share_of_both_classes()
     samples = metrics.bootstrap_auroc(truth, [probs], np.arange(200) // 2, num_resamples=8)[0]
     alone = metrics.bootstrap_auroc(truth[:, :1], [probs[:, :1]], np.arange(200) // 2, num_resamples=8)[0]
     np.testing.assert_array_equal(samples[:, :1], alone)
-    with pytest.raises(ValueError, match="in .0, 1."):
+    with pytest.raises(ValueError, match=r"in .0, 1."):
         metrics.auroc_per_label(truth + 1, probs)

@@ -73,7 +73,8 @@ def test_a_table_survives_the_file_bit_for_bit_with_names_that_look_like_numbers
     again = ensemble.read_table(tmp_path / "scores" / "m.csv")
     assert again.image_names.tolist() == names.tolist()
     np.testing.assert_array_equal(again.probs, table.probs)
-    assert dataclasses.replace(again.meta, sha256="") == table.meta
+    assert dataclasses.replace(again.meta, sha256="", asked=0) == table.meta
+    assert again.meta.asked == 4
 
 
 def test_a_table_with_other_label_order_values_or_a_changed_file_is_named(tmp_path):
@@ -157,7 +158,7 @@ def test_submission_has_the_templates_columns_and_order_each_row_once_and_class_
     columns = ["Image_name", *reversed(LABELS)]
     template_path = tmp_path / "template.csv"
     pd.DataFrame([[name, *[0] * 14] for name in order], columns=columns).to_csv(template_path, index=False)
-    fallback = write_submission(table, read_template(template_path, TASK), tmp_path / "submission.csv")
+    fallback = write_submission(table, read_template(template_path, TASK), tmp_path / "submission.csv", 1)
     assert fallback == {"00000009_001_001.jpg": "cannot identify image file"}
     result = pd.read_csv(tmp_path / "submission.csv")
     assert result.columns.tolist() == columns
@@ -173,7 +174,7 @@ def test_a_template_of_other_images_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match=r"1 of 2 images that the shards do not hold, e\.g\. 'other\.jpg'"):
         check_template(template, list(table.image_names), {})
     with pytest.raises(UserError, match=r"'other\.jpg'"):
-        write_submission(table, template, tmp_path / "submission.csv")
+        write_submission(table, template, tmp_path / "submission.csv", 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +195,7 @@ def test_a_table_of_three_labels_with_commas_and_quotes_survives_the_file_and_be
     again = ensemble.read_table(tmp_path / "m.csv")
     np.testing.assert_array_equal(again.probs, table.probs)
     assert (again.labels, again.meta.task, again.image_names.tolist()) == (task.labels, task, names.tolist())
-    write_submission(again, template_of(task, ["c.png", "a/1.png", "b/2.png"]), tmp_path / "submission.csv")
+    write_submission(again, template_of(task, ["c.png", "a/1.png", "b/2.png"]), tmp_path / "submission.csv", 1)
     frame = pd.read_csv(tmp_path / "submission.csv")
     assert frame.columns.tolist() == ["path", *task.labels]
     np.testing.assert_array_equal(frame[list(task.labels)].to_numpy(np.float32), table.probs[[2, 1, 0]])

@@ -175,7 +175,10 @@ def test_files_that_are_no_images_are_counted_and_named(
     run(
         tmp_path / "out", "--images", own[0], "--csv", own[1], "--labels", "TB", "--blank", "zero", "--uncertain", "one"
     )
-    assert "4 files of other kinds are no images: .txt (2)" in capsys.readouterr().out
+    assert (
+        "files that are no images, not used: .txt (2), .db (1), no extension (1); first: LICENSE"
+        in capsys.readouterr().out
+    )
 
 
 def write_dicom(path: Path, **header: str) -> None:

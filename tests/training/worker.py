@@ -5,9 +5,16 @@
   nan: {"rank", "keys", "from"}: pixels of these keys become NaN on that rank from the from-th global step on
   loss_scale: start of the loss scale, used with bf16 in place of fp16's
   slow_s: seconds to sleep after each step
+  slow: {"rank", "module", "name", "seconds"[, "count"]}: that function sleeps on that rank (the first `count` times)
+  stop: {"rank", "module", "name"}: SIGSTOP where that rank calls that function
+  fail: {"rank", "module", "name", "kind", "text"}: that function raises it on that rank
+PROGRAM is the entry: train (default) or infer. `module` is below cxrdist, e.g. "train"; `name` may be Class.method.
 """
 
 import dataclasses
+import errno
+import functools
+import importlib
 import json
 import os
 import signal
@@ -18,7 +25,7 @@ from typing import Any
 
 import torch
 
-from cxrdist import recipes, train
+from cxrdist import infer, recipes, train
 from cxrdist.cli import run_entry
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.recipes import Group, Inference, Recipe
@@ -68,8 +75,53 @@ def tiny_chexfound(task: str) -> Recipe:
 recipes.RECIPES |= {"tiny_eva_x": tiny_eva_x, "tiny_chexfound": tiny_chexfound}
 
 
+KINDS: dict[str, Any] = {
+    "MemoryError": MemoryError,
+    "RuntimeError": RuntimeError,
+    "ValueError": ValueError,
+    "EMFILE": lambda text: OSError(errno.EMFILE, "Too many open files", text),
+    "EACCES": lambda text: PermissionError(errno.EACCES, "Permission denied", text),
+    "EIO": lambda text: OSError(errno.EIO, "Input/output error", text),
+    "ConnectionResetError": lambda text: ConnectionResetError(errno.ECONNRESET, text),
+    "DistNetworkError": torch.distributed.DistNetworkError,
+    "DistStoreError": torch.distributed.DistStoreError,
+    "DistBackendError": torch.distributed.DistBackendError,
+    "OutOfMemoryError": torch.OutOfMemoryError,
+}
+
+
+def before(place: dict[str, Any], act: Any) -> None:
+    """Call `act` whenever the function at `place` is called on its rank, at most `count` times."""
+    if place["rank"] != int(os.environ.get("RANK", "0")):
+        return
+    owner: Any = importlib.import_module(f"cxrdist.{place['module']}")
+    *outer, name = place["name"].split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original, left = getattr(owner, name), [place.get("count", -1)]
+
+    @functools.wraps(original)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, changed)
+
+
+def raise_error(fail: dict[str, Any]) -> None:
+    raise KINDS[fail["kind"]](fail["text"])
+
+
 def inject(fault: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
+    if "slow" in fault:
+        before(fault["slow"], functools.partial(time.sleep, fault["slow"]["seconds"]))
+    if "stop" in fault:
+        before(fault["stop"], functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
+    if "fail" in fault:
+        before(fault["fail"], functools.partial(raise_error, fault["fail"]))
     kill = fault.get("kill")
     if kill is not None and kill["rank"] == rank:
         left = [kill["count"]]
@@ -117,9 +169,9 @@ def inject(fault: dict[str, Any]) -> None:
     if "slow_s" in fault:
         after_step = train.Control.after_step
 
-        def slowly(self: Any, global_step: int) -> Any:
+        def slowly(self: Any) -> Any:
             time.sleep(fault["slow_s"])
-            return after_step(self, global_step)
+            return after_step(self)
 
         train.Control.after_step = slowly  # type: ignore[method-assign]
 
@@ -130,4 +182,5 @@ if __name__ == "__main__":
     marker = os.environ.get("STARTED_FILE")
     if marker and os.environ.get("RANK", "0") == "0":
         Path(marker).touch()
-    raise SystemExit(run_entry(lambda: train.main(sys.argv[1:])))
+    program: Any = infer if os.environ.get("PROGRAM") == "infer" else train
+    raise SystemExit(run_entry(lambda: program.main(sys.argv[1:]), again=program.AGAIN))

@@ -11,19 +11,22 @@ What a layout is and how its names become ours is said by the architectures (`re
 | published_eva_x, published_chexfound | the competition solution's epochs | weights, EMA, optimizer state |
 | cxrdist | our safetensors | anything `write_safetensors` wrote |
 
-Nothing is unpickled but tensors, containers, numbers and the few data classes in `_SAFE_GLOBALS`.
+Nothing is unpickled but tensors, containers, numbers and the few data classes in `_SAFE_GLOBALS`, and nothing that
+declares more bytes than the file has (`_check_declared`): torch would allocate them first.
 """
 
 import argparse
 import functools
+import mmap
 import pathlib
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +45,15 @@ _SAFE_GLOBALS: list[Any] = [
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+# All that weights need of what torch's reader would call; it knows more, some of which take a size and allocate it.
+_CALLED = re.compile(
+    r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter \w+|"
+    r"torch (\w+Storage|Size|device|[a-z]+[0-9]*|bool)|torch\.storage \w+Storage|torch\.serialization _get_layout|"
+    r"_codecs encode|(__builtin__|builtins) (set|complex)|argparse Namespace|pathlib (PosixPath|_local)|"
+    r"numpy(\.dtypes)? \w*[dD][tT]ype|numpy\._?core\.multiarray scalar"
+)
+_LEGACY_PICKLES = 5  # magic number, protocol, system, the object, keys of its storages
+MAX_PICKLE = 2**28  # bytes of the pickle in a zip file, of which the largest official one has 200 kB
 
 
 def safe_torch_load(path: Path) -> Any:
@@ -51,11 +63,14 @@ def safe_torch_load(path: Path) -> Any:
     """
     check_readable(path)
     try:
+        _check_declared(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), path.open("rb") as file:
             # Mapped into memory where torch can: ranks share the pages, and what is not used is not read.
             # torch would choose a reader by the suffix .safetensors; we go by content.
             mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged or foreign pickle provokes inside torch's reader
         reason = str(error)[:80].split("\n")[0] or type(error).__name__
         problem = f"cut short, altered, or not a torch file ({reason}); get it again"
@@ -64,6 +79,49 @@ def safe_torch_load(path: Path) -> Any:
             if code := re.search(r"(?:GLOBAL|unrecognized function|class) `?([\w.]+)", str(error)):
                 problem = f"refused, reading it could run code ({code[1]}); use the file from its official source"
         raise UserError(f"{path}: {problem}") from None
+
+
+def _check_declared(path: Path) -> None:
+    """UserError for a file that declares more bytes than it has, or calls for what weights do not need.
+
+    Raises what zipfile and pickletools raise for a damaged file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:4] == b"PK\x03\x04":  # by which torch knows a zip file
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > size:  # torch compresses nothing
+                    raise UserError(f"{path}: refused, it unpacks to more than its {size:,} bytes; get it again")
+                pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+                if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+                    raise UserError(f"{path}: a zip file, but not one that torch wrote; get it again")
+                _check_pickle(path, archive.read(pickles[0]), size=None)
+        else:
+            for _ in range(_LEGACY_PICKLES):
+                _check_pickle(path, content, size)
+
+
+def _check_pickle(path: Path, content: bytes | mmap.mmap, size: int | None) -> None:
+    """One pickle of the file, opcode by opcode, without making anything of it.
+
+    size: of the file, where its storages are allocated by the number that the pickle declares; None: where not.
+    """
+    numbers: list[int] = []
+    declared = 0
+    for opcode, argument, _ in pickletools.genops(content):  # type: ignore[arg-type]  # a mmap reads as a file does
+        if opcode.name == "GLOBAL" and _CALLED.fullmatch(str(argument)) is None:
+            raise pickle.UnpicklingError(f"GLOBAL {str(argument).replace(' ', '.')}")
+        if isinstance(argument, int):
+            if "PUT" not in opcode.name and "GET" not in opcode.name:
+                numbers.append(argument)
+        elif opcode.name == "BINPERSID":
+            declared += max(numbers, default=0)  # of the storage's type, key, device, number of values
+            numbers = []
+        elif opcode.name in ("MARK", "REDUCE"):
+            numbers = []
+        if size is not None and declared > size:
+            raise UserError(f"{path}: refused, it declares {declared:,} values, but has {size:,} bytes; get it again")
 
 
 @dataclass(frozen=True)
@@ -78,6 +136,14 @@ class WeightFile:
     ema: Tensors | None = None
     optimizer: dict[str, Tensors] | None = None  # AdamW's step, exp_avg, exp_avg_sq by parameter name
     epoch: int | None = None  # of the published run, from 1
+    stored: str = ""  # which of a run's weights the file says `tensors` are: ema, raw, or ''
+
+    @property
+    def kind(self) -> Literal["", "ema", "raw"]:
+        """Which of a run's weights are to be scored: the EMA where there is one; '' where the file does not say."""
+        if self.ema is not None or self.stored == "ema":
+            return "ema"
+        return "raw" if self.stored == "raw" or self.layout.startswith("published_") else ""
 
 
 def read_weights(path: Path, *more: Path, architecture: Architecture | None = None) -> WeightFile:
@@ -113,7 +179,9 @@ def _read_one(path: Path, asked: Architecture | None) -> WeightFile:
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         where = f"made from {metadata['layout']}, " if "layout" in metadata else ""
-        return _weight_file(path, {"model": tensors}, where, asked)
+        kind = metadata.get("weights") if metadata.get("layout", "").startswith("published_") else None
+        stored = {"ema": "ema", "model": "raw"}.get(kind or "", "")
+        return replace(_weight_file(path, {"model": tensors}, where, asked), stored=stored)
     raw = safe_torch_load(path)
     if not isinstance(raw, Mapping):
         raise UserError(f"{path}: holds a {type(raw).__name__}, not weights; give a file of weights")
@@ -124,7 +192,8 @@ def _read_one(path: Path, asked: Architecture | None) -> WeightFile:
     for container in ("teacher", "model_ema", "model", "module", "state_dict"):
         if isinstance(state.get(container), Mapping):
             where, state = f"{where}{container} ", state[container]
-    return _weight_file(path, {"model": _flat(path, state)}, f"under {where.strip()}, " if where else "", asked)
+    found = _weight_file(path, {"model": _flat(path, state)}, f"under {where.strip()}, " if where else "", asked)
+    return replace(found, stored="ema" if "model_ema" in where else "")
 
 
 def _weight_file(
@@ -184,6 +253,10 @@ def _flat(path: Path, state: Mapping[Any, Any]) -> Tensors:
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors under {listed(map(str, state))}; it is not a file of weights")
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name[:80]!r} is no tensor of its own values; give a file of plain weights")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors

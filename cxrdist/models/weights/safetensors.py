@@ -17,7 +17,7 @@ from cxrdist.models.architecture import Tensors
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes; UserError when it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -33,11 +33,17 @@ def tensors_sha256(state: dict[str, Tensor], names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors atomically; UserError names the path and the free bytes when the disk is full."""
+def write_safetensors(
+    path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, *, recorded: bool = False
+) -> None:
+    """Write tensors atomically; UserError names the path and the free bytes when the disk is full.
+
+    recorded: as an output for people (`files.write_output`).
+    """
     # safetensors refuses tensors that share memory, and writes nothing but contiguous ones
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    files.write_atomically(path, save(contiguous, metadata or {}))
+    write = files.write_output if recorded else files.write_atomically
+    write(path, save(contiguous, metadata or {}))
 
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -52,7 +58,7 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def is_safetensors(path: Path) -> bool:
     """Whether the file begins as a safetensors file does, whatever it is called."""
-    with path.open("rb") as file:
+    with files.open_to_read(path) as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 

@@ -1,0 +1,67 @@
+"""What is installed: its licences, and the files that fix its versions and hashes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from cxrdist import doctor
+from cxrdist.errors import UserError
+
+pytestmark = pytest.mark.fast
+PROJECT = Path(__file__).parents[1]
+LGPL: set[str] = set()  # names of packages under the LGPL that we accept, with the reason beside each
+
+
+def is_gpl(licence: str) -> bool:
+    return bool(re.search(r"GPL|GNU|Affero", licence)) and not is_lgpl(licence)
+
+
+def is_lgpl(licence: str) -> bool:
+    return bool(re.search(r"LGPL|Lesser|Library General", licence))
+
+
+def pinned(name: str) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==([^\s\\]+)", (PROJECT / name).read_text(), re.M)
+    return {canonicalize_name(package): version for package, version in found}
+
+
+def test_no_dependency_is_gpl_and_each_lgpl_one_is_named():
+    bill = doctor.bill()
+    assert {"torch", "mpmath", "pydicom", "pytest"} <= {name for name, _, _ in bill}  # core, its own, extras, tools
+    assert [row for row in bill if is_gpl(row[2])] == []
+    assert {name for name, _, licence in bill if is_lgpl(licence)} == LGPL
+
+
+@pytest.mark.parametrize(
+    ("licence", "gpl", "lgpl"),
+    [
+        ("GPL-3.0-only", True, False),
+        ("GNU Affero General Public License v3", True, False),
+        ("AGPL-3.0", True, False),
+        ("GNU Lesser General Public License v2 (LGPLv2)", False, True),
+        ("Apache-2.0 OR BSD-2-Clause", False, False),
+    ],
+)
+def test_licences_are_told_apart(licence, gpl, lgpl):
+    assert (is_gpl(licence), is_lgpl(licence)) == (gpl, lgpl)
+
+
+def test_a_bill_of_what_is_not_installed_is_named():
+    with pytest.raises(UserError, match=r"no-such-package is not installed; run `./launch\.sh setup`"):
+        doctor.bill("no-such-package")
+
+
+def test_the_bill_is_one_command(capsys):
+    doctor.main(["--bill"])
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert all(len(row) == 3 and all(row) for row in rows)
+    assert "timm" in [name for name, _, _ in rows]
+
+
+def test_the_lock_has_the_versions_of_the_constraints_and_a_hash_of_each_dependency():
+    lock, text = pinned("lock.txt"), (PROJECT / "lock.txt").read_text()
+    assert len(re.findall(r"^[\w.-]+==\S+ \\\n    --hash=sha256:[0-9a-f]{64}$", text, re.M)) == len(lock)
+    assert pinned("constraints.txt").items() == (lock.items() - {("setuptools", lock["setuptools"])})
+    assert {canonicalize_name(name) for name, _, _ in doctor.bill()} <= lock.keys()
