@@ -12,7 +12,8 @@ usage: ./launch.sh COMMAND [ARGUMENTS]
   check | format                   format, lint, types and fast tests | rewrite the formatting
   preprocess TASK [ARGS]           images -> shards; TASK is a, b or a .toml file
   train TASK [ARGS]                train on all GPUs of this machine (accel_configs/), e.g. --model chexfound
-  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv
+  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv; for these two TASK may also
+                                   be the name of a shard set below shards/
   doctor [--bill]                  versions, GPUs, precision, disk, and what would be used | name, version and licence
                                    of every dependency
   fuzz | soak [ARGS]               mutated inputs | random SIGKILLs of every kind of run, resumed and compared
@@ -89,17 +90,21 @@ setup() { # core, or dev: also the tools and the extras that the tests need
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
 launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 task=$2 plan config processes settings
+  local module=$1 task=$2 flag=--task plan config processes settings
   shift 2
   case "$task" in
     a | b | *.toml | *.json) ;;
-    *) fail "task is a, b or a .toml file, not '$task'; e.g. ./launch.sh train b" ;;
+    *)
+      [ -d "shards/$task" ] || fail "'$task' is not a, b or a .toml file, and there is no shard set shards/$task"
+      flag=--shards
+      task=shards/$task
+      ;;
   esac
   plan=$(python -m cxrdist.doctor --plan)
   IFS=$'\t' read -r config processes settings <<< "$plan"
   [ -z "$settings" ] || export $settings
   python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
-    -m "$module" --task "$task" --expect-processes "$processes" "$@"
+    -m "$module" "$flag" "$task" --expect-processes "$processes" "$@"
 }
 
 command=${1:-}

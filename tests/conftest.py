@@ -112,3 +112,40 @@ def make_division(tmp_path: Path) -> Any:
         return images, table
 
     return make
+
+
+@pytest.fixture
+def store_undecodable() -> Any:
+    """`store_undecodable(folder, split, rows)`: images become zeros in tar and index alike, as if they were stored so.
+
+    Returns their names. The bytes equal the index, so this is no damage.
+    """
+    import dataclasses
+    import hashlib
+
+    import numpy as np
+    import pyarrow as pa
+    import xxhash
+
+    from cxrdist.shards.index import COLUMNS, arrow_bytes, open_index, read_rows
+
+    def store(folder: Path, split: str, rows: list[int]) -> list[str]:
+        index = open_index(folder, split)
+        batch = read_rows(folder, index.meta)
+        digests, checksums = batch.column("sha256").to_pylist(), batch.column("xxh3_64").to_pylist()
+        for row in rows:
+            data = bytes(int(index.lengths[row]))
+            digests[row], checksums[row] = hashlib.sha256(data).digest(), xxhash.xxh3_64_intdigest(data)
+            with (folder / index.shards[index.shard_ids[row]]).open("r+b") as tar:
+                tar.seek(int(index.offsets[row]))
+                tar.write(data)
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns["sha256"] = pa.array(digests, COLUMNS["sha256"])
+        columns["xxh3_64"] = pa.array(np.array(checksums, np.uint64))
+        content = arrow_bytes(pa.record_batch(list(columns.values()), schema=batch.schema))
+        (folder / index.meta.index.name).write_bytes(content)
+        entry = dataclasses.replace(index.meta.index, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        (folder / f"{split}.json").write_text(dataclasses.replace(index.meta, index=entry).to_json())
+        return [index.image_names[row] for row in rows]
+
+    return store

@@ -463,6 +463,7 @@ def check_policies(task: Task, path: Path, counts: dict[str, tuple[int, int, int
     return table
 
 
+@pytest.mark.slow
 def test_the_real_chexpert_table_by_every_policy() -> None:
     path = real("chexpert_train.csv.gz")
     frame = pd.read_csv(path)
@@ -478,6 +479,7 @@ def test_the_real_chexpert_table_by_every_policy() -> None:
     assert set(table.about["split"]) == {"train"}
 
 
+@pytest.mark.slow
 def test_the_real_nih_table_by_every_policy() -> None:
     path = real("Data_Entry_2017_v2020.csv.gz")
     frame = pd.read_csv(path)
@@ -490,6 +492,7 @@ def test_the_real_nih_table_by_every_policy() -> None:
     assert table.about["study"].astype(int).tolist() == frame["Follow-up #"].tolist()
 
 
+@pytest.mark.slow
 def test_the_real_padchest_table_by_every_policy() -> None:
     """160,861 rows on 166,737 lines: some reports hold a line break."""
     path = real("PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz")
@@ -507,6 +510,7 @@ def test_the_real_padchest_table_by_every_policy() -> None:
 
 
 @pytest.mark.parametrize("readers", ["majority", "mean"])
+@pytest.mark.slow
 def test_the_real_vindr_table_by_every_policy(readers: Any) -> None:
     path = real("vinbigdata-train.csv.gz")
     frame = pd.read_csv(path)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cxrdist import average, ensemble, evaluate, infer, train
+from cxrdist.data.reader import NO_XXH3
 from cxrdist.models.weights.safetensors import file_sha256
 from cxrdist.runs import checkpoint
 
@@ -83,8 +84,9 @@ def test_a_finished_run_is_known_as_finished(old: Path, model: str, capsys: pyte
     assert "is finished: all 2 epochs are trained" in capsys.readouterr().out
 
 
-def test_inference_gives_the_same_tables_and_submission(old: Path) -> None:
+def test_inference_gives_the_same_tables_and_submission(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     infer.main([*flags_of("out"), "--out", "again"])
+    assert capsys.readouterr().out.count(NO_XXH3) == 1
     for name in ("scores/eva_x.csv", "scores/chexfound.csv", "submission.csv"):
         ours, theirs = (pd.read_csv(old / folder / name, index_col=0) for folder in ("again", "out"))
         assert list(ours.index) == list(theirs.index)

@@ -6,11 +6,13 @@ the ranks meet in the store, for as long as it takes, and only a rank that is mi
 
 import contextlib
 import datetime
+import os
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +38,7 @@ class Pulse:
         self._beats, self._meetings, self._doing, self._since = 1, 0, "", 0.0
         self._stop = threading.Event()
         self._store = _connect(rank, silence_s)
+        self._store.set(f"process/{rank}", f"{os.getpid()} {_machine()}")
         self._thread = threading.Thread(target=self._publish, name="pulse", daemon=True)
         self._thread.start()
 
@@ -83,6 +86,8 @@ class Pulse:
 
     def _look_at(self, rank: int, last: dict[int, tuple[str, float]]) -> None:
         """Compare a missing rank's pulse with the `last` one, by rank, and when it was first seen."""
+        if self._is_gone(rank):
+            raise LostRankError(f"rank {rank} was killed or ended")
         key, now = f"pulse/{rank}", time.monotonic()
         pulse = self._store.get(key).decode() if self._store.check([key]) else ""
         if pulse == ENDED:
@@ -93,6 +98,22 @@ class Pulse:
             doing = pulse.partition(" ")[2]
             where = f" in {doing}" if doing else ""
             raise LostRankError(f"rank {rank} stopped responding{where}: silent for {silent_s:.0f} s, see --timeout-s")
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a rank of this machine has no process any more: a killed one leaves no word."""
+        key = f"process/{rank}"
+        if not self._store.check([key]):
+            return False
+        number, _, machine = self._store.get(key).decode().partition(" ")
+        if not machine or machine != _machine():
+            return False
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # alive, of another user
+            pass
+        return False
 
     def close(self, *, failed: bool) -> None:
         """Stop beating; after a failure those who wait for this rank are told at once."""
@@ -115,6 +136,15 @@ class Pulse:
                 self._store.set(f"pulse/{self._rank}", f"{published} {self._doing}")
             except RuntimeError:  # the store is gone: the main thread meets that, too, and names it
                 return
+
+
+def _machine() -> str:
+    """Equal for processes that see each other's numbers; '' where that cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _connect(rank: int, timeout_s: float) -> Any:

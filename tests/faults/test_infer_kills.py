@@ -1,9 +1,9 @@
 """FAULTS row 35: a killed rank, uneven shards on two processes, and images that cannot be read."""
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import open_index
 from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fault
 LABELS = TASKS["b"].labels
+NUM_IMAGES = 23
 FILES = ("submission.csv", "scores/eva_x.csv", "scores/chexfound.csv")
 
 
@@ -85,33 +85,28 @@ def test_a_part_damaged_by_the_crash_is_scored_again(world, undisturbed, tmp_pat
 
 
 @pytest.fixture
-def damaged(world, tmp_path) -> Iterator[tuple[Path, list[str]]]:
-    """A copy of the shards in which two JPEGs of different shards have lost their headers, and the images' names."""
-    shards = tmp_path / "shards"
-    shutil.copytree(world.shards, shards)
-    index = open_index(shards, "test")
-    rows = [2, len(index) - 1]
-    for row in rows:
-        with (shards / index.shards[index.shard_ids[row]]).open("r+b") as file:
-            file.seek(int(index.offsets[row]))
-            file.write(bytes(int(index.lengths[row]) // 2))
-    return shards, [str(index.image_names[row]) for row in rows]
+def undecodable(world, tmp_path, store_undecodable) -> tuple[Path, list[str]]:
+    """A copy of the shards in which two images of different shards were stored as no JPEG, and their names."""
+    shards = shutil.copytree(world.shards, tmp_path / "shards")
+    return shards, store_undecodable(shards, "test", [2, NUM_IMAGES - 1])
 
 
 def test_unreadable_images_are_named_counted_and_get_the_class_means_on_one_and_two_processes(
-    world, damaged, undisturbed, tmp_path, capsys
+    world, undecodable, undisturbed, tmp_path, capsys
 ):
-    shards, bad = damaged
-    world.run(tmp_path / "one", "--template", str(world.template), shards=shards)
+    shards, bad = undecodable
+    flags = ("--template", str(world.template), "--max-unreadable", "3")
+    world.run(tmp_path / "one", *flags, shards=shards)
     printed = capsys.readouterr().out
-    result = world.launch(tmp_path / "two", "--template", str(world.template), shards=shards)
+    result = world.launch(tmp_path / "two", *flags, shards=shards)
     assert result.returncode == 0, result.stderr
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     for text in (printed, result.stdout):
         for name in bad:
             assert f"unreadable: {name}: " in text
-        assert "3 of them unreadable (class means)" in text
+        assert re.search(r"submission: .*, 24 images; 3 unreadable \(class means\): 0", text)
+        assert re.search(r"inference took .*; 3 unreadable: 0", text.splitlines()[-1])
     rows = pd.read_csv(tmp_path / "one" / "submission.csv").set_index("Image_name")[list(LABELS)]
     complete = pd.read_csv(undisturbed / "submission.csv").set_index("Image_name")[list(LABELS)]
     fallback = [*bad, "00000099_001_001.jpg"]
@@ -123,8 +118,23 @@ def test_unreadable_images_are_named_counted_and_get_the_class_means_on_one_and_
     assert sorted(meta["unreadable"]) == sorted(fallback)
 
 
-def test_more_unreadable_images_than_allowed_end_the_run_without_a_result(world, damaged, tmp_path):
-    shards, bad = damaged
-    with pytest.raises(UserError, match=r"more than 1 images.*" + bad[1]):
-        world.run(tmp_path / "out", "--max-unreadable", "1", shards=shards)
+@pytest.mark.parametrize("most", [(), ("--max-unreadable", "2"), ("--max-unreadable", "8.3%")])
+def test_more_unreadable_images_than_allowed_end_the_run_without_a_result(world, undecodable, tmp_path, most):
+    """Of 24 images one was left out by preprocessing and two cannot be decoded; 1 % rounded up is one."""
+    with pytest.raises(UserError, match=r"more than .* images cannot be decoded|of 24 images are unreadable"):
+        world.run(tmp_path / "out", *most, "--checkpoint-minutes", "0", shards=undecodable[0])
     assert not (tmp_path / "out" / "submission.csv").exists()
+    assert not (tmp_path / "out" / "scores").exists()
+
+
+def test_a_source_with_too_many_unreadable_images_is_named_before_a_model_is_read(world, tmp_path):
+    with pytest.raises(UserError, match=r"1 of 24 images are unreadable, more than 0, e\.g\. 00000099_001_001\.jpg: "):
+        world.run(tmp_path / "out", "--max-unreadable", "0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["-1", "101%", "nan%", "1.5", "%", "x"])
+def test_what_is_no_number_and_no_share_of_images_is_named(world, tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        world.run(tmp_path / "out", f"--max-unreadable={text}")
+    assert "is neither a number of images, e.g. 20, nor a share, e.g. 1%" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import xxhash
 
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import train_batches
@@ -22,28 +23,30 @@ BAD_ROWS = (3, 40)
 def index(uneven_shards) -> ShardIndex:
     """A shard set in which two images were stored as half a JPEG, as its index knows."""
     index = open_index(uneven_shards, "train", TASKS["b"])
-    lengths, digests = index.lengths.copy(), index.digests.copy()
+    lengths, digests, checksums = index.lengths.copy(), index.digests.copy(), index.checksums.copy()
     for row in BAD_ROWS:
         lengths[row] //= 2
-        digests[row] = bytearray(hashlib.sha256(ShardReader(index).read(row)[: lengths[row]]).digest())
-    return dataclasses.replace(index, lengths=lengths, digests=digests)
+        data = ShardReader(index).read(row)[: lengths[row]]
+        digests[row], checksums[row] = bytearray(hashlib.sha256(data).digest()), xxhash.xxh3_64_intdigest(data)
+    return dataclasses.replace(index, lengths=lengths, digests=digests, checksums=checksums)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_half_a_jpeg_is_named_with_shard_and_key(index, num_threads):
     with (
         Loader(index, num_threads=num_threads) as loader,
-        pytest.raises(UserError, match=r"train-000002\.tar, key 00000056 .*cannot be decoded .*as it was preprocessed"),
+        pytest.raises(UserError, match=r"train-000002\.tar, key 00000056 .*cannot be decoded .*--on-bad skip"),
     ):
         list(loader.batches([np.arange(32, 48)]))
 
 
-def test_bytes_damaged_after_preprocessing_are_told_apart(index):
-    digests = index.digests.copy()
-    digests[3] = 0
+@pytest.mark.parametrize("version", [1, 2])
+def test_damage_is_told_apart_and_never_skipped(index, version):
+    changed = {"digests": index.digests.copy(), "checksums": index.checksums.copy() if version == 2 else None}
+    changed["checksums" if version == 2 else "digests"][3] = 0
     with (
-        Loader(dataclasses.replace(index, digests=digests)) as loader,
-        pytest.raises(UserError, match=r"key 00000003 .*damaged since"),
+        Loader(dataclasses.replace(index, **changed), on_bad="skip") as loader,
+        pytest.raises(UserError, match=r"train-000000\.tar, key 00000003 .*: damaged: .*copy the shard again"),
     ):
         list(loader.batches([np.arange(8)]))
 
@@ -89,7 +92,7 @@ def test_the_rest_of_a_batch_keeps_its_share_of_the_global_batch(index):
 def test_too_many_bad_images_stop_the_run(index):
     with (
         Loader(index, on_bad="skip", max_bad=1) as loader,
-        pytest.raises(UserError, match=r"more than 1 images were skipped; .*key 00000056"),
+        pytest.raises(UserError, match=r"more than 1 images cannot be decoded .*key 00000056"),
     ):
         list(loader.batches([np.arange(len(index))]))
 

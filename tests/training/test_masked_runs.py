@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cxrdist import train as train_entry
 from cxrdist.recipes import chexfound, ema_warning, eva_x, eva_x_tiny, fitted, initial_share, recipe_for
 from cxrdist.shards.convert import Pixels
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import Columns, Task
-from tests.training_runs import rows, train
+from tests.training import worker  # noqa: F401, which adds the tiny recipes
+from tests.training_runs import FLAGS, rows, train
 
 LABELS = ("one", "two", "three")
 
@@ -98,8 +100,8 @@ def test_own_data_is_validated_by_patient_or_on_its_valid_split_unless_the_user_
         ("valid", masked_shards / "with_valid", ()),
         ("none", masked_shards, ("--validate-fold", "none")),
     ):
-        ended = train(shards, tmp_path / name, *flags, *more, model="tiny_eva_x", processes=1)
-        assert ended.code == 0, ended.output
+        where = ("--model", "tiny_eva_x", "--wandb", "off", "--shards", str(shards), "--out", str(tmp_path / name))
+        train_entry.main([*FLAGS, *where, *flags, *more])
         data = json.loads((tmp_path / name / "run.json").read_text())["data"]
         said[name] = (data["validate_fold"], bool(data["valid_shards"]))
         assert data["positives"]["two"] % 1 != 0
