@@ -179,6 +179,7 @@ def ema_notes(logged: dict[Path, list[LogRow]]) -> list[str]:
     warnings = {
         run.name: ema_warning(read_recipe(run), max((row["step"] for row in rows), default=0))
         for run, rows in logged.items()
+        if (run / "recipe.json").is_file()
     }
     return [f"{name}: {warning}" for name, warning in warnings.items() if warning]
 

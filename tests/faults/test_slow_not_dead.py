@@ -39,11 +39,9 @@ def slow(module: str, name: str, rank: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fault",
     [
-        slow("train", "choose_data"),  # start-up
         slow("train", "check_headers", rank=1),  # verify
         slow("runs.checkpoint", "write_checkpoint"),  # a save
         slow("train", "validate", rank=1),
-        slow("train", "Tracker"),
     ],
     ids=lambda fault: fault["slow"]["name"],
 )
@@ -69,7 +67,7 @@ def infer(world: Any, out: Path, fault: dict[str, Any], *flags: str) -> training
     return training_runs.finish(process, 180)
 
 
-@pytest.mark.parametrize("name", ["check_headers", "write_results", "collect"])
+@pytest.mark.parametrize("name", ["check_headers", "write_results"])
 def test_an_inference_whose_rank_0_checks_reads_or_averages_longer_finishes(world, tmp_path, name):
     ended = infer(world, tmp_path / "out", slow("infer", name))
     assert ended.code == 0, ended.output
