@@ -179,7 +179,7 @@ def test_a_tar_that_is_overwritten_or_cut_in_mid_inference_is_named(world, tmp_p
         env=os.environ | {"PYTHONPATH": str(training_runs.REPOSITORY), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert ended.returncode != 0
     assert_named(ended.stderr, f"test-000002.tar, key 000000.*{told}")
