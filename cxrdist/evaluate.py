@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         *("--allow-missing", "--backbone"),
         csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
-        shards={"help": "shard set of the scored images, for pictures (default: none)"},
+        shards={"help": "shard set of the scored images: labels without --csv, and pictures"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
     )
     add = parser.add_argument

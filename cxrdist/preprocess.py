@@ -17,14 +17,13 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readi
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
-from cxrdist.shards.convert import SIZE_PX, Pixels
+from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_PX, Pixels
 from cxrdist.shards.index import splits_in, task_of
 from cxrdist.shards.sources import make_jobs
 from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, refuse_foreign, write_split
 from cxrdist.tables import read_cells
 from cxrdist.task import ALL, LAYOUTS, TASKS, Columns, Task, load_task
 
-SIZES_PX = (384, 2048)
 NUM_NAMED = 10  # images left out that are printed one by one; the split's JSON lists all
 COLUMN_FLAGS = ("image", "patient", "study", "split")
 
@@ -65,8 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", **flag(str, "NAME", split))
     readers = "vindr: a label of several readers is what most say, or the share who say it"
     parser.add_argument("--readers", choices=("majority", "mean"), help=readers)
-    sides = f"px of the stored squares, {SIZES_PX[0]} to {SIZES_PX[1]}"
-    parser.add_argument("--size", **flag(at_least(SIZES_PX[0]), "PX", sides, default=SIZE_PX))
+    sides = f"px of the stored squares, {MIN_SIZE_PX} to {MAX_SIZE_PX}"
+    parser.add_argument("--size", **flag(int, "PX", sides, default=SIZE_PX))
     fits = "squash: sides scaled apart, as published; pad: aspect kept, black added"
     parser.add_argument("--fit", choices=("squash", "pad"), default="squash", help=fits)
     modes = "exact: the published run's pixels; fast: a scaled decode, within 48 dB of them"
@@ -85,27 +84,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
     if args.csv and len(args.csv) not in (1, len(args.images)):
         raise UserError(f"{len(args.images)} --images and {len(args.csv)} --csv: give a table for each folder, or one")
-    if args.size > SIZES_PX[1]:
-        raise UserError(f"--size {args.size}: {SIZES_PX[0]} to {SIZES_PX[1]} px are stored")
     return args
 
 
 def task_from(args: argparse.Namespace) -> Task:
     """The task that the flags describe. Raises UserError where they contradict or say too little."""
     out = args.out or (Path("shards") / args.name if args.name else None)
+    labels = parse_labels(args.labels) if args.labels else ()
     if args.task is not None:
         folder = Path(args.task)
         task = task_of(folder) if folder.is_dir() and splits_in(folder) else load_task(args.task)
-    elif args.labels:
-        task = Task(name=args.name or "csv", labels=parse_labels(args.labels), columns=Columns(image=""))
+    elif labels:
+        task = Task(name=args.name or "csv", labels=labels, columns=Columns(image=""))
     elif out is not None and splits_in(out):
         task = task_of(out)
     else:
-        there = [*read_cells(args.csv[0], ()).first][:40] if args.csv else []
+        there = [*read_cells(args.csv[0], (), most=1).first][:40] if args.csv else []
         named = f" (columns of {args.csv[0]}: {', '.join(there)})" if there else ""
         raise UserError(f"give --labels A,B,... for your own table{named}, or --task NAME|FILE|SHARDS")
-    if args.labels:
-        labels = parse_labels(args.labels)
+    if labels:
         own = [
             {name: how for name, how in readings.items() if name in (ALL, *labels)}
             for readings in (task.blank, task.uncertain)

@@ -202,12 +202,11 @@ def eva_x_tiny(task: str) -> Recipe:
     return dataclasses.replace(eva_x(task), name="eva_x_tiny", model="eva_x_tiny")
 
 
-PUBLIC = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny, demo_eva_x, demo_chexfound)
-RECIPES: dict[str, Callable[[str], Recipe]] = {function.__name__: function for function in PUBLIC}
-
-
 FULL_SIZE = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny)
-MIN_STEPS, MAX_EPOCHS, MAX_WARMUP = 1000, 100, 500
+RECIPES: dict[str, Callable[[str], Recipe]] = {
+    function.__name__: function for function in (*FULL_SIZE, demo_eva_x, demo_chexfound)
+}
+MIN_STEPS, MAX_EPOCHS, MAX_WARMUP = 1000, 100, 500  # of `fitted`
 
 
 def recipe_for(model: str, task: str, num_images: int | None = None) -> Recipe:

@@ -206,8 +206,9 @@ def read_template(path: Path, task: Task) -> Template:
     return Template(header, image, tuple(names), labels)
 
 
-def read_cells(path: Path, wanted: Collection[str] | None = None) -> Cells:
-    """A CSV's columns whose names are in `wanted` (None: all) as text; empty lines do not count.
+def read_cells(path: Path, wanted: Collection[str] | None = None, *, most: int | None = None) -> Cells:
+    """A CSV's columns whose names are in `wanted` (None: all) as text, of the first `most` rows (None: of all); empty
+    lines do not count.
 
     The separator is a comma, or ';' or a tab where the header holds more of them, which is noted. gzip is known by its
     first bytes. Raises UserError as `read_label_csv` does for what is wrong with the file itself.
@@ -237,6 +238,8 @@ def read_cells(path: Path, wanted: Collection[str] | None = None) -> Cells:
                 sample = sample or cells
                 lines.append(reader.line_num)
                 kept += [cells[place] for place in places]
+                if len(lines) == most:
+                    break
     except UnicodeDecodeError:
         raise UserError(f"{path}: {_encoding_problem(path)}") from None
     except csv.Error as error:

@@ -128,10 +128,8 @@ def evaluate(tables: Sequence[ScoreTable], truth: LabelTable, *, num_resamples: 
         gain, difference = one.macro_auroc - other.macro_auroc, first - second
         above = float(np.mean(difference[~np.isnan(difference)] > 0))
         comparisons.append(Comparison(one.name, other.name, gain, metrics.interval(difference), above))
-    observed, positives = (
-        (~np.isnan(targets)).sum(axis=0).tolist(),
-        [int(n) if n.is_integer() else n for n in np.nansum(targets, axis=0).tolist()],
-    )
+    observed = (~np.isnan(targets)).sum(axis=0).tolist()
+    positives = [int(n) if n.is_integer() else n for n in np.nansum(targets, axis=0).tolist()]
     subgroups = list(_subgroups(tables[0].probs, targets, truth.about, resample))
     counts = len(truth), len(set(patients)), num_resamples
     return Evaluation(*counts, list(tables[0].labels), observed, positives, scores, comparisons, subgroups)

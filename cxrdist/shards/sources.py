@@ -154,10 +154,9 @@ def _together(folders: list[Folder]) -> Folder:
 
 
 def _rows(task: Task, split: str | None, table: Path) -> list[Row]:
-    header = {task.columns.image, *task.labels} if split == "test" and task.format == "table" else set()
-    if split == "test" and (
-        task.name in LAYOUTS or read_cells(table, ()).first.keys() <= header
-    ):  # a sample submission
+    of_template = {task.columns.image, *task.labels}
+    is_template = task.format == "table" and read_cells(table, (), most=1).first.keys() <= of_template
+    if split == "test" and (task.name in LAYOUTS or is_template):
         names = read_template(table, task).image_names
         return [Row(name, *(task.ids_in_name(name) or ())) for name in names]
     labels = read_labels(table, task)
@@ -228,8 +227,8 @@ def _sources(
 def image_column(table: Path, listed: Folder, where: str) -> str:
     """The column whose cells name files of the folder, judged by the first rows. UserError where none does."""
     counts = {
-        name: sum(not name_problem(cell) and listed.file_of(cell) is not None for cell in column[:NUM_TRIED])
-        for name, column in read_cells(table).columns.items()
+        name: sum(not name_problem(cell) and listed.file_of(cell) is not None for cell in column)
+        for name, column in read_cells(table, most=NUM_TRIED).columns.items()
     }
     column = max(counts, key=counts.__getitem__)
     if not counts[column]:
