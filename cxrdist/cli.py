@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -28,10 +29,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **(ours | kwargs))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for word in sys.argv[1:] if args is None else args:
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
             if not is_utf8(word):  # nor could a path be written into a document
                 self.error(f"argument {word!a} is not UTF-8; rename that file or folder")
-        return super().parse_known_args(args, namespace)
+        for place in range(len(words) - 1, 0, -1):  # argparse takes `-clahe` for a flag
+            if words[place - 1] == "--augment" and re.match(r"-[A-Za-z]", words[place]):
+                words[place - 1 : place + 1] = [f"--augment={words[place]}"]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):

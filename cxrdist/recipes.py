@@ -6,6 +6,7 @@ is recipe x shard set; the functions take a task's name for its published seeds 
 Source of every number: the published solution of Grand X-Ray Slam (2nd place division A, 3rd division B) and its logs.
 """
 
+import ast
 import dataclasses
 import json
 import math
@@ -31,6 +32,10 @@ Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=10**6)]
 Weight = Annotated[float, Field(ge=0, le=10**6)]
+StepNumber = bool | Annotated[int, Field(ge=-(2**31), le=2**31)] | Annotated[float, Field(ge=-1e9, le=1e9)]
+StepText = Annotated[str, Field(max_length=100)]
+StepPair = Annotated[tuple[StepNumber, ...], Field(max_length=16)]
+StepValue = StepNumber | StepText | StepPair | Annotated[tuple[StepPair, ...], Field(max_length=16)]
 ModelSize = Annotated[int, Field(ge=0, le=2**16)] | Annotated[float, Field(ge=0, le=10**6)]
 
 
@@ -47,6 +52,41 @@ class Group(Document):
             re.compile(self.pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"pattern {self.pattern[:80]!r} is no regular expression ({error})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Document):
+    """One step of the training augmentation, done to an image with probability `p`.
+
+    name: of a published step (crop, flip, rotate, clahe, brightness, holes, shift) or a class of kornia.augmentation;
+    args: what its class is called with, sorted by name.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$", max_length=100)]
+    p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    args: Annotated[tuple[tuple[str, StepValue], ...], Field(max_length=100)] = ()
+
+
+def step(name: str, p: float = 1.0, **args: StepValue) -> Step:
+    """A step, as a recipe writes it."""
+    return Step(name=name, p=p, args=tuple(sorted(args.items())))
+
+
+# The published steps in their order (albumentations 2.0.8), with the arguments that took effect.
+CROP = step("crop", scale=(0.85, 1.0), ratio=(0.9, 1.1))
+FLIP = step("flip", 0.5)
+HOLES = step("holes", 0.2, max_holes=2, sides=(0.1, 0.2))  # as run: the library ignored the arguments of the call
+HOLES_AS_ASKED = step("holes", 0.2, max_holes=1, sides=(1.0, 20.0))
+PUBLISHED_STEPS = (
+    CROP,
+    FLIP,
+    step("rotate", 0.4, degrees=12.0),
+    step("clahe", 0.3, clip_limit=(1.0, 4.0)),
+    step("brightness", 0.3, brightness=0.2, contrast=0.2),
+    HOLES,
+    step("shift", 0.25, shift=0.03, scale=0.05),
+)
+AUGMENTS = {"published": PUBLISHED_STEPS, "crop_flip": (CROP, FLIP), "none": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +125,8 @@ class Recipe(Document):
     bce_weight: Weight = 0.3
     pos_weight_beta: Share = 0.9999
     pos_weight_cap: Positive = 10.0
-    augment: Literal["published", "crop_flip", "none"] = "published"
-    holes: Literal["as_run", "as_asked"] = "as_run"  # coarse dropout: what the library cut, or the one hole asked for
+    augment: Annotated[tuple[Step, ...], Field(max_length=100)] = PUBLISHED_STEPS
+    mix_group: Annotated[int, Field(ge=2, le=10**4)] = 8  # images of a global batch among which MixUp and CutMix pair
     drop_rate: Share = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
     # size overrides for a small variant, sorted by name
     model_kwargs: Annotated[tuple[tuple[str, ModelSize], ...], Field(max_length=100)] = ()
@@ -151,7 +191,12 @@ def eva_x_224(task: str) -> Recipe:
 
 
 def _demo(recipe: Recipe, **changes: Any) -> Recipe:
-    changes |= {"global_batch_size": 16, "lr_schedule": "cosine", "clip_grad_norm": 1.0, "augment": "crop_flip"}
+    changes |= {
+        "global_batch_size": 16,
+        "lr_schedule": "cosine",
+        "clip_grad_norm": 1.0,
+        "augment": AUGMENTS["crop_flip"],
+    }
     return dataclasses.replace(recipe, ema_decay=0.98, ema_ramp=True, **changes)
 
 
@@ -283,6 +328,12 @@ def from_json_with_task(content: bytes | str, source: object) -> tuple[Recipe, T
         task = TASKS[data.pop("div")] if version == 1 else None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{source} is not a recipe: {remedy}") from None
+    if isinstance(data.get("augment"), str):  # as every cxrdist wrote it that composed the steps into one warp
+        steps, holes = AUGMENTS.get(data["augment"]), data.pop("holes", "as_run")
+        if steps is None or holes not in ("as_run", "as_asked"):
+            raise UserError(f"{source}: augment={data['augment']!r}, holes={holes!r} is not valid; {remedy}")
+        steps = tuple(HOLES_AS_ASKED if each is HOLES and holes == "as_asked" else each for each in steps)
+        data["augment"] = [dataclasses.asdict(each) for each in steps]
     if version == 1:
         data["inference"] = {name: data.pop(name) for name in ("views", "member_epochs") if name in data}
     elif version != FORMAT_VERSION:
@@ -298,11 +349,15 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
 
     `global_batch_size` also makes `ema_decay` decay^(new / old), unless that is set too: the EMA spans as many images.
     A decay made for 64 images a step would leave 83 % of the initial weights after 6 epochs at 1024.
+    `augment` is edited as `with_augment` says.
     `epochs` also moves `member_epochs`, unless they are set too: what is averaged stays the end of the run.
     Raises UserError for an unknown field, a value of another type, or a field that is not one value.
     """
+    edits = [text.removeprefix("augment=") for text in overrides if text.startswith("augment=")]
+    overrides = [text for text in overrides if not text.startswith("augment=")]
+    recipe = with_augment(recipe, edits)
     data: dict[str, Any] = dataclasses.asdict(recipe)
-    homes = {name: data for name in data if name not in ("groups", "inference")}
+    homes = {name: data for name in data if name not in ("groups", "inference", "augment")}
     homes |= dict.fromkeys(data["inference"], data["inference"])
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -325,6 +380,60 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         scale = changed.global_batch_size / recipe.global_batch_size
         return dataclasses.replace(changed, ema_decay=recipe.ema_decay**scale)
     return changed
+
+
+def with_augment(recipe: Recipe, edits: list[str]) -> Recipe:
+    """The recipe with its augmentation changed, edit by edit.
+
+    `published`, `crop_flip` or `none` takes all steps of that name; `+NAME:arg=value,p=0.2` adds a step at the end,
+    `-NAME` removes it, `NAME:arg=value` changes its numbers.
+
+    Raises UserError for an edit that is not written so, or names a step that the recipe does not have.
+    """
+    steps = list(recipe.augment)
+    for edit in edits:
+        flag = f"--augment {edit}"
+        if edit in AUGMENTS:
+            steps = list(AUGMENTS[edit])
+            continue
+        sign = edit[:1] if edit[:1] in "+-" else ""
+        name, _, text = edit.removeprefix(sign).partition(":")
+        places = [place for place, each in enumerate(steps) if each.name == name]
+        if sign != "+" and not places:
+            there = ", ".join(dict.fromkeys(each.name for each in steps)) or "none"
+            hint = "" if sign else f"; to add one: +{edit}" if name else ""
+            raise UserError(f"{flag}: the recipe has no step {name!r}; it has {there}{hint}")
+        if sign == "-":
+            if text:
+                raise UserError(f"{flag}: to remove a step write -{name}")
+            steps = [each for each in steps if each.name != name]
+            continue
+        args = _step_arguments(text, flag)
+        before = Step(name=name) if sign else steps[places[0]]
+        merged = dict(before.args) | {key: value for key, value in args.items() if key != "p"}
+        data = {"name": name, "p": args.get("p", before.p), "args": sorted(merged.items())}
+        changed = Step.from_json(json.dumps(data), flag, strict=False)
+        if sign:
+            steps.append(changed)
+        else:
+            steps[places[0]] = changed
+    return dataclasses.replace(recipe, augment=tuple(steps))
+
+
+def _step_arguments(text: str, flag: str) -> dict[str, StepValue]:
+    """The values of `name=value,name=(value, value)`; one that is no Python number, list or truth value is a text."""
+    found: dict[str, StepValue] = {}
+    for part in re.split(r",(?![^(\[]*[)\]])", text) if text else ():
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise UserError(
+                f"{flag}: write numbers as NAME=VALUE after a colon, e.g. +RandomGaussianNoise:std=0.03,p=0.2"
+            )
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found[name.strip()] = value.strip()
+    return found
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from cxrdist import recipes
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.mixing import mixing_of
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
 from cxrdist.data.reader import NO_XXH3
-from cxrdist.data.selection import Selection, never_observed, positives_of, select, targets_of
+from cxrdist.data.selection import Selection, cell_counter, never_observed, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -54,6 +55,7 @@ MAX_DEVICE_BATCH_SIZE = 32  # of the default: what the published runs put throug
 NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
+AUGMENT = "published, crop_flip, none, +NAME:arg=value,p=0.2 (a class of kornia.augmentation), -NAME or NAME:p=0.1"
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
@@ -78,6 +80,7 @@ OWN_FLAGS = {
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
     "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
+    "--augment": flag(str, "EDIT", AUGMENT) | {"action": "append", "default": []},
     "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
 
@@ -107,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
     published = recipes.recipe_for(args.model, task.name, num_images)
-    recipe = recipes.with_overrides(published, args.overrides)
+    recipe = recipes.with_overrides(published, args.overrides + [f"augment={edit}" for edit in args.augment])
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
     architecture_of(recipe.model)  # an unknown name ends here
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
@@ -156,6 +159,8 @@ def train(
     with ranks.agree():
         model, frozen, report = start.build(recipe, task, args.init, run, begin, args.backbone)
         groups = param_groups(model, recipe.groups)
+        augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
+        mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
         masked = index.observed is not None or validated.observed is not None
         criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
@@ -227,7 +232,6 @@ def train(
     control = Control(ranks, args.checkpoint_minutes * 60.0, max_s, args.max_steps)
 
     # The loop
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
     epoch_batches = functools.partial(
         order.train_batches,
         rows.train,
@@ -236,7 +240,8 @@ def train(
         device_batch_size=device_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        observed=index.observed,
+        group=1 if mixing is None else mixing.group,
+        count_cells=cell_counter(index, None if mixing is None else mixing.partners),
     )
     sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
     with ranks.agree("showing samples"):
@@ -253,11 +258,13 @@ def train(
                     # Dropout is a function of (seed, step, rank): a cursor is all that resume needs.
                     torch.manual_seed(order.step_seed(recipe.seed, state.global_step, ranks.rank))
                 with ranks.accumulating(parallel, sync=batch.last):
-                    images = augment(batch.images, batch.keys, batch.epoch)
+                    assert batch.targets is not None
+                    images, cells = augment(batch.images, batch.keys, batch.epoch), batch.targets
+                    if mixing is not None:
+                        images, cells = mixing(images, cells, batch.keys, batch.epoch)
                     with autocast(precision, ranks.device):
                         logits = parallel(images)
-                    assert batch.targets is not None
-                    loss = criterion(logits, batch.targets)
+                    loss = criterion(logits, cells)
                     optimizer.backward(loss["total"], batch.weight)
                 sums += torch.stack([*loss.values()]).detach() * (batch.weight / ranks.world_size)
                 meter.saw(batch, logits)
@@ -283,7 +290,7 @@ def train(
             save_step(folder, learner, tracker, ranks)
             validation = None
             if rows.validation is not None:
-                resize = functools.partial(TrainingAugment(recipe.image_size, "none", recipe.seed), epoch=0)
+                resize = functools.partial(TrainingAugment(recipe.image_size, (), recipe.seed), epoch=0)
                 with ema.applied(), ranks.working("validation"):
                     validation = validate(
                         *(model, valid_loader, rows.validation, resize, criterion_on_cpu, ranks),

@@ -38,7 +38,11 @@ NEIGHBOURS = {
 }
 NO_LABELS = {  # lines in which 14 is another number
     "models/eva_x": {'"ref_feat_shape": (14, 14),'},
-    "augment/clahe": {"lightness = np.floor((296 * root - 16 * 255 * 2**15 // 100 + 2**14) / 2**15).clip(0)"},
+    "augment/clahe": {  # bits of OpenCV's fixed point
+        "BASE = 2**14",
+        "rgb = torch.stack([_weighted(xyz, shares, 14).clamp_(0, 4095) for shares in RGB_SHARES], 1)",
+        "grey = gamma[((luminance * sum(RGB_SHARES[1]) + 2**13) >> 14).clip(0, 4095)]",
+    },
 }
 EXCEPTIONS = {("cli", "models/convert")}  # a command in a folder: its flags are an entry's
 MODULES = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cxrdist import train as train_entry
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.data.order import epoch_order
 from cxrdist.data.reader import ShardReader
 from cxrdist.models import architecture_of

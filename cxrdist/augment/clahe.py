@@ -1,20 +1,28 @@
 """Contrast-limited adaptive histogram equalisation as the published run had it: on the L of OpenCV's 8-bit LAB.
 
 kornia's own CLAHE spreads what it clips another way, and takes twice as long on one channel; OpenCV's is not on the
-device. Only the conversion of colour images is kornia's.
+device. CLAHE makes ten levels of one of L, so the way to LAB and back is OpenCV's own, in integers with its fixed-point
+constants: kornia's float conversion is up to 6 levels off on a tinted image.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from kornia.color import lab_to_rgb, rgb_to_lab
 from numpy.typing import NDArray
 from torch import Tensor
 
 TILES = 8  # a side
 BINS = 256
-RGB_SHARES = (871.0, 2929.0, 296.0)  # of 4096, in luminance
+ONE = 2**15  # in the fixed point of X, Y and Z under their cube roots
+BASE = 2**14  # the same on the way back
+WHITE = np.array([0.950456, 1.0, 1.088754])
+TO_XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+TO_RGB = np.array([[3.240479, -1.53715, -0.498535], [-0.969256, 1.875991, 0.041556], [0.055648, -0.204043, 1.057311]])
+XYZ_SHARES = np.rint(4096 * TO_XYZ / WHITE[:, None]).astype(int).tolist()  # of sRGB's light, in 4096
+RGB_SHARES = np.rint(4096 * TO_RGB * WHITE).astype(int).tolist()
 
 
 def clip_counts(clip_limit: NDArray[np.float64], image_size: int) -> NDArray[np.float64]:
@@ -23,22 +31,39 @@ def clip_counts(clip_limit: NDArray[np.float64], image_size: int) -> NDArray[np.
 
 
 def equalise(levels: Tensor, counts: Tensor) -> Tensor:
-    """CLAHE with 8x8 tiles: (n, C, S, S) float32 integer levels, within 2 of albumentations 2.0.8 on three channels.
+    """CLAHE with 8x8 tiles: (n, C, S, S) float32 integer levels, within 1 of albumentations 2.0.8.
 
     levels: (n, C, S, S) float32 integers in [0, 255], grey or RGB; S a multiple of 8. counts: (n,) of `clip_counts`.
     """
-    linear, lightness, lightness_of_grey, grey = _tables_of_lightness(levels.device)
+    tables = _tables_of_lightness(levels.device)
     if levels.shape[1] == 1:
-        plane = equalise_plane(_look_up(lightness_of_grey, levels[:, 0]), counts)
-        return _look_up(grey, plane).unsqueeze(1)
-    red, green, blue = _look_up(linear, levels).unbind(1)
-    luminance = ((red * RGB_SHARES[0] + green * RGB_SHARES[1] + blue * RGB_SHARES[2] + 2048.0) / 4096.0).floor_()
-    plane = equalise_plane(_look_up(lightness, luminance), counts)
-    # on a GPU kornia's matrix is a convolution, which by default computes with 10-bit mantissas
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        chroma = rgb_to_lab(levels / 255.0)[:, 1:].round_()
-        rgb = lab_to_rgb(torch.cat(((plane / 2.55).unsqueeze(1), chroma), 1))
-    return (rgb * 255.0).round_().clamp_(0.0, 255.0)
+        plane = equalise_plane(_look_up(tables.lightness_of_grey, levels[:, 0]), counts)
+        return _look_up(tables.grey, plane).unsqueeze(1).float()
+    light = _look_up(tables.linear, levels).unbind(1)
+    x, y, z = (_look_up(tables.root, _weighted(light, shares, 12)) for shares in XYZ_SHARES)
+    lightness = ((296 * y - 16 * 255 * ONE // 100 + ONE // 2) >> 15).clamp_(0, 255)
+    a = (500 * (x - y) + 128 * ONE + ONE // 2) >> 15
+    b = (200 * (y - z) + 128 * ONE + ONE // 2) >> 15
+    lightness = equalise_plane(lightness, counts)
+    root = _look_up(tables.root_of_lightness, lightness)
+    x = root + (((a * (5 * 53687) + 128) >> 13) - 128 * BASE // 500)
+    z = root - (((b * 41943 + 16) >> 9) - 128 * BASE // 200 + 1)
+    xyz = (_cubed(x), _look_up(tables.luminance, lightness), _cubed(z))
+    rgb = torch.stack([_weighted(xyz, shares, 14).clamp_(0, 4095) for shares in RGB_SHARES], 1)
+    return _look_up(tables.gamma, rgb).float()
+
+
+def _weighted(planes: Sequence[Tensor], shares: list[int], bits: int) -> Tensor:
+    """The sum of three int32 planes times their shares, rounded to `bits` fewer bits."""
+    first, second, third = (plane * share for plane, share in zip(planes, shares, strict=True))
+    return first.add_(second).add_(third).add_(1 << (bits - 1)).bitwise_right_shift_(bits)
+
+
+def _cubed(root: Tensor) -> Tensor:
+    """CIE's f backwards, in 2^14: the cube, or a line below 6/29."""
+    line = torch.div(root * 108, 841, rounding_mode="trunc") - BASE * 16 // 116 * 108 // 841
+    cube = torch.div(torch.div(root * root, BASE, rounding_mode="floor") * root, BASE, rounding_mode="floor")
+    return torch.where(root <= 3390, line, cube)
 
 
 def equalise_plane(plane: Tensor, counts: Tensor) -> Tensor:
@@ -94,20 +119,32 @@ def _look_up(table: Tensor, levels: Tensor) -> Tensor:
     return table.index_select(0, levels.reshape(-1).int()).view(levels.shape)
 
 
-@cache
-def _tables_of_lightness(device: torch.device) -> list[Tensor]:
-    """sRGB level -> light, of 2040; light -> 8-bit CIE L; grey level -> L; L -> grey level.
+class Tables(NamedTuple):
+    """int32 tables by level: OpenCV's fixed-point steps, rounded where it rounds."""
 
-    CLAHE makes ten levels of one of L, so L must be OpenCV's own: its fixed-point steps, rounded where it rounds.
-    """
+    linear: Tensor  # sRGB level -> light, of 2040
+    root: Tensor  # light -> CIE's f, of 2^15
+    lightness_of_grey: Tensor  # grey level -> 8-bit L
+    root_of_lightness: Tensor  # L -> CIE's f, of 2^14
+    luminance: Tensor  # L -> Y, of 2^14
+    gamma: Tensor  # light, of 4096 -> sRGB level
+    grey: Tensor  # L -> grey level
+
+
+@cache
+def _tables_of_lightness(device: torch.device) -> Tables:
     level = np.arange(256)
     share = level / 255.0
     linear = np.rint(2040 * np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)).astype(int)
     share = np.arange(2041) / 2040.0
-    root = np.rint(2**15 * np.where(share < 216 / 24389, share * (841 / 108) + 16 / 116, np.cbrt(share)))
-    lightness = np.floor((296 * root - 16 * 255 * 2**15 // 100 + 2**14) / 2**15).clip(0)
-    star = level / 2.55
-    share = np.where(star > 8, ((star + 16) / 116) ** 3, star * 27 / 24389)
-    grey = np.rint(255 * np.where(share <= 0.0031308, 12.92 * share, 1.055 * share ** (1 / 2.4) - 0.055))
-    tables = (linear, lightness, lightness[linear], grey)
-    return [torch.from_numpy(table).float().to(device) for table in tables]
+    f = np.where(share < 216 / 24389, share * (841 / 108) + 16 / 116, np.cbrt(share))
+    root = np.rint(ONE * f.astype(np.float32)).astype(int)  # two of 2,041 entries are halves only in float32
+    lightness = ((296 * root - 16 * 255 * ONE // 100 + ONE // 2) >> 15).clip(0)
+    dark, star = level <= 20, (level / 2.55 + 16) / 116
+    back = np.rint(BASE * np.where(dark, 16 / 116 + level * 5 / (3 * 17 * 29), star)).astype(int)
+    luminance = np.rint(BASE * np.where(dark, level * 180 / (17 * 29**3), star**3)).astype(int)
+    share = np.arange(4096) / 4096
+    gamma = np.rint(255 * np.where(share <= 0.0031308, 12.92 * share, 1.055 * share ** (1 / 2.4) - 0.055)).astype(int)
+    grey = gamma[((luminance * sum(RGB_SHARES[1]) + 2**13) >> 14).clip(0, 4095)]
+    tables = (linear, root, lightness[linear], back, luminance, gamma.clip(0, 255), grey)
+    return Tables(*(torch.from_numpy(table.astype(np.int32)).to(device) for table in tables))

@@ -1,12 +1,13 @@
 """Training augmentation, 600 px to model size, against albumentations as published and against a kornia chain.
 
 Everything counts from decoded uint8 images to a normalised float batch, CLAHE included, on one thread; on a GPU the
-device's work is waited for. Stages "warp" and "clahe" time those steps alone, every image taking them. albumentations
-2.0.8 and OpenCV are named as skipped where they are not installed (`pip install '.[bench]'`).
+device's work is waited for. Stage "clahe" times that step alone, every image taking it. Stage "statistics" compares
+`--statistics` augmented images with as many of albumentations: the Kolmogorov-Smirnov distance of each statistic's two
+samples, and how often steps happen. albumentations 2.0.8 and OpenCV are named as skipped where they are not installed
+(`pip install '.[bench]'`).
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import time
 import warnings
@@ -17,17 +18,14 @@ import kornia.augmentation as K
 import numpy as np
 import torch
 from kornia.enhance import equalize_clahe
-from kornia.geometry.transform import get_rotation_matrix2d, warp_affine
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
 
 from cxrdist.augment.clahe import clip_counts, equalise
-from cxrdist.augment.composed import composed
-from cxrdist.augment.draws import Draws, draw
-from cxrdist.augment.training import AugmentMode, TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from cxrdist.bench.timing import Row, interleaved, rows_of
+from cxrdist.recipes import AUGMENTS, PUBLISHED_STEPS
 
 SOURCE_PX = 600
 KORNIA, ALBUMENTATIONS = "kornia chain, 3 channels", "albumentations 2.0.8"
@@ -39,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=32, metavar="N", help="images of a batch (default 32)")
     parser.add_argument("--image-size", type=int, default=448, metavar="PX", help="model size (default 448)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each variant (default 7)")
+    parser.add_argument("--statistics", type=int, default=2000, metavar="N", help="compared images (0: none)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: GPU if any")
 
 
@@ -51,19 +50,59 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for stage, variants, baselines in (
         ("augment", _chains(images, args.image_size, with_library), (KORNIA, ALBUMENTATIONS)),
-        ("warp, all rotated", _warps(images, args.image_size), ("kornia warp_affine, 3 channels",)),
         ("clahe", _clahes(images, args.image_size, with_library), ("kornia equalize_clahe, 3 channels",)),
     ):
         waited = {name: until_done(variant, device) for name, variant in variants.items()}
         speeds = interleaved(waited, rounds=args.rounds, clock=clock)
         notes = {name: f"{1000 * len(images) / float(np.median(speed)):.0f} ms" for name, speed in speeds.items()}
-        limit = "grid_sample alone" if "grid_sample alone" in variants else None
         for baseline in baselines:
             if baseline in variants:
-                rows += rows_of(f"{stage} / {baseline}", speeds, baseline=baseline, limit=limit, notes=notes)
+                rows += rows_of(f"{stage} / {baseline}", speeds, baseline=baseline, notes=notes)
     if not with_library:
         rows.append(Row("augment", ALBUMENTATIONS, None, note="skipped: albumentations is not installed"))
+    elif args.statistics:
+        rows += _statistics(args.statistics, args.image_size)
     return rows
+
+
+def _statistics(num: int, size: int) -> list[Row]:
+    """Rows of the distance between the two augmentations of `num` images, drawn apart; 5 % of equal ones lie above
+    1.36 * sqrt(2 / num).
+    """
+    images = soft_images(min(num, 50)).clamp_(min=60)  # black comes from the augmentation
+    ours, theirs = TrainingAugment(size, PUBLISHED_STEPS, seed=0), published_transform(size, normalise=False)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for key in range(num):
+        image = images[key % len(images)]
+        grey = theirs(image=np.repeat(image[0].numpy()[..., None], 3, 2))["image"][..., 0]
+        for way, levels in enumerate((ours.levels(image[None], np.array([key]), 1)[0, 0].numpy(), grey)):
+            for name, value in _described(levels.astype(np.float32)).items():
+                found.setdefault(name, ([], []))[way].append(value)
+    line = 1.36 * (2 / num) ** 0.5
+    rows = []
+    for name, (mine, other) in found.items():
+        at = np.sort(mine + other)
+        shares = [np.searchsorted(np.sort(sample), at, side="right") / len(sample) for sample in (mine, other)]
+        distance = np.abs(shares[0] - shares[1]).max()
+        means = f"mean {np.mean(mine):.4g} and {np.mean(other):.4g}"
+        rows.append(Row("statistics", name, None, note=f"KS {distance:.3f} (5 % line {line:.3f}), {means}"))
+    return rows
+
+
+def _described(levels: NDArray[np.float32]) -> dict[str, float]:
+    edge = len(levels) // 40
+    inner = levels[edge:-edge, edge:-edge]
+    black = levels == 0
+    laplace = inner[2:, 1:-1] + inner[:-2, 1:-1] + inner[1:-1, 2:] + inner[1:-1, :-2] - 4 * inner[1:-1, 1:-1]
+    inside = float(black[edge:-edge, edge:-edge].sum())
+    return {
+        "mean": float(levels.mean()),
+        "deviation": float(levels.std()),
+        "border share (black near the rim)": (float(black.sum()) - inside) / levels.size,
+        "hole share (black inside)": inside / levels.size,
+        "saturation (white)": float((levels == 255).mean()),
+        "sharpness (variance of the Laplacian)": float(laplace.var()),
+    }
 
 
 def soft_images(num: int, size: int = SOURCE_PX) -> Tensor:
@@ -89,11 +128,10 @@ def until_done(variant: Variant, device: torch.device) -> Variant:
 
 def _chains(images: Tensor, size: int, with_library: bool) -> dict[str, Variant]:
     variants: dict[str, Variant] = {}
-    modes: tuple[AugmentMode, ...] = ("published", "crop_flip", "none")
-    for mode in modes:
-        variants[f"cxrdist {mode}"] = _ours(images, TrainingAugment(size, mode, seed=0))
-    variants["cxrdist published, 3 channels"] = _ours(images.repeat(1, 3, 1, 1), TrainingAugment(size, "published", 0))
-    variants["cxrdist step by step"] = _ours(images, TrainingAugment(size, "published", seed=0, reference=True))
+    for name, steps in AUGMENTS.items():
+        variants[f"cxrdist {name}"] = _ours(images, TrainingAugment(size, steps, seed=0))
+    augment = TrainingAugment(size, PUBLISHED_STEPS, seed=0)
+    variants["cxrdist published, 3 channels"] = _ours(images.repeat(1, 3, 1, 1), augment)
     if with_library and not images.is_cuda:
         variants[ALBUMENTATIONS] = _albumentations(images, size)
     variants[KORNIA] = _kornia_chain(images.repeat(1, 3, 1, 1), size)
@@ -125,8 +163,11 @@ def _albumentations(images: Tensor, size: int) -> Variant:
     return run_it
 
 
-def published_transform(size: int) -> Any:
-    """The published run's training transform with the arguments it was called with. Needs albumentations 2.0.8."""
+def published_transform(size: int, *, normalise: bool = True) -> Any:
+    """The published run's training transform with the arguments it was called with. Needs albumentations 2.0.8.
+
+    normalise: end with ImageNet's normalisation and a tensor, as the run did; else with a uint8 array.
+    """
     import albumentations as A
     import cv2
     from albumentations.pytorch import ToTensorV2
@@ -145,8 +186,7 @@ def published_transform(size: int) -> Any:
                 A.ShiftScaleRotate(
                     shift_limit=0.03, scale_limit=0.05, rotate_limit=0, border_mode=cv2.BORDER_CONSTANT, p=0.25
                 ),
-                A.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD),
-                ToTensorV2(),
+                *([A.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD), ToTensorV2()] if normalise else []),
             ],
             seed=0,
         )
@@ -169,37 +209,6 @@ def _kornia_chain(images: Tensor, size: int) -> Variant:
         return len(normalise(chain(images.float() / 255.0).expand(-1, 3, -1, -1)))
 
     return run_it
-
-
-def _warps(images: Tensor, size: int) -> dict[str, Variant]:
-    num, device = len(images), images.device
-    draws = draw(
-        np.arange(num), seed=0, epoch=1, source_size=(SOURCE_PX, SOURCE_PX), image_size=size, crop_flip_only=True
-    )
-    angle = np.linspace(-12, 12, num)
-    draws = dataclasses.replace(draws, angle=np.where(angle == 0, 1.0, angle))
-    centre = torch.full((num, 2), SOURCE_PX / 2, device=device)
-    matrix = get_rotation_matrix2d(
-        centre, torch.from_numpy(draws.angle).float().to(device), torch.ones(num, 2, device=device)
-    )
-    grid = affine_grid(
-        matrix.new_tensor([[1.0, 0.1, 0.0], [-0.1, 1.0, 0.0]]).repeat(num, 1, 1), [num, 1, size, size], False
-    )
-    levels = images.float()
-    rgb = levels.repeat(1, 3, 1, 1)
-    return {
-        "grid_sample alone": lambda: len(grid_sample(levels, grid, align_corners=False)),
-        "cxrdist crop, flip, rotation": lambda: _composed(images, draws, size),
-        "affine_grid + grid_sample": lambda: len(
-            grid_sample(images.float(), affine_grid(matrix, [num, 1, size, size], False), align_corners=False)
-        ),
-        "kornia warp_affine": lambda: len(warp_affine(images.float(), matrix, (size, size))),
-        "kornia warp_affine, 3 channels": lambda: len(warp_affine(rgb, matrix, (size, size))),
-    }
-
-
-def _composed(images: Tensor, draws: Draws, size: int) -> int:
-    return sum(len(levels) for _, levels in composed(images, draws, size))
 
 
 def _clahes(images: Tensor, size: int, with_library: bool) -> dict[str, Variant]:

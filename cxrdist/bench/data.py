@@ -29,11 +29,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, median_ratio, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, epoch_order, train_batches
 from cxrdist.data.reader import ShardReader
+from cxrdist.recipes import PUBLISHED_STEPS
 from cxrdist.shards.convert import Pixels
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
@@ -128,7 +129,7 @@ def _check(index: ShardIndex, batch_size: int, rounds: int) -> list[Row]:
 
 def _end_to_end(index: ShardIndex, files: list[Path], batch_size: int, rounds: int) -> list[Row]:
     """JPEG to normalised float batch at model size: one core for everything, and with a GPU all cores and the GPU."""
-    augment, resize = TrainingAugment(IMAGE_SIZE, "published", seed=0), TrainingAugment(IMAGE_SIZE, "none", seed=0)
+    augment, resize = (TrainingAugment(IMAGE_SIZE, steps, seed=0) for steps in (PUBLISHED_STEPS, ()))
     rows = []
     for stage, ours in (("augmented", augment), ("resized", resize)):
         with Loader(index, num_threads=1) as loader:
@@ -164,7 +165,7 @@ def _against_published(
     baseline = None
     if importlib.util.find_spec("albumentations"):
         baseline = "published loader"
-        is_augmented = augment.mode != "none"
+        is_augmented = bool(augment.stages)
         variants[baseline] = _published(files, batch_size, augment=is_augmented, num_workers=num_workers)
     return rows_of(stage, interleaved(variants, rounds=rounds, clock=clock), baseline=baseline)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cxrdist import recipes
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, rows_of
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, train_batches
@@ -99,7 +99,7 @@ def _timed_parts(
         loss_scale=2.0**16 if args.precision == "fp16" else None,
     )
     ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, _frozen(recipe, model))
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
     parts: dict[str, list[float]] = {}
     clock = time.perf_counter()
 

@@ -5,7 +5,7 @@ all ranks take equal numbers of steps, every image is used exactly once, and nei
 shards change what is learned. A cursor (epoch, step) is all that resuming needs. Planning costs one sort.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,18 +68,24 @@ def train_batches(
     rank: int,
     world_size: int,
     start_step: int = 0,
-    observed: Rows | None = None,
+    group: int = 1,
+    count_cells: Callable[[Rows, int], int] | None = None,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of `rank` from `start_step` to the end of `epoch`.
 
-    observed: by row of the index, how many of its cells are not masked; None where none is. Every rank counts those of
-    the global batch by itself: no collective.
-    The global batches depend only on (rows, seed, epoch, global_batch_size). Slices differ by at most one image.
-    Raises UserError when there is no image, or when `start_step` lies behind the epoch (a checkpoint of another split).
+    group: images that stay together, counted from the beginning of a global batch.
+    count_cells: of rows in an epoch, how many label cells are not masked; None where none is. Every rank counts those
+    of the global batch by itself: no collective.
+    The global batches depend only on (rows, seed, epoch, global_batch_size). Slices differ by at most one group.
+    Raises UserError when a batch size would split a group, when there is no image, or when `start_step` lies behind the
+    epoch (a checkpoint of another split).
     """
     _check_sizes(rows, device_batch_size, rank, world_size)
     if global_batch_size < 1:
         raise UserError(f"global batch size {global_batch_size} is not valid: use 1 or more")
+    for name, size in (("global_batch_size", global_batch_size), ("--device-batch-size", device_batch_size)):
+        if size % group:
+            raise UserError(f"{name} {size} would split the groups of {group} images that are mixed: use a multiple")
     steps = num_steps(len(rows), global_batch_size)
     if not 0 <= start_step <= steps:
         there = f"an epoch of {len(rows)} images has {steps} steps of {global_batch_size}"
@@ -90,14 +96,15 @@ def train_batches(
     def generate() -> Iterator[MicroBatch]:
         for step in range(start_step, steps):
             batch = order[step * global_batch_size : (step + 1) * global_batch_size]
-            own = batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size]
-            num_micro = accum_steps(len(batch), device_batch_size, world_size)
+            groups = -(-len(batch) // group)
+            own = batch[groups * rank // world_size * group : groups * (rank + 1) // world_size * group]
+            num_micro = accum_steps(groups, device_batch_size // group, world_size)
             for i in range(num_micro):
                 micro = own[i * device_batch_size : (i + 1) * device_batch_size]
-                if observed is None:
+                if count_cells is None:
                     weight = len(micro) * world_size / len(batch)
                 else:
-                    weight = int(observed[micro].sum()) * world_size / max(1, int(observed[batch].sum()))
+                    weight = count_cells(micro, epoch) * world_size / max(1, count_cells(batch, epoch))
                 yield MicroBatch(micro if len(micro) else batch[:1], weight, i == num_micro - 1, step, epoch)
 
     return generate()

@@ -1,6 +1,6 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,3 +60,18 @@ def select(
     fold_of = assign_folds(index.patients, targets, num_folds, seed)
     inside = fold_of == validate_fold
     return Selection(everything[~inside], everything[inside], fold_of)
+
+
+def cell_counter(index: ShardIndex, partners: Callable[[Rows, int], Rows] | None) -> Callable[[Rows, int], int] | None:
+    """For `order.train_batches`: how many label cells of some rows are observed; None where none of the set is masked.
+
+    partners: the place of each image's partner among some keys in an epoch, if images are mixed: a cell that is masked
+    in either image is masked.
+    """
+    observed = index.observed
+    if observed is None:
+        return None
+    if partners is None:
+        return lambda rows, epoch: int(observed[rows].sum())
+    cells = ~np.isnan(targets_of(index))
+    return lambda rows, epoch: int((cells[rows] & cells[rows][partners(index.keys[rows], epoch)]).sum())

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import make_views, resize
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
@@ -39,7 +39,7 @@ def augmented_section(loader: Loader, recipe: Recipe) -> Section:
     index = loader.index
     rows = np.linspace(0, len(index) - 1, min(NUM_AUGMENTED, len(index))).astype(np.int64)
     images = read_images(loader, rows)
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, holes=recipe.holes)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
     stages = {"as stored": resize(images, recipe.image_size)}
     stages |= {f"epoch {epoch + 1}": augment.levels(images, index.keys[rows], epoch) for epoch in range(4)}
     figure, axes = grid(len(rows), len(stages), 11, 11 / len(stages) * len(rows) + 0.4)
