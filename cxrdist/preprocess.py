@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.documents import read_bounded
@@ -145,6 +147,9 @@ def adopt(args: argparse.Namespace, task: Task, pixels: Pixels, num_nodes: int) 
         if len(sides) == 1 and sides != {pixels.size_px} and MIN_SIZE_PX <= min(sides) <= MAX_SIZE_PX:
             side = sides.pop()
             print(f"  all images are {side} x {side} px: with --size {side} none is resized as it is read")
+        elif 2 * np.count_nonzero(np.maximum(found.widths, found.heights) > 1.5 * pixels.size_px) > len(found):
+            remedy = "unpacked once and preprocessed with --images it trains faster"
+            print(f"  most images are much larger than {pixels.size_px} px and made smaller at each read; {remedy}")
         if found.targets is not None and found.patients[:100].to_list() == found.image_names[:100].to_list():
             print("  no patient is known: folds cannot keep the images of a patient apart (--patient-column says them)")
 

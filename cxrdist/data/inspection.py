@@ -138,7 +138,7 @@ class Splits:
                 grey = kind == "GRAY" and channels == 3
                 return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
             return np.asarray(simplejpeg.decode_jpeg(data, kind, min_height=min_side, min_width=min_side, min_factor=8))
-        except Exception as error:  # each decoder has its own kinds
+        except ValueError as error:
             what = f"cannot be decoded ({error}); {meta.make_again}"
             raise UserError(f"{self._readers[split].where(row)}: {what}") from None
 

@@ -261,7 +261,7 @@ class _Job:
         data = self._reader.read(row)
         try:
             self._reader.decode(data, target)
-        except Exception as error:  # each decoder has its own kinds
+        except ValueError as error:
             what = f"cannot be decoded ({error}) though its bytes are those that were preprocessed"
             raise _Undecodable(f"{self._reader.where(row)}: {what}") from error
 

@@ -68,7 +68,12 @@ class ShardReader:
         kind = "GRAY" if target.shape[2] == 1 else "RGB"
         meta = self.index.meta
         if isinstance(meta, AdoptedMeta) and not _is_jpeg_of(data, target.shape[0]):
-            pixels = np.asarray(resized_to_store(data, meta.pixels))
+            try:
+                pixels = np.asarray(resized_to_store(data, meta.pixels))
+            except MemoryError:
+                raise
+            except Exception as error:  # each decoder has its own kinds
+                raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
             target[...] = pixels[..., None] if pixels.ndim == 2 else pixels
             return
         image = simplejpeg.decode_jpeg(data, kind, buffer=target)

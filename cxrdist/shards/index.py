@@ -199,6 +199,8 @@ class AdoptedMeta(SplitMeta):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if re.search(r"[\x00-\x1f\x7f]", self.tars + self.pattern):
+            raise UserError("the folder of the tars, or the pattern of their names, holds a control character")
         Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
 
     @property

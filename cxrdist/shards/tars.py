@@ -132,6 +132,8 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[Member]:
             while (header := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
                 where = f"member {header.name!r} at byte {header.offset:,}"
+                if header.size < 0 or tar.offset < header.offset_data:  # tarfile would go back to it without end
+                    raise damaged(f"{where} has the size {header.size:,}")
                 if header.isdir():
                     continue
                 if not header.isreg() or header.sparse is not None:

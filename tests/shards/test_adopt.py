@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset as wds
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from cxrdist import preprocess, verify
+from cxrdist.data.fetch import copy_shards
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
 from cxrdist.shards import adopt
@@ -359,6 +361,12 @@ def test_links_devices_and_large_records_are_refused(tmp_path: Path) -> None:
             tar.addfile(member)
         with pytest.raises(UserError, match=rf"member '1.jpg' at byte 0 {told}|{told}"):
             run(folder, "--split", "new")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("1.jpg")
+        member.pax_headers = {"size": "-1536"}
+        tar.addfile(member)
+    with pytest.raises(UserError, match=r"member '1.jpg' at byte 0 has the size -1,536"):
+        run(folder, "--split", "new")
     write_tar(folder / "a.tar", [("n" * 100_000 + ".jpg", b"")])
     with pytest.raises(UserError, match="a header record of"):
         run(folder, "--split", "new")
@@ -459,3 +467,42 @@ def test_the_page_of_an_adopted_set_can_be_written(tars: Path, tmp_path: Path) -
     run(tars, "--patient-column", "who")
     verify.main(["--shards", str(tars), "--report", str(tmp_path / "look.html")])
     assert "as adopted" in (tmp_path / "look.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("name", "../00001.tar", "is not a shard's file name"),
+        ("name", "00001.tar.gz", "is not a shard's file name"),
+        ("tars", "a\0b", "holds a control character"),
+        ("tars", "/nowhere", r"/nowhere/00000\.tar: No such file"),
+        ("size_px", 10**6, "images of 1000000 px are not stored"),
+        ("format_version", 2, "the file is damaged"),
+    ],
+)
+def test_a_changed_json_of_an_adopted_set_is_one_named_error(tars: Path, field: str, value: Any, told: str) -> None:
+    run(tars)
+    meta = json.loads((tars / "train.json").read_text())
+    (meta["shards"][1] if field == "name" else meta)[field] = value
+    (tars / "train.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=told) as caught:
+        open_index(tars, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adopted_set_is_fetched_where_its_tars_are_beside_its_index(tars: Path, tmp_path: Path) -> None:
+    run(tars)
+    copy_shards(LocalFileSystem(), str(tars), tmp_path / "copy", "train")
+    verify.main(["--shards", str(tmp_path / "copy"), "--hashes"])
+    run(tars, "--out", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="its tars lie in another folder"):
+        copy_shards(LocalFileSystem(), str(tmp_path / "elsewhere"), tmp_path / "none", "train")
+
+
+def test_a_message_points_at_the_cheaper_way_to_read_large_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, told in (((500, 500), "with --size 500 none is resized"), ((1000, 700), "made smaller at each read")):
+        write_tar(tmp_path / f"{size[0]}" / "a.tar", [("1.jpg", picture(1, size=size))])
+        run(tmp_path / f"{size[0]}", "--split", "new")
+        assert told in capsys.readouterr().out
