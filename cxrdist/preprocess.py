@@ -3,6 +3,7 @@
   python -m cxrdist.preprocess --images DIR --csv FILE --labels Tuberculosis,Nodule    your own data
   python -m cxrdist.preprocess --images DIR --csv FILE --task nih      a public set (chexpert, mimic, padchest, vindr)
   python -m cxrdist.preprocess --images DIR --task shards/NAME --split new      images without a table, to be scored
+  python -m cxrdist.preprocess --adopt 'DIR/*.tar' --csv FILE --labels A,B     WebDataset tars: an index beside them
   python -m cxrdist.preprocess --data DIR --task b                        the competition's folder: train and test
 
 Run the same command again after an interruption: finished shards are kept. See shards/README.md for the format.
@@ -11,14 +12,18 @@ Run the same command again after an interruption: finished shards are kept. See 
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
+from cxrdist.shards.adopt import find_tars, plan, write_indexes
 from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_PX, Pixels
-from cxrdist.shards.index import splits_in, task_of
+from cxrdist.shards.index import LeftOut, open_index, splits_in, task_of
 from cxrdist.shards.sources import make_jobs
 from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, refuse_foreign, write_split
 from cxrdist.tables import read_cells
@@ -37,6 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     node_rank, num_nodes, source = node_of(args.node_rank, args.num_nodes)
     if num_nodes > 1:
         print(f"part {node_rank} of {num_nodes} (from {source}; --num-nodes 1 does all of it here)")
+    if args.adopt:
+        adopt(args, task, pixels, num_nodes)
+        print(f"index in {args.out or find_tars(args.adopt).folder}; {time.monotonic() - started:.0f} s in all")
+        return
     inputs: list[tuple[str | None, list[Path], list[Path]]] = [(args.split, args.images, args.csv or [])]
     if args.data:
         inputs = [*competition_inputs(task, args.data, args.split)]
@@ -56,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several = {"images": {"nargs": "+"}, "csv": {"nargs": "+"}}
     add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"type": str, "help": tasks}, **several)
     add_flags(parser, "--blank", "--uncertain")
+    adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
+    parser.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
     parser.add_argument("--labels", **flag(str, "A,B|@FILE", "columns to learn; @FILE lists one a line"))
     parser.add_argument("--name", **flag(str, "NAME", "what your task is called (default: csv)"))
     for name in COLUMN_FLAGS:
@@ -78,8 +89,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, metavar="K", help="which of them this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
     args = parser.parse_args(argv)
-    if (args.data is None) == (args.images is None):
-        raise UserError("give either --images DIR (with --csv FILE) or --data DIR (the competition's layout)")
+    if sum(given is not None for given in (args.data, args.images, args.adopt)) != 1:
+        either = "either --images DIR (with --csv FILE), --adopt 'DIR/*.tar' or --data DIR (the competition's layout)"
+        raise UserError(f"give {either}")
+    if args.adopt:
+        if args.csv and len(args.csv) > 1:
+            raise UserError("--adopt takes one --csv FILE, or none where json or cls members say the labels")
+        return args
     if args.csv and args.data:
         raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
     if args.csv and len(args.csv) not in (1, len(args.images)):
@@ -117,6 +133,27 @@ def task_from(args: argparse.Namespace) -> Task:
     return with_readings(task, args)
 
 
+def adopt(args: argparse.Namespace, task: Task, pixels: Pixels, num_nodes: int) -> None:
+    """Index the tars of --adopt, and say what became of every row."""
+    if num_nodes > 1:
+        raise UserError("--adopt runs as one process: start it on one machine, with --num-nodes 1")
+    adoption = plan(task, args.out, args.split, args.adopt, args.csv[0] if args.csv else None, pixels)
+    metas = write_indexes(adoption, workers=args.workers or usable_cores(), overwrite=args.overwrite, show=True)
+    for split, meta in metas.items():
+        rows, left_out = meta.counts.rows, list(meta.left_out)
+        print("\n".join(account(split, f"{rows:,} rows = {meta.counts.images:,} images indexed", left_out)))
+        found = open_index(adoption.out, split)
+        sides = {*found.widths.tolist(), *found.heights.tolist()}
+        if len(sides) == 1 and sides != {pixels.size_px} and MIN_SIZE_PX <= min(sides) <= MAX_SIZE_PX:
+            side = sides.pop()
+            print(f"  all images are {side} x {side} px: with --size {side} none is resized as it is read")
+        elif 2 * np.count_nonzero(np.maximum(found.widths, found.heights) > 1.5 * pixels.size_px) > len(found):
+            remedy = "unpacked once and preprocessed with --images it trains faster"
+            print(f"  most images are much larger than {pixels.size_px} px and made smaller at each read; {remedy}")
+        if found.targets is not None and found.patients[:100].to_list() == found.image_names[:100].to_list():
+            print("  no patient is known: folds cannot keep the images of a patient apart (--patient-column says them)")
+
+
 def competition_inputs(task: Task, data: Path, split: str | None) -> list[tuple[str, list[Path], list[Path]]]:
     """(split, image folders, tables) of each split of the competition's folder. UserError when it does not fit."""
     if (layout := LAYOUTS.get(task.name)) is None:
@@ -151,16 +188,22 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names if name.strip())
 
 
+def account(split: str, counts: str, left_out: Sequence[LeftOut]) -> list[str]:
+    """Lines that say how many rows are used, and name the first that are not."""
+    lines = [f"  {counts} + {len(left_out):,} left out"]
+    lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in left_out[:NUM_NAMED]]
+    if len(left_out) > NUM_NAMED:
+        lines.append(f"    and {len(left_out) - NUM_NAMED:,} more, all listed in {split}.json")
+    return lines
+
+
 def summary(job: SplitJob, records: Records, complete: bool) -> str:
     """The lines that account for every row: used, or named with the reason."""
     part = "" if complete else " of this node (the other nodes' shards are not finished yet)"
     num_rows = sum(len(job.groups[number]) for number in records)
     num_stored = sum(len(record.images) for record in records.values())
     left_out = [entry for record in records.values() for entry in record.left_out]
-    lines = [f"  {num_rows:,} rows{part} = {num_stored:,} images stored + {len(left_out):,} left out"]
-    lines += [f"    left out: {entry.image_name}: {entry.reason}" for entry in left_out[:NUM_NAMED]]
-    if len(left_out) > NUM_NAMED:
-        lines.append(f"    and {len(left_out) - NUM_NAMED:,} more, all listed in {job.split}.json")
+    lines = account(job.split, f"{num_rows:,} rows{part} = {num_stored:,} images stored", left_out)
     firsts = [(image, job.groups[n][0]) for n, record in records.items() for image in record.images[:1]]
     if firsts and all(image.patient == row.image_name and row.targets is not None for image, row in firsts):
         remedy = " (--patient-column says them)" if job.task.format == "table" else ""

@@ -94,7 +94,9 @@ def copy_shards(
             return
         with files.disk_errors_named(work / name, len(content)):
             files.write_atomically(work / name, content)
-        meta = read_meta(work, split, task)  # it names no file outside the folder
+        meta = read_meta(work, split, task)
+        if meta.tar_folder(folder) != folder:
+            raise UserError(f"{root}/{name}: its tars lie in another folder; adopt them beside their index")
         if (folder / name).is_file() and (folder / name).read_bytes() != content:
             raise UserError(f"{folder / name} is of another shard set than {root}/{name}; give another --shards folder")
         # A file gets its name only when its hash was right, so its size is enough.

@@ -21,7 +21,7 @@ from PIL import Image
 from cxrdist.data.reader import ShardReader
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.errors import UserError
-from cxrdist.shards.index import MAKE_AGAIN, ShardIndex, Texts
+from cxrdist.shards.index import AdoptedMeta, ShardIndex, Texts
 
 Ids = NDArray[np.int64]
 
@@ -128,13 +128,19 @@ class Splits:
 
     def small(self, image: int, min_side: int, kind: str = "GRAY") -> NDArray[np.uint8]:
         """(h, w, channels) pixels, as few as the decoder offers with sides of at least min_side; UserError: damaged."""
-        data = self.read(image)
+        data, (split, row) = self.read(image), self.place(image)
+        meta = self.indexes[split].meta
         try:
-            pixels = simplejpeg.decode_jpeg(data, kind, min_height=min_side, min_width=min_side, min_factor=8)
+            if isinstance(meta, AdoptedMeta):  # of any size and kind: decoded in full
+                channels = 3 if kind == "RGB" else int(self.indexes[split].channels[row])
+                pixels = np.empty((meta.size_px, meta.size_px, channels), np.uint8)
+                self._readers[split].decode(data, pixels)
+                grey = kind == "GRAY" and channels == 3
+                return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
+            return np.asarray(simplejpeg.decode_jpeg(data, kind, min_height=min_side, min_width=min_side, min_factor=8))
         except ValueError as error:
-            split, row = self.place(image)
-            raise UserError(f"{self._readers[split].where(row)}: cannot be decoded ({error}); {MAKE_AGAIN}") from None
-        return np.asarray(pixels)
+            what = f"cannot be decoded ({error}); {meta.make_again}"
+            raise UserError(f"{self._readers[split].where(row)}: {what}") from None
 
     def thumbnail(self, image: int, side: int) -> bytes:
         """A JPEG of side x side pixels, without anything but pixels in it."""

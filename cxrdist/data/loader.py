@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 
@@ -261,9 +260,7 @@ class _Job:
     def _decode(self, row: int, target: NDArray[np.uint8]) -> None:
         data = self._reader.read(row)
         try:
-            image = simplejpeg.decode_jpeg(data, "GRAY" if target.shape[2] == 1 else "RGB", buffer=target)
-            if image.shape != target.shape:
-                raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
+            self._reader.decode(data, target)
         except ValueError as error:
             what = f"cannot be decoded ({error}) though its bytes are those that were preprocessed"
             raise _Undecodable(f"{self._reader.where(row)}: {what}") from error

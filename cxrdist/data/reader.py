@@ -13,10 +13,14 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
+import simplejpeg
 import xxhash
+from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import MAKE_AGAIN, ShardIndex
+from cxrdist.shards.convert import resized_to_store
+from cxrdist.shards.index import AdoptedMeta, ShardIndex
 
 # Files kept open, of a process's usual 1024; images of further shards cost an open and a close each, 20 us where
 # decoding takes 1,000.
@@ -54,7 +58,27 @@ class ShardReader:
             intact = xxhash.xxh3_64_intdigest(data) == expected
         if not intact:
             what = "damaged: these are not the bytes that were preprocessed, their hash is not the index's"
-            raise UserError(f"{self.where(row)}: {what}; {MAKE_AGAIN}")
+            raise UserError(f"{self.where(row)}: {what}; {self.index.meta.make_again}")
+
+    def decode(self, data: bytes, target: NDArray[np.uint8]) -> None:
+        """The pixels of an image's `data` into `target` (S, S, 1 or 3). Raises ValueError where they are not such.
+
+        An adopted image that is no JPEG of that size is made square here as preprocessing would have, without JPEG.
+        """
+        kind = "GRAY" if target.shape[2] == 1 else "RGB"
+        meta = self.index.meta
+        if isinstance(meta, AdoptedMeta) and not _is_jpeg_of(data, target.shape[0]):
+            try:
+                pixels = np.asarray(resized_to_store(data, meta.pixels))
+            except MemoryError:
+                raise
+            except Exception as error:  # each decoder has its own kinds
+                raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+            target[...] = pixels[..., None] if pixels.ndim == 2 else pixels
+            return
+        image = simplejpeg.decode_jpeg(data, kind, buffer=target)
+        if image.shape != target.shape:
+            raise ValueError(f"{image.shape[1]}x{image.shape[0]} px instead of {target.shape[1]}x{target.shape[0]}")
 
     def _bytes(self, row: int) -> bytes:
         index = self.index
@@ -73,7 +97,7 @@ class ShardReader:
             raise UserError(f"{self.where(row)}: {error.strerror}; check the shards with cxrdist.verify") from error
         if len(data) != length:
             what = f"only {len(data)} of {length} bytes are there, the shard was cut"
-            raise UserError(f"{self.where(row)}: {what}; {MAKE_AGAIN}")
+            raise UserError(f"{self.where(row)}: {what}; {index.meta.make_again}")
         return data
 
     def where(self, row: int) -> str:
@@ -86,13 +110,22 @@ class ShardReader:
         self._closer()
 
     def _path(self, shard: int) -> Path:
-        return self.index.folder / self.index.shards[shard]
+        return self.index.tar(shard)
 
     def _keep_open(self, shard: int) -> int | None:
         with self._lock:
             if shard not in self._files and len(self._files) < self._max_open:
                 self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             return self._files.get(shard)
+
+
+def _is_jpeg_of(data: bytes, size_px: int) -> bool:
+    """Whether it is a grey or YCbCr JPEG of that size: then resizing changes nothing, and luma is the grey level."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    return (height, width) == (size_px, size_px) and space in ("Gray", "YCbCr")
 
 
 def _most_open() -> int:

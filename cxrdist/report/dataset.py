@@ -92,7 +92,7 @@ def _summary(splits: Splits, findings: Sequence[Finding]) -> Section:
         meta, patients, studies = index.meta, *_people(splits, number)
         labelled = "without labels" if index.targets is None else "with labels"
         left_out = (f"{meta.counts.left_out:,}", f"of {meta.counts.rows:,} rows")
-        stored = (f"{meta.size_px} px, {meta.fit}", f"JPEG {meta.resize.jpeg_quality}, {meta.resize.mode}")
+        stored = (f"{meta.size_px} px, {meta.fit}", f"{meta.stored_as}, {meta.resize.mode}")
         rows.append([(index.split, labelled), f"{len(index):,}", left_out, patients, studies, stored])
     cards = [
         (f"{len(splits):,}", f"images in {len(splits.indexes)} split{'s' * (len(splits.indexes) > 1)}"),

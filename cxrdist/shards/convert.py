@@ -70,9 +70,17 @@ class Pixels:
 PUBLISHED = Pixels()
 
 
+def as_mode(text: str) -> Mode:
+    """The mode of that name; UserError where there is none."""
+    if text not in ("exact", "fast"):
+        raise UserError(f"{text!r} is not a mode of resizing")
+    return "exact" if text == "exact" else "fast"
+
+
 @dataclass(frozen=True)
 class Converted:
-    """The stored form of an image: JPEG bytes, 1 or 3 channels, two hashes of the bytes (SHA-256 in hex), its source.
+    """The stored form of an image: JPEG bytes (or what came), 1 or 3 channels, two hashes of the bytes (SHA-256 in
+    hex), its source.
 
     width, height: px of the source. orientation: 1 to 8, what EXIF says and nobody applied (as published); 1 where it
     says nothing. header: the five fields of a DICOM (`dicom.FIELDS`, '' where absent), {} for other files.
@@ -110,12 +118,12 @@ def convert(path: str, pixels: Pixels = PUBLISHED) -> Converted | str:
     return convert_bytes(content, pixels)
 
 
-def convert_bytes(content: bytes, pixels: Pixels = PUBLISHED) -> Converted | str:
-    """`convert` of a file's content."""
+def convert_bytes(content: bytes, pixels: Pixels = PUBLISHED, *, keep: bool = False) -> Converted | str:
+    """`convert` of a file's content. keep: it is stored as it is, and made square whenever it is read."""
     try:
         source = decode(content, pixels)
         resized = _resized(source, pixels)
-        jpeg = encode(resized)
+        jpeg = content if keep else encode(resized)
     except UnidentifiedImageError:
         return "cannot identify image file"
     except Exception as error:  # whatever a decoder says of a damaged file is the reason to leave it out

@@ -5,6 +5,7 @@ an Arrow file that stays on the disk and is mapped into memory: opening makes no
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import re
@@ -24,9 +25,11 @@ from numpy.typing import NDArray
 from cxrdist import files
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
+from cxrdist.shards.convert import Pixels, as_mode
 from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
+ADOPTED_VERSION = 3  # of tars that others wrote
 MASKED = 255  # in a uint8 label column; NaN in a float32 one
 TEXT = pa.large_string()
 COLUMNS = {
@@ -116,6 +119,13 @@ class ShardMeta(FileMeta):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdoptedTar(ShardMeta):
+    """members: SHA-256 of the names, places and sizes of all that is in the tar."""
+
+    members: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeftOut(Document):
     key: int
     image_name: str
@@ -130,7 +140,7 @@ class SplitMeta(Document):
     with the hash of the table. inputs: by shard number, the hash of all that determines its bytes.
     """
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = 2
     task: Task
     split: str
     counts: Counts
@@ -147,10 +157,73 @@ class SplitMeta(Document):
     def __post_init__(self) -> None:
         check_split_name(self.split)
         for shard in self.shards:
-            if re.fullmatch(rf"{self.split}-\d{{6,}}\.tar", shard.name) is None:
+            if re.fullmatch(self._shard_names, shard.name) is None:
                 raise UserError(f"{shard.name!r} is not a shard's file name")
         if self.index.name != f"{self.split}.index.{'csv' if self.format_version == 1 else 'arrow'}":
             raise UserError(f"{self.index.name!r} is not the index's file name")
+
+    @property
+    def _shard_names(self) -> str:
+        return rf"{self.split}-\d{{6,}}\.tar"
+
+    def tar_folder(self, folder: Path) -> Path:
+        """Where the tars of a set whose JSON is in `folder` are."""
+        return folder
+
+    def is_extra(self, name: str) -> bool:
+        """Whether a tar of this name beside those listed would be of this split, if it were listed."""
+        return re.fullmatch(self._shard_names, name) is not None
+
+    @property
+    def make_again(self) -> str:
+        """The remedy for a damaged tar."""
+        return MAKE_AGAIN
+
+    @property
+    def stored_as(self) -> str:
+        return f"JPEG {self.resize.jpeg_quality}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdoptedMeta(SplitMeta):
+    """The JSON of a split of tars that others wrote, which hold their images as they came.
+
+    size_px, fit, resize: how an image is made square as it is read. tars: the folder of the tars, '.' for the JSON's
+    own. pattern: of the names of all tars there that belong to the set; '' where it was made of chosen ones.
+    """
+
+    format_version: Literal[1, 2, 3] = 3
+    shards: tuple[AdoptedTar, ...]
+    tars: str
+    pattern: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if re.search(r"[\x00-\x1f\x7f]", self.tars + self.pattern):
+            raise UserError("the folder of the tars, or the pattern of their names, holds a control character")
+        Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
+
+    @property
+    def _shard_names(self) -> str:
+        return r"[^/\x00-\x1f\x7f]+\.tar"
+
+    def tar_folder(self, folder: Path) -> Path:
+        return folder / self.tars
+
+    def is_extra(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    @property
+    def make_again(self) -> str:
+        return "copy the tar again, or adopt the set again (cxrdist.preprocess --adopt ... --overwrite)"
+
+    @property
+    def stored_as(self) -> str:
+        return "as adopted"
+
+    @property
+    def pixels(self) -> Pixels:
+        return Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +269,10 @@ class ShardIndex:
     @property
     def size_px(self) -> int:
         return self.meta.size_px
+
+    def tar(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.meta.tar_folder(self.folder) / self.shards[number]
 
     @property
     def num_channels(self) -> int:
@@ -251,10 +328,22 @@ def shard_name(split: str, number: int) -> str:
 
 
 def splits_in(folder: Path) -> list[str]:
-    """The splits of which the folder holds any file, `train` first."""
+    """The splits of which the folder holds any file, `train` first. Adopted tars are not a split for their names."""
     pattern = re.compile(rf"({SPLIT_NAME}?)(-\d{{6,}}\.tar|\.index\.(arrow|csv)|\.json)")
-    matches = (pattern.fullmatch(path.name) for path in folder.glob("*"))
-    return sorted({match[1] for match in matches if match}, key=lambda split: (split != "train", split))
+    matches = [match for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
+    found = {match[1] for match in matches if not match[0].endswith(".tar")}
+    if tars := {match[0]: match[1] for match in matches if match[1] not in found}:
+        adopted = {name for split in found for name in adopted_tars(read_fields(folder / f"{split}.json"))}
+        found |= {split for name, split in tars.items() if name not in adopted}
+    return sorted(found, key=lambda split: (split != "train", split))
+
+
+def adopted_tars(fields: dict[str, Any]) -> set[str]:
+    """Names of the tars in a split's JSON that others wrote: never to be replaced or removed."""
+    shards = fields.get("shards") if fields.get("format_version") == ADOPTED_VERSION else None
+    return (
+        {str(shard.get("name")) for shard in shards if isinstance(shard, dict)} if isinstance(shards, list) else set()
+    )
 
 
 def task_of(folder: Path) -> Task:
@@ -286,11 +375,11 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
         raise UserError(f"{path} is missing (the folder holds {there}); run or finish `{command} --split {split} ...`")
     fields = read_fields(path)
     version = fields.get("format_version")
-    if isinstance(version, int) and version not in (1, FORMAT_VERSION):
-        raise UserError(f"{path}: format version {version}, this cxrdist reads 1 and 2; run cxrdist.preprocess again")
+    if isinstance(version, int) and version not in (1, FORMAT_VERSION, ADOPTED_VERSION):
+        raise UserError(f"{path}: format version {version}, this cxrdist reads 1 to 3; run cxrdist.preprocess again")
     try:
         content = json.dumps(_from_version_1(path, fields)) if version == 1 else read_bounded(path)
-        meta = SplitMeta.from_json(content, path)
+        meta = (AdoptedMeta if version == ADOPTED_VERSION else SplitMeta).from_json(content, path)
     except UserError as error:
         raise UserError(f"{error}; the file is damaged: delete it and run cxrdist.preprocess again") from None
     if meta.split != split:
@@ -332,6 +421,7 @@ def open_index(folder: Path, split: str, task: Task | None = None) -> ShardIndex
 
 def _check_tars(folder: Path, meta: SplitMeta) -> None:
     """UserError for the first tar that differs from `meta` by name or size."""
+    folder = meta.tar_folder(folder)
     for shard in meta.shards:
         expected = f"{shard.count:,} images in {shard.bytes:,} bytes"
         try:
@@ -341,8 +431,7 @@ def _check_tars(folder: Path, meta: SplitMeta) -> None:
         if found != shard.bytes:
             raise UserError(f"{folder / shard.name}: {found:,} bytes instead of {expected}; {AGAIN}")
     listed = {shard.name for shard in meta.shards}
-    own = re.compile(rf"{meta.split}-\d{{6,}}\.tar")
-    extra = sorted(path.name for path in folder.glob("*.tar") if own.fullmatch(path.name) and path.name not in listed)
+    extra = sorted(path.name for path in folder.glob("*.tar") if meta.is_extra(path.name) and path.name not in listed)
     if extra:
         raise UserError(
             f"{folder / extra[0]} is not of this set of {len(listed)} shards ({len(extra)} extra); remove it"

@@ -23,7 +23,7 @@ from cxrdist.shards import dicom
 from cxrdist.shards.convert import EXTENSIONS, Pixels
 from cxrdist.shards.index import check_split_name
 from cxrdist.shards.writer import Source, SplitJob
-from cxrdist.tables import read_cells, read_template
+from cxrdist.tables import LabelTable, read_cells, read_template
 from cxrdist.task import LAYOUTS, Task, name_problem
 
 NUM_NAMED = 10  # rows without an image that are printed; the split's JSON lists all
@@ -120,19 +120,19 @@ def make_jobs(
         if csvs and task.format == "table" and not task.columns.image:
             columns = dataclasses.replace(task.columns, image=image_column(csvs[0], listed, where))
             task = dataclasses.replace(task, columns=columns)
-        rows = _rows(task, split, csvs[0]) if csvs else _rows_of_files(task, listed, where)
+        rows = rows_of_table(task, split, csvs[0]) if csvs else rows_of_files(task, listed, where)
         for row in rows:
             if of_name.setdefault(row.image_name, folders[0]) != folders[0]:
                 both = f"{of_name[row.image_name]} and {folders[0]}"
                 raise UserError(f"image {row.image_name!r} is in {both}: keep one, or give the folder above them")
-        files = _files_of(rows, listed, where, csvs)
+        files = files_of(rows, listed, where, csvs)
         unused = listed.images.keys() - set(files.values())
-        parts = _by_split(rows, split, csvs)
+        parts = by_split(rows, split, csvs)
         counts = ", ".join(f"{name} {len(found):,}" for name, found in parts.items())
         print(f"rows of {csvs[0] if csvs else where}: {counts}; images in {where}: {len(listed.images):,}")
         for name, found in parts.items():
             have = sources.setdefault(name, [])
-            have += _sources(task, name, found, files, listed, len(have))
+            have += sources_of(task, name, found, files, listed, len(have))
         if unused:
             print(f"  images there without a row, not used: {len(unused):,} (first: {min(unused)})")
         num_unused += len(unused)
@@ -153,13 +153,18 @@ def _together(folders: list[Folder]) -> Folder:
     return Folder(dict(images), dict(collections.ChainMap(*(folder.others for folder in folders))))
 
 
-def _rows(task: Task, split: str | None, table: Path) -> list[Row]:
+def rows_of_table(task: Task, split: str | None, table: Path) -> list[Row]:
+    """The rows of a label table or template, in its order; UserError as of `read_label_csv` and `read_template`."""
     of_template = {task.columns.image, *task.labels}
     is_template = task.format == "table" and read_cells(table, (), most=1).first.keys() <= of_template
     if split == "test" and (task.name in LAYOUTS or is_template):
         names = read_template(table, task).image_names
         return [Row(name, *(task.ids_in_name(name) or ())) for name in names]
-    labels = read_labels(table, task)
+    return rows_of_labels(read_labels(table, task), task)
+
+
+def rows_of_labels(labels: LabelTable, task: Task) -> list[Row]:
+    """The rows of a label table, whose notes are printed; a patient that is only the image's own name is left blank."""
     for note in labels.notes:
         print(note)
     about = [labels.about[field].tolist() for field in Row._fields[:-1]]
@@ -169,14 +174,15 @@ def _rows(task: Task, split: str | None, table: Path) -> list[Row]:
     ]
 
 
-def _rows_of_files(task: Task, listed: Folder, where: str) -> list[Row]:
+def rows_of_files(task: Task, listed: Folder, where: str) -> list[Row]:
+    """A row without targets for each image, sorted by name; UserError for a name that cannot be one."""
     for name in listed.images:
         if problem := name_problem(name):
             raise UserError(f"{where}: the name of {name!r} {problem}; rename it")
     return [Row(name, *(task.ids_in_name(name) or ())) for name in sorted(listed.images)]
 
 
-def _by_split(rows: list[Row], split: str | None, tables: Sequence[Path]) -> dict[str, list[Row]]:
+def by_split(rows: list[Row], split: str | None, tables: Sequence[Path | str]) -> dict[str, list[Row]]:
     """The rows of each split that is to be made, in the order in which the splits come."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -189,7 +195,7 @@ def _by_split(rows: list[Row], split: str | None, tables: Sequence[Path]) -> dic
     return {split: found[split]}
 
 
-def _files_of(rows: list[Row], listed: Folder, where: str, tables: Sequence[Path]) -> dict[str, str]:
+def files_of(rows: list[Row], listed: Folder, where: str, tables: Sequence[Path]) -> dict[str, str]:
     """The file of each row that has one, by image name. UserError where none has, two rows share one, or it is a DICOM
     that cannot be read here.
     """
@@ -208,9 +214,10 @@ def _files_of(rows: list[Row], listed: Folder, where: str, tables: Sequence[Path
     return files
 
 
-def _sources(
+def sources_of(
     task: Task, split: str, rows: list[Row], files: dict[str, str], listed: Folder, first_key: int
 ) -> list[Source]:
+    """The sources of a split's rows, keyed from `first_key`; `files`: the file of each image name that has one."""
     known_bad = set(task.unreadable) if split != "test" else set()
     sources = []
     for key, row in enumerate(rows, start=first_key):

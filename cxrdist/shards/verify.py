@@ -10,7 +10,8 @@ from typing import TextIO
 import numpy as np
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import COLUMNS, LABEL, MAKE_AGAIN, MASKED, ShardIndex, open_index, read_rows
+from cxrdist.shards.index import COLUMNS, LABEL, MASKED, AdoptedMeta, ShardIndex, open_index, read_rows
+from cxrdist.shards.tars import list_tar
 from cxrdist.task import Task
 
 ROWS_AT_ONCE = 4096  # of a printed table, whose size then does not matter
@@ -64,17 +65,44 @@ def _check_readable_shard(index: ShardIndex, number: int, hashes: bool) -> None:
     try:
         _check_shard(index, number, hashes)
     except OSError as error:
-        path = index.folder / index.shards[number]
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {MAKE_AGAIN}") from None
+        what = f"cannot be read ({error.strerror}); {index.meta.make_again}"
+        raise UserError(f"{index.tar(number)}: {what}") from None
+
+
+def _check_adopted(index: ShardIndex, number: int, hashes: bool, damaged: Callable[[str], UserError]) -> None:
+    """An adopted tar holds what it held: every member by name, place and size, with `hashes` every byte."""
+    meta, path = index.meta, index.tar(number)
+    assert isinstance(meta, AdoptedMeta)
+    listing = list_tar(path)
+    images = {sample.image.offset: sample.image for sample in listing.samples if sample.image is not None}
+    with path.open("rb") as file:
+        for row in range(*np.searchsorted(index.shard_ids, (number, number + 1)).tolist()):
+            about = f"{index.key_text(row)} ({index.image_names[row]})"
+            image = images.get(int(index.offsets[row]))
+            if image is None or image.length != index.lengths[row]:
+                raise damaged(f"key {about} is not where the index says")
+            if hashes:
+                file.seek(image.offset)
+                if hashlib.sha256(file.read(image.length)).hexdigest() != index.sha256(row):
+                    raise damaged(f"the bytes of key {about} do not have their SHA-256")
+        if listing.digest != meta.shards[number].members:
+            raise damaged("its members are not those that were adopted, by name, place and size")
+        if hashes:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta.shards[number].sha256:
+                raise damaged("its SHA-256 is not the recorded one, though every image's is")
 
 
 def _check_shard(index: ShardIndex, number: int, hashes: bool) -> None:
-    path = index.folder / index.shards[number]
+    path = index.tar(number)
 
     def damaged(what: str) -> UserError:
-        return UserError(f"{path}: damaged: {what}; {MAKE_AGAIN}")
+        return UserError(f"{path}: damaged: {what}; {index.meta.make_again}")
 
     with path.open("rb") as file:
+        if isinstance(index.meta, AdoptedMeta):
+            _check_adopted(index, number, hashes, damaged)
+            return
         position = 0
         for row in range(*np.searchsorted(index.shard_ids, (number, number + 1)).tolist()):
             key = index.key_text(row)

@@ -247,6 +247,7 @@ def _recorded(job: SplitJob) -> set[str]:
                 shards = fields.get("shards")
                 entries = [*(shards if isinstance(shards, list) else ()), fields.get("index")]
                 names |= {str(entry.get("name")) for entry in entries if isinstance(entry, dict)}
+                names -= index.adopted_tars(fields)
     return names
 
 

@@ -175,8 +175,8 @@ def test_a_damaged_unfinished_or_foreign_index_is_named(shards: Path, tmp_path: 
     (shards / "test.json").write_text(meta)
     with pytest.raises(UserError, match=r"test\.json is of split 'train'"):
         open_index(shards, "test", TASKS["b"])
-    (shards / "train.json").write_text(meta.replace('"format_version": 2', '"format_version": 3'))
-    with pytest.raises(UserError, match="format version 3"):
+    (shards / "train.json").write_text(meta.replace('"format_version": 2', '"format_version": 4'))
+    with pytest.raises(UserError, match="format version 4"):
         open_index(shards, "train", TASKS["b"])
     (shards / "train.json").unlink()
     with pytest.raises(UserError, match=r"train\.json is missing"):
