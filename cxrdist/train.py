@@ -26,7 +26,7 @@ from cxrdist.data.selection import Selection, never_observed, positives_of, sele
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
-from cxrdist.distributed.precision import autocast, resolve_precision
+from cxrdist.distributed.precision import autocast, hardware_of, resolve_precision
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
@@ -128,8 +128,9 @@ def train(
 ) -> None:
     """Build what learns, restore it where the run stood, and train to the last epoch, a signal or a time limit."""
     # What is trained on, and where it begins
+    found = ranks.gather(hardware_of(ranks.device))
     with ranks.agree():
-        precision, why = resolve_precision(args.precision, ranks.device)
+        precision, why = resolve_precision(args.precision, found)
         index = open_index(shards, "train", task)
         check_headers(index, ranks.rank, ranks.world_size)
         facts, rows = choose_data(index, recipe, run, args)

@@ -19,7 +19,7 @@ import torch
 
 from cxrdist.augment.views import distinct_views
 from cxrdist.distributed.environment import world_size
-from cxrdist.distributed.precision import DTYPES, resolve_precision
+from cxrdist.distributed.precision import DTYPES, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, Cost, best_device_batch, checkpoint_bytes, count_cost, memory_bytes
 from cxrdist.models import architecture_of
@@ -78,7 +78,7 @@ def this_machine(precision: str) -> Machine:
     """All GPUs, or the processes that were launched; its peak is what a matrix multiplication reaches for 0.5 s."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    chosen = resolve_precision(precision, device)[0]
+    chosen = resolve_precision(precision, [hardware_of(device)])[0]
     num_devices = max(world_size(), torch.cuda.device_count() if on_gpu else 2)
     if on_gpu:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
