@@ -238,7 +238,6 @@ def train(
         world_size=ranks.world_size,
         observed=index.observed,
     )
-    sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
     with ranks.agree("showing samples"):
         if tracker is not None and tracker.dashboard is not None:
             epoch = min(state.epoch, recipe.epochs - 1)
@@ -259,17 +258,14 @@ def train(
                     assert batch.targets is not None
                     loss = criterion(logits, batch.targets)
                     optimizer.backward(loss["total"], batch.weight)
-                sums += torch.stack([*loss.values()]).detach() * (batch.weight / ranks.world_size)
+                state.add(loss, batch.weight / ranks.world_size)
                 meter.saw(batch, logits)
                 first_in_step = batch.last
                 if not batch.last:
                     continue
                 skipped = optimizer.step()
                 ema.update(skipped)
-                taken = torch.where(skipped.bool(), 0.0, torch.cat([sums, torch.ones_like(sums[:1])]))
-                state.window += taken
-                state.epoch_sums += taken
-                sums.zero_()
+                state.close_step(skipped)
                 state.step, state.global_step = batch.step + 1, state.global_step + 1
                 if state.global_step % args.log_every == 0 or state.step == num_steps:
                     meter.log()  # the only place where the host waits for the device
