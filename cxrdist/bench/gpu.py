@@ -31,9 +31,11 @@ from cxrdist.distributed.plan import PROJECT, visible_gpus
 from cxrdist.distributed.precision import autocast, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, allocated_bytes, count_cost, fitting_batch
+from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.runs.member import build_model
 from cxrdist.shards.index import ShardIndex
+from cxrdist.training.ema import Ema
 from cxrdist.training.losses import make_criterion
 from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
 
@@ -127,13 +129,14 @@ def training_step(
         clip_grad_norm=recipe.clip_grad_norm,
         loss_scale=2.0**16 if precision == "fp16" else None,
     )
+    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(architecture_of(recipe.model).frozen_names(model)))
     images = torch.randn(batch, 3, recipe.image_size, recipe.image_size, device=device)
 
     def step() -> None:
         with autocast(precision, device):
             logits = model(images)
         optimizer.backward(criterion(logits, targets)["total"], 1.0)
-        optimizer.step()
+        ema.update(optimizer.step())
 
     return step
 
