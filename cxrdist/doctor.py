@@ -23,8 +23,8 @@ from packaging.utils import canonicalize_name
 
 from cxrdist.cli import Parser, run_entry
 from cxrdist.distributed.environment import usable_cores
-from cxrdist.distributed.plan import FIRST_WITH_BF16, PROJECT, capabilities, plan_launch
-from cxrdist.distributed.precision import resolve_precision
+from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
+from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.models import architecture_of
 from cxrdist.models.weights.fit import init_files
@@ -161,10 +161,7 @@ def processes(problems: list[str]) -> str:
 
 def precision() -> str:
     """What `--precision auto` becomes here."""
-    found = capabilities()
-    if found and min(found) < FIRST_WITH_BF16 <= max(found):
-        return "fp16 (not every GPU here has bf16)"
-    chosen, why = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen, why = resolve_precision("auto", [hardware_of(device) for device in visible_gpus() or [torch.device("cpu")]])
     return f"{chosen} ({why})"
 
 

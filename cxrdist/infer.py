@@ -30,7 +30,7 @@ from cxrdist.data.order import eval_batches
 from cxrdist.data.reader import NO_XXH3
 from cxrdist.distributed import environment
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
-from cxrdist.distributed.precision import resolve_precision
+from cxrdist.distributed.precision import Hardware, hardware_of, resolve_precision
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.report import infer_dry_run
@@ -85,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url:  # before the process group, whose timeout is shorter than a download
         fetch_shards(args.shards_url, shards, args.split, args.task)
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
+        found = ranks.gather(hardware_of(ranks.device))
         with ranks.agree():
-            job = prepare(args, shards, ranks.device)
+            job = prepare(args, shards, found)
             check_headers(job.index, ranks.rank, ranks.world_size)
         if job.index.checksums is None:
             ranks.say(NO_XXH3)
@@ -125,9 +126,10 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
             job.store.write(part, ranks.rank)
 
 
-def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job:
-    """Read and check everything that can be checked without an image."""
-    precision, _ = resolve_precision(args.precision, device)
+def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -> Job:
+    """Read and check everything that can be checked without an image. found: every rank's device."""
+    precision, _ = resolve_precision(args.precision, found)
+    kind = found[0].kind
     index = open_index(shards, args.split, args.task)
     out = args.out or Path("predictions") / index.task.folder
     template = choose_template(args, index)
@@ -147,9 +149,9 @@ def prepare(args: argparse.Namespace, shards: Path, device: torch.device) -> Job
         shards=index.fingerprint,
         rows=hashlib.sha256(rows.tobytes()).hexdigest(),
         columns=tuple(columns_of(passes)),
-        device_batch_size=args.device_batch_size or (64 if device.type == "cuda" else 16),
+        device_batch_size=args.device_batch_size or (64 if kind == "cuda" else 16),
         precision=precision,
-        device=device.type,
+        device=kind,
     )
     batches = list(eval_batches(rows, basis.device_batch_size, 0, 1))
     store = PartStore(out / "parts", basis)

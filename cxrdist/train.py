@@ -27,10 +27,10 @@ from cxrdist.data.selection import Selection, cell_counter, never_observed, posi
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
-from cxrdist.distributed.precision import autocast, resolve_precision
+from cxrdist.distributed.precision import autocast, hardware_of, resolve_precision
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
-from cxrdist.estimate.count import fitting_batch
+from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
 from cxrdist.estimate.report import dry_run
 from cxrdist.files import folder_lock
 from cxrdist.models import architecture_of
@@ -51,7 +51,6 @@ from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
 
 NO_FOLD = -1
-MAX_DEVICE_BATCH_SIZE = 32  # of the default: what the published runs put through one 16 GB GPU
 NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
@@ -116,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
     if args.dry_run:
         if environment.rank() == 0:
-            sizes = {"device_batch_size": args.device_batch_size, "precision": args.precision}
-            print(dry_run(recipe, task, shards, run, **sizes))
+            names = ("device_batch_size", "precision", "grad_checkpointing")
+            print(dry_run(recipe, task, shards, run, **{name: getattr(args, name) for name in names}))
         return
     check_gpus_seen()
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
@@ -132,8 +131,9 @@ def train(
 ) -> None:
     """Build what learns, restore it where the run stood, and train to the last epoch, a signal or a time limit."""
     # What is trained on, and where it begins
+    found = ranks.gather(hardware_of(ranks.device))
     with ranks.agree():
-        precision, why = resolve_precision(args.precision, ranks.device)
+        precision, why = resolve_precision(args.precision, found)
         index = open_index(shards, "train", task)
         check_headers(index, ranks.rank, ranks.world_size)
         facts, rows = choose_data(index, recipe, run, args)
@@ -151,7 +151,7 @@ def train(
     if begin.finished:
         ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
         return
-    device_batch_size = args.device_batch_size or default_device_batch(recipe, task, precision, ranks)
+    device_batch_size = args.device_batch_size or default_device_batch(recipe, task, precision, ranks, args)
 
     # What learns
     torch.manual_seed(recipe.seed)
@@ -243,7 +243,6 @@ def train(
         group=1 if mixing is None else mixing.group,
         count_cells=cell_counter(index, None if mixing is None else mixing.partners),
     )
-    sums = torch.zeros(len(parts), dtype=torch.float64, device=ranks.device)  # of the step in work
     with ranks.agree("showing samples"):
         if tracker is not None and tracker.dashboard is not None:
             epoch = min(state.epoch, recipe.epochs - 1)
@@ -266,17 +265,14 @@ def train(
                         logits = parallel(images)
                     loss = criterion(logits, cells)
                     optimizer.backward(loss["total"], batch.weight)
-                sums += torch.stack([*loss.values()]).detach() * (batch.weight / ranks.world_size)
+                state.add(loss, batch.weight / ranks.world_size)
                 meter.saw(batch, logits)
                 first_in_step = batch.last
                 if not batch.last:
                     continue
                 skipped = optimizer.step()
                 ema.update(skipped)
-                taken = torch.where(skipped.bool(), 0.0, torch.cat([sums, torch.ones_like(sums[:1])]))
-                state.window += taken
-                state.epoch_sums += taken
-                sums.zero_()
+                state.close_step(skipped)
                 state.step, state.global_step = batch.step + 1, state.global_step + 1
                 if state.global_step % args.log_every == 0 or state.step == num_steps:
                     meter.log()  # the only place where the host waits for the device
@@ -355,14 +351,14 @@ def describe_data(index: ShardIndex, rows: Selection, ranks: Ranks) -> None:
             ranks.say(f"warning: never observed in the images {name} on: {', '.join(labels)}")
 
 
-def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks) -> int:
-    """A rank's share of the global batch, at most 32, in equal parts that fit the GPU with the least free memory."""
-    most = min(MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size))
+def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks, args: Namespace) -> int:
+    """A rank's share of the global batch in equal parts of at most 32, that fit the GPU with the least free memory."""
     if ranks.device.type != "cuda":
-        return most
+        return min(MAX_DEVICE_BATCH_SIZE, -(-recipe.global_batch_size // ranks.world_size))
     free_bytes = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0]))
     with ranks.agree():
-        return min(most, fitting_batch(recipe, task.num_labels, precision, free_bytes, ranks.world_size))
+        checkpointing = {"grad_checkpointing": args.grad_checkpointing}
+        return fitting_batch(recipe, task.num_labels, precision, free_bytes, ranks.world_size, **checkpointing)
 
 
 def restore(

@@ -31,9 +31,9 @@ def same_machine() -> bool:
     return packages and torch.backends.cpu.get_cpu_capability() == recorded["torch_cpu_capability"]
 
 
-def assert_equal(found: Any, wanted: Any, name: str) -> None:
-    """Bit for bit on a machine like that of the files, else to float tolerance."""
-    if same_machine():
+def assert_equal(found: Any, wanted: Any, name: str, *, bits: bool = True) -> None:
+    """Bit for bit on a machine like that of the files, else, or without `bits`, to float tolerance."""
+    if bits and same_machine():
         np.testing.assert_array_equal(found, wanted, err_msg=name)
     else:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -57,15 +57,16 @@ def flags_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["eva_x", "chexfound"])
-def test_an_unfinished_run_is_resumed_to_the_same_bits(old: Path, model: str) -> None:
+def test_an_unfinished_run_is_resumed_to_the_same_numbers(old: Path, model: str) -> None:
     half, full = old / f"run_half_{model}", old / f"run_full_{model}"
+    bits = model != "chexfound"  # version 1 summed GLoRI's outputs by an einsum, whose gradients round in another order
     train.main([*flags_of(f"train_{model}"), "--out", half.name, "--resume"])
     rows, wanted = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (half, full))
     assert [row.keys() for row in rows] == [row.keys() for row in wanted]
     for row, other in zip(rows, wanted, strict=True):
         for name, value in other.items():
             if isinstance(value, float):
-                assert_equal(row[name], value, name)
+                assert_equal(row[name], value, name, bits=bits)
             else:
                 assert row[name] == value, name
     for epoch in (1, 2):
@@ -75,7 +76,7 @@ def test_an_unfinished_run_is_resumed_to_the_same_bits(old: Path, model: str) ->
             )
             assert ours.keys() == theirs.keys()
             for name, tensor in theirs.items():
-                assert_equal(ours[name].numpy(), tensor.numpy(), f"epoch {epoch}, {kind}, {name}")
+                assert_equal(ours[name].numpy(), tensor.numpy(), f"epoch {epoch}, {kind}, {name}", bits=bits)
 
 
 @pytest.mark.parametrize("model", ["eva_x", "chexfound"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,9 @@ def process_group(timeout_s: float, *, then: str) -> Iterator[Ranks]:
     ranks = None
     try:
         # precision is resolved and applied by us, so accelerate is told not to
+        # Slurm's --gpus-per-task=1 shows each process one GPU, cuda:0, and accelerate would hand DDP the local rank's
+        # number; told nothing, DDP takes the device the model is on.
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         rank, joined, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         if joined != started:

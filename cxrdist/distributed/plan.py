@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from cxrdist.distributed.environment import usable_cores
+from cxrdist.distributed.precision import hardware_of
 
 PROJECT = Path(__file__).resolve().parents[2]
-FIRST_WITH_BF16 = (8, 0)  # compute capability of Ampere
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class LaunchPlan:
 
 def plan_launch() -> LaunchPlan:
     """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
-    found = capabilities()
-    several = "gpu8_bf16" if min(found, default=(0, 0)) >= FIRST_WITH_BF16 else "gpu2_fp16"
+    found = [hardware_of(device) for device in visible_gpus()]
+    several = "gpu8_bf16" if all(gpu.has_bf16 for gpu in found) else "gpu2_fp16"
     name = {0: "cpu", 1: "gpu1"}.get(len(found), several)
     folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
     config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
@@ -42,7 +42,6 @@ def plan_launch() -> LaunchPlan:
     return LaunchPlan(config, num_processes, {k: v for k, v in wanted.items() if k not in os.environ}, reason)
 
 
-def capabilities() -> list[tuple[int, int]]:
-    """The compute capability of each GPU that torch sees."""
-    numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return [torch.cuda.get_device_capability(number) for number in numbers]
+def visible_gpus() -> list[torch.device]:
+    """The GPUs that torch sees."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]

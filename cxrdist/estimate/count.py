@@ -1,16 +1,22 @@
-"""What one image of a recipe costs: FLOPs and memory, counted on its own model with fake tensors.
+"""What one image of a recipe costs: FLOPs, memory and its traffic, counted on its own model with fake tensors.
 
-Fake tensors have shapes and no values, so nothing is computed and every recipe field counts.
+Fake tensors have shapes and no values, so nothing is computed and every recipe field counts. They are the CPU's, since
+a backward pass on a GPU's needs a driver; autocast differs between the two in layer norms only.
 """
 
 import functools
-import inspect
 import math
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from cxrdist.errors import UserError
 from cxrdist.models import architecture_of
@@ -19,67 +25,167 @@ from cxrdist.shards.convert import SIZE_PX
 
 GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
-TRANSIENT = 1.15  # gradients of activations and workspaces on top of what the graph keeps
+WORKSPACE_BYTES = 0.08 * GB  # of the matrix library, in torch's own allocator
 DECODED_BATCHES = 3  # in flight
-FORMULAS = {  # torch has them for its GPU kernels only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: inspect.unwrap(sdpa_flop),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: inspect.unwrap(sdpa_backward_flop),
+MAX_DEVICE_BATCH_SIZE = 32  # of the default: a GPU is busy with it
+NUM_IMAGES = (
+    16  # counted at once, as a GPU has them: what happens once a batch, as adding to gradients, weighs as there
+)
+UPDATE_BYTES = 4 * 13  # traffic of a trained value a step: 7 times by AdamW, 5 by the EMA, 1 by the norm; float32
+_SDPA = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"
+FORMULAS: dict[Any, Any] = flop_registry | {  # torch has these for its GPU kernels only
+    getattr(torch.ops.aten, _SDPA[1] + end): flop_registry[getattr(torch.ops.aten, _SDPA[0] + end)]
+    for end in ("", "_backward")
 }
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image of a recipe costs; counted, not measured."""
+    """What one image of a recipe costs in a precision, with or without gradient checkpointing; counted, not measured.
+
+    Traffic: what operations other than matrix multiplications read and write, as one kernel each.
+    """
 
     forward_flops: float  # a multiplication and an addition are two
     step_flops: float  # forward and backward
-    activation_bytes: float  # kept for the backward pass, with autocast unless fp32
+    forward_traffic: float  # bytes
+    step_traffic: float
+    activation_bytes: float  # alive at the peak of forward and backward
+    cast_bytes: float  # weights that autocast holds in the compute precision at a time; once, not for each image
+    cast_traffic: float  # of casting weights, once a pass
     image_bytes: float  # decoded, uint8
     num_parameters: int
     num_trained: int
 
+    @property
+    def update_traffic(self) -> float:
+        """Bytes that a step reads and writes whatever its batch: casts of weights, optimizer and EMA."""
+        return self.cast_traffic + UPDATE_BYTES * self.num_trained
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations inside: FLOPs, bytes of the tensors made (alive, their peak), and traffic.
+
+    Casts of `weights` are counted apart.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.alive = self.peak = self.traffic = 0
+        self.casts = self.cast_peak = self.cast_traffic = 0
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+        self._known = set(self._weights)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        is_cast = func is torch.ops.aten._to_copy.default and storages <= self._weights
+        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif is_cast:
+            self.cast_traffic += sum(map(_size, [*given, *made]))
+        else:
+            new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in storages]
+            if new or func._schema.is_mutable:  # else a view
+                self.traffic += sum(map(_size, [*given, *(new or made)]))
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._grow(storage.nbytes(), is_cast)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes(), is_cast)
+        return out
+
+    def _grow(self, size: int, is_cast: bool) -> None:
+        if is_cast:
+            self.casts += size
+            self.cast_peak = max(self.cast_peak, self.casts)
+        else:
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def _free(self, key: int, size: int, is_cast: bool) -> None:
+        self._known.discard(key)
+        self._grow(-size, is_cast)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _in_float32(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """What autocast does on a GPU before a norm, and on a CPU does not."""
+    return (args[0].float(),)
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())  # an expanded tensor is read once
+
 
 @functools.cache
-def count_cost(recipe: Recipe, num_labels: int, precision: str = "bf16", size_px: int = SIZE_PX) -> Cost:
-    """What an image of a shard set with sides of `size_px` costs on the recipe's model; in seconds, hardly memory."""
+def count_cost(
+    recipe: Recipe,
+    num_labels: int,
+    precision: str = "bf16",
+    size_px: int = SIZE_PX,
+    grad_checkpointing: bool = False,
+) -> Cost:
+    """What an image of a shard set with sides of `size_px` costs on the recipe's model; in seconds, hardly memory.
+
+    grad_checkpointing: without effect on a model that has none.
+    """
     architecture = architecture_of(recipe.model)
     with torch.device("meta"):
         model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
-    num_images = 2
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
-        return tensor
-
+    if grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        images = torch.empty(num_images, 3, recipe.image_size, recipe.image_size)
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        with counter, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(images)
-            forward = counter.get_total_flops()
+        model.to_empty(device="cpu").train()
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            norm.register_forward_pre_hook(_in_float32)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:  # they exist already, and are counted apart
+            parameter.grad = torch.empty_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        with Counter([*model.parameters(), *model.buffers(), *gradients]) as counter:
+            images = torch.empty(NUM_IMAGES, 3, recipe.image_size, recipe.image_size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+                logits = model(images)
+            forward_flops, forward_traffic = counter.flops, counter.traffic
             logits.float().sum().backward()
-        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Cost(
-        forward_flops=forward / num_images,
-        step_flops=counter.get_total_flops() / num_images,
-        activation_bytes=sum(size for key, size in saved.items() if key not in parameters) / num_images,
+        forward_flops=forward_flops / NUM_IMAGES,
+        step_flops=counter.flops / NUM_IMAGES,
+        forward_traffic=forward_traffic / NUM_IMAGES,
+        step_traffic=counter.traffic / NUM_IMAGES,
+        activation_bytes=counter.peak / NUM_IMAGES,
+        cast_bytes=float(counter.cast_peak),
+        cast_traffic=float(counter.cast_traffic),
         image_bytes=float(size_px * size_px),
         num_parameters=sum(counts.values()),
         num_trained=sum(counts[name] for name in architecture.trainable_names(model)),
     )
 
 
-def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:
-    """Peak memory of one device: weights, activations of a device batch, decoded images, and the runtime itself."""
-    gradients = 2 if num_devices > 1 else 1  # DDP copies them into buckets
-    weights = 4 * (cost.num_parameters + cost.num_trained * (gradients + 3))  # + two Adam moments and the EMA; float32
+def allocated_bytes(cost: Cost, device_batch_size: int, num_devices: int) -> float:
+    """Peak of what torch allocates on one device for weights, optimizer, EMA, gradients and a device batch.
+
+    Within 10 % of the allocator's own peak for both models, every precision, with and without gradient checkpointing.
+    """
+    state = 4 * (cost.num_parameters + 3 * cost.num_trained)  # two Adam moments and the EMA; float32
+    gradients = 4 * cost.num_trained
+    activations = cost.cast_bytes + cost.activation_bytes * device_batch_size
     images = DECODED_BATCHES * device_batch_size * cost.image_bytes
-    return weights + TRANSIENT * cost.activation_bytes * device_batch_size + images + RUNTIME_BYTES[kind]
+    # DDP keeps gradients in its buckets for good; alone they take the place of activations, as the backward pass goes
+    passes = gradients + activations if num_devices > 1 else max(gradients, activations)
+    return state + passes + images + WORKSPACE_BYTES
+
+
+def memory_bytes(cost: Cost, device_batch_size: int, kind: str, num_devices: int) -> float:
+    """Peak memory of one device: what torch allocates there, and the runtime itself."""
+    return allocated_bytes(cost, device_batch_size, num_devices) + RUNTIME_BYTES[kind]
 
 
 def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
@@ -88,17 +194,24 @@ def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
 
 
 def best_device_batch(cost: Cost, global_batch_size: int, kind: str, num_devices: int, free_bytes: float) -> int:
-    """The largest device batch that fits and divides a device's share of the global batch; 0 when nothing fits."""
+    """The largest device batch of at most 32 images that fits, for equal parts of a device's share; 0: none fits."""
     share = math.ceil(global_batch_size / num_devices)
-    sizes = (share // parts for parts in range(1, share + 1) if share % parts == 0)
+    fewest = math.ceil(share / MAX_DEVICE_BATCH_SIZE)
+    sizes = (math.ceil(share / parts) for parts in range(fewest, share + 1))
     return next((size for size in sizes if memory_bytes(cost, size, kind, num_devices) <= free_bytes), 0)
 
 
 def fitting_batch(
-    recipe: Recipe, num_labels: int, precision: str, free_bytes: float, world_size: int, size_px: int = SIZE_PX
+    recipe: Recipe,
+    num_labels: int,
+    precision: str,
+    free_bytes: float,
+    world_size: int,
+    *,
+    grad_checkpointing: bool = False,
 ) -> int:
     """The largest device batch of a training that fits a GPU's free memory. Raises UserError when not even one does."""
-    cost = count_cost(recipe, num_labels, precision, size_px)
+    cost = count_cost(recipe, num_labels, precision, grad_checkpointing=grad_checkpointing)
     batch = best_device_batch(cost, recipe.global_batch_size, "cuda", world_size, free_bytes)
     if batch == 0:
         need = memory_bytes(cost, 1, "cuda", world_size)

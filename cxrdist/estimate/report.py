@@ -1,14 +1,17 @@
 """What a run needs before it starts: memory per device, FLOPs, hours, files. For `--dry-run` of `train` and `infer`.
 
-Times divide counted FLOPs by peak speed times a stated efficiency: estimates, printed as such. Efficiencies: T4, what
-the published EVA-X training reached (31.3 images/s on two); A100 and H100, assumed; the CPU, half of the
-matrix-multiplication speed measured on the spot (0.48-0.56 seen for both models in bf16).
+Times are counted FLOPs over a share of the peak plus counted traffic over a share of the bandwidth: estimates, printed
+with the shares. T4: all told, what the published EVA-X training reached (31.3 images/s on two); other GPUs: assumed;
+the GPU at hand: measured on the spot; the CPU: half of its measured matrix multiplication, all told (0.48-0.56 seen for
+both models in bf16).
 """
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 
 from cxrdist.augment.views import distinct_views
 from cxrdist.distributed.environment import world_size
-from cxrdist.distributed.precision import DTYPES, resolve_precision
+from cxrdist.distributed.precision import DTYPES, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, Cost, best_device_batch, checkpoint_bytes, count_cost, memory_bytes
 from cxrdist.models import architecture_of
@@ -28,7 +31,8 @@ from cxrdist.task import Task
 PUBLISHED_IMAGES = {"a": {"train": 107_374, "test": 46_233}, "b": {"train": 108_491, "test": 47_927}}
 PUBLISHED_INFER_HOURS = {"a": 6.1, "b": 6.8}  # two T4s, all test images, 12 passes of EVA-X and 2 of CheXFound
 PUBLISHED_INFER_PASSES = (12, 2)
-TIMES = "times are arithmetic only, with {} and Python keeping up; expect to be off by a factor of two"
+TIMES = "times are the device's work only, with {} and Python keeping up; expect to be off by a factor of two"
+Count = Callable[[str], Cost]  # by precision
 
 
 @dataclass(frozen=True)
@@ -41,36 +45,40 @@ class Machine:
     peak_flops: float  # per second and device, dense, in the precision named
     efficiency: float  # share of the peak that training reaches
     precision: str
-    source: str  # where the efficiency comes from
+    source: str  # where the shares come from
+    bandwidth: float = math.inf  # bytes per second and device that traffic reaches; infinite: within the efficiency
     kind: str = "cuda"
 
-    @property
-    def flops(self) -> float:
-        """FLOP per second that all its devices reach."""
-        return self.peak_flops * self.efficiency * self.num_devices
+    def seconds(self, flops: float, traffic: float) -> float:
+        """What all its devices together need for FLOPs and bytes."""
+        return (flops / self.peak_flops / self.efficiency + traffic / self.bandwidth) / self.num_devices
 
     def __str__(self) -> str:
-        return f"{self.efficiency:.0%} of {self.peak_flops / 1e12:.3g} TFLOP/s {self.precision} ({self.source})"
+        moved = "" if math.isinf(self.bandwidth) else f" and {self.bandwidth / 1e12:.2g} TB/s"
+        return f"{self.efficiency:.0%} of {self.peak_flops / 1e12:.3g} TFLOP/s {self.precision}{moved} ({self.source})"
 
 
-PUBLISHED_T4 = Machine("T4 x 2", 2, 14.6 * GB, 65e12, 0.113, "fp16", "efficiency of the published EVA-X run")
+PUBLISHED_T4 = Machine("T4 x 2", 2, 14.6 * GB, 65e12, 0.113, "fp16", "all told, of the published EVA-X run")
+ASSUMED = 0.6, "bf16", "assumed, with 80 % of the bandwidth"
 MACHINES = (
     PUBLISHED_T4,
-    Machine("A100 80 GB", 1, 79 * GB, 312e12, 0.35, "bf16", "efficiency assumed"),
-    Machine("H100 x 8", 8, 79 * GB, 989e12, 0.30, "bf16", "efficiency assumed"),
+    Machine("RTX 4090", 1, 24 * GB, 165e12, *ASSUMED, bandwidth=0.8 * 1.01e12),
+    Machine("A100 80 GB", 1, 79 * GB, 312e12, *ASSUMED, bandwidth=0.8 * 2.04e12),
+    Machine("H100 x 8", 8, 79 * GB, 989e12, *ASSUMED, bandwidth=0.8 * 3.35e12),
 )
 
 
-def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine) -> float:
-    """Hours of arithmetic at the machine's stated efficiency."""
-    return cost.step_flops * num_images * epochs / machine.flops / 3600
+def train_hours(cost: Cost, num_images: int, epochs: int, machine: Machine, device_batch_size: int) -> float:
+    """Hours of the device's work at the machine's stated shares."""
+    traffic = cost.step_traffic + cost.update_traffic / device_batch_size
+    return machine.seconds(cost.step_flops, traffic) * num_images * epochs / 3600
 
 
 def this_machine(precision: str) -> Machine:
     """All GPUs, or the processes that were launched; its peak is what a matrix multiplication reaches for 0.5 s."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    chosen = resolve_precision(precision, device)[0]
+    chosen = resolve_precision(precision, [hardware_of(device)])[0]
     num_devices = max(world_size(), torch.cuda.device_count() if on_gpu else 2)
     if on_gpu:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
@@ -82,9 +90,10 @@ def this_machine(precision: str) -> Machine:
         num_devices=num_devices,
         memory_bytes=memory,
         peak_flops=_measured_flops(device, DTYPES[chosen]),
-        efficiency=0.9 if chosen == "fp32" else 0.5,
+        efficiency=0.8 if on_gpu else 0.9 if chosen == "fp32" else 0.5,
         precision=chosen,
-        source="share of its measured matrix multiplication",
+        source="of what it was measured to reach",
+        bandwidth=_measured_bandwidth(device) if on_gpu else math.inf,
         kind=device.type,
     )
 
@@ -92,15 +101,24 @@ def this_machine(precision: str) -> Machine:
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 * _per_second(lambda: left @ right, device)
+
+
+def _measured_bandwidth(device: torch.device) -> float:
+    numbers = torch.zeros(2**27, device=device)  # larger than any cache
+    return 2 * numbers.nbytes * _per_second(lambda: numbers.mul_(1.0), device)
+
+
+def _per_second(work: Callable[[], object], device: torch.device) -> float:
     device_module = torch.get_device_module(device)
-    left @ right
+    work()
     device_module.synchronize()
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < 0.5:
-        left @ right
+        work()
         device_module.synchronize()
         count += 1
-    return 2 * size**3 * count / (time.perf_counter() - begun)
+    return count / (time.perf_counter() - begun)
 
 
 def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size: int | None, free_disk: float) -> None:
@@ -123,9 +141,10 @@ def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size:
 
 
 def report(
-    recipe: Recipe, cost: Cost, num_images: int, here: Machine, device_batch_size: int | None, free_disk: float
+    recipe: Recipe, count: Count, num_images: int, here: Machine, device_batch_size: int | None, free_disk: float
 ) -> str:
     """The table `train --dry-run` prints; raises UserError (see `require_fit`) when the run cannot fit here."""
+    cost = count(here.precision)
     require_fit(cost, recipe, here, device_batch_size, free_disk)
     epoch, step = checkpoint_bytes(cost)
     num_steps = math.ceil(num_images / recipe.global_batch_size) * recipe.epochs
@@ -134,19 +153,21 @@ def report(
         f"{num_steps:,} steps of {recipe.global_batch_size} images",
         f"counted: {cost.forward_flops / 1e9:.3g} GFLOP an image forward, {cost.step_flops / 1e9:.3g} with backward; "
         f"{cost.num_parameters / 1e6:.1f} M parameters, {cost.num_trained / 1e6:.1f} M of them trained; "
-        f"{cost.activation_bytes / 1e6:.0f} MB of activations an image",
+        f"{cost.activation_bytes / 1e6:.0f} MB of activations an image and {cost.step_traffic / GB:.2g} GB of traffic "
+        f"({here.precision})",
         f"files: {epoch / GB:.2f} GB an epoch checkpoint, {step / GB:.2f} GB a step checkpoint; "
         f"{free_disk / GB:.0f} GB free",
         "",
-        f"{'estimates':<30}{'batch/device':>13}{'GB/device':>10}{'images/s':>10}{'epoch':>9}{'all':>9}  efficiency",
+        f"{'estimates':<30}{'batch/device':>13}{'GB/device':>10}{'images/s':>10}{'epoch':>9}{'all':>9}  at",
     ]
     for machine in (here, *MACHINES):
+        cost = count(machine.precision)
         batch = device_batch_size if machine is here and device_batch_size else _best_batch(cost, recipe, machine)
         if batch == 0:
             lines.append(f"{machine.name:<30}does not fit in {machine.memory_bytes / GB:.0f} GB")
             continue
         need = memory_bytes(cost, batch, machine.kind, machine.num_devices) / GB
-        total = train_hours(cost, num_images, recipe.epochs, machine)
+        total = train_hours(cost, num_images, recipe.epochs, machine, batch)
         speed, times = num_images * recipe.epochs / total / 3600, (_duration(total / recipe.epochs), _duration(total))
         row = f"{machine.name:<30}{batch:>13}{need:>10.1f}{speed:>10.3g}{times[0]:>9}{times[1]:>9}"
         lines.append(f"{row}  {machine}")
@@ -160,41 +181,50 @@ def infer_report(task: Task, num_images: int, here: Machine) -> str:
     T4: at the published inference's speed, from its counted FLOPs and its hours (task b's for an unpublished task).
     """
     members = (eva_x(task.name), chexfound(task.name))
-    need, published, passes = 0.0, 0.0, []
+    need, traffic, published, passes = 0.0, 0.0, 0.0, []
     for recipe, published_passes in zip(members, PUBLISHED_INFER_PASSES, strict=True):
-        flops = count_cost(recipe, task.num_labels, here.precision).forward_flops
+        cost = count_cost(recipe, task.num_labels, here.precision)
         # views of every epoch, but one pass of a frozen backbone for all epochs
         epochs = 1 if architecture_of(recipe.model).features else len(recipe.inference.member_epochs)
         count = len(distinct_views(recipe.inference.views)) * epochs
         passes.append(f"{count} of {recipe.name}")
-        need, published = need + count * flops, published + published_passes * flops
+        need, traffic = need + count * cost.forward_flops, traffic + count * cost.forward_traffic
+        published += published_passes * cost.forward_flops
     division = task.name if task.name in PUBLISHED_INFER_HOURS else "b"
     hours, images = PUBLISHED_INFER_HOURS[division], PUBLISHED_IMAGES[division]["test"]
     reached = published * images / (hours * 3600) / (PUBLISHED_T4.peak_flops * PUBLISHED_T4.num_devices)
-    t4 = dataclasses.replace(PUBLISHED_T4, efficiency=reached, source="efficiency of the published inference")
+    t4 = dataclasses.replace(PUBLISHED_T4, efficiency=reached, source="all told, of the published inference")
     lines = [
         f"dry run: inference of task {task.name}, {num_images:,} images, each decoded once; passes: "
-        f"{', '.join(passes)}; {need / 1e9:,.0f} GFLOP an image",
+        f"{', '.join(passes)}; {need / 1e9:,.0f} GFLOP and {traffic / GB:.3g} GB of traffic an image",
         f"published: {PUBLISHED_INFER_PASSES[0]} and {PUBLISHED_INFER_PASSES[1]} passes, {published / 1e9:,.0f} GFLOP, "
         f"{hours} h on two T4s for {images:,} images",
         "",
-        f"{'estimates':<30}{'images/s':>10}{'all':>10}  efficiency",
+        f"{'estimates':<30}{'images/s':>10}{'all':>10}  at",
     ]
     for machine in (here, t4, *MACHINES[1:]):
-        rate = machine.flops / need
+        rate = 1 / machine.seconds(need, traffic)
         lines.append(f"{machine.name:<30}{rate:>10.3g}{_duration(num_images / rate / 3600):>10}  {machine}")
     return "\n".join([*lines, TIMES.format("decoding")])
 
 
 def dry_run(
-    recipe: Recipe, task: Task, shards: Path, out: Path, *, device_batch_size: int | None, precision: str
+    recipe: Recipe,
+    task: Task,
+    shards: Path,
+    out: Path,
+    *,
+    device_batch_size: int | None,
+    precision: str,
+    grad_checkpointing: bool = False,
 ) -> str:
     """The report of a training on this machine. UserError: it does not fit (`require_fit`), no images to count."""
     num_images, size_px, note = _count_images(task, shards, "train")
     here = this_machine(precision)
     folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    cost = count_cost(recipe, task.num_labels, here.precision, size_px)
-    return report(recipe, cost, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free)) + note
+    options = {"size_px": size_px, "grad_checkpointing": grad_checkpointing}
+    count = functools.partial(count_cost, recipe, task.num_labels, **options)
+    return report(recipe, count, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free)) + note
 
 
 def infer_dry_run(task: Task, shards: Path, precision: str, split: str = "test") -> str:

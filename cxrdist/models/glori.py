@@ -112,7 +112,9 @@ class GLoRI(nn.Module):
         """(B, C) logits of (B, N, F) features."""
         states_BCD: Tensor = self.layers[0](*self._queries_and_tokens(features_BNF))
         weight_CD = self.duplicate_pooling[: self.num_classes, :, 0]
-        return torch.einsum("bcd,cd->bc", states_BCD, weight_CD) + self.duplicate_pooling_bias
+        # not an einsum: its backward is a bmm over one column, a kernel that torch compiles at run time on a GPU
+        logits_BC: Tensor = (states_BCD * weight_CD).sum(dim=-1) + self.duplicate_pooling_bias
+        return logits_BC
 
     def attention(self, features_BNF: Tensor) -> Tensor:
         """(B, H, C, N) float32 attention weights per head and class; each row sums to 1."""

@@ -30,6 +30,18 @@ class LoopState:
         self.global_step = 0  # since the start, skipped ones included
         self.window = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
         self.epoch_sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(parts), dtype=torch.float64, device=device)  # of the step in work
+
+    def add(self, loss: dict[str, Tensor], share: float) -> None:
+        """Add a micro batch's loss to the step in work; share: its weight, times this rank's share."""
+        self._sums += torch.stack([*loss.values()]).detach() * share
+
+    def close_step(self, skipped: Tensor) -> None:
+        """Add the step in work to both sums, unless `skipped` (0-dim) is 1.0."""
+        taken = torch.where(skipped.bool(), 0.0, torch.cat([self._sums, torch.ones_like(self._sums[:1])]))
+        self.window += taken
+        self.epoch_sums += taken
+        self._sums.zero_()
 
 
 @dataclass(frozen=True, eq=False)

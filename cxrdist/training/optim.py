@@ -18,6 +18,8 @@ from cxrdist.recipes import Group
 INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
 LOSS_SCALE_FACTOR = 2.0
 LOSS_SCALE_INTERVAL = 2000
+# GradScaler has no bounds: its scale can reach infinity for good, or 0, at which a step passes that must be skipped
+SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 1.0, 2.0**24
 Groups = list[tuple[Group, dict[str, nn.Parameter]]]
 COUNTERS = ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps")  # what resume needs of them
 
@@ -63,7 +65,8 @@ def lr_factors(schedule: str, total_steps: int, warmup_steps: int) -> Tensor:
 class GuardedAdamW:
     """Fused AdamW whose steps are skipped on the device when the gradient, or any rank's loss, is not finite.
 
-    Skipping leaves weights, moments and the learning-rate schedule as they were; with a loss scale it halves the scale.
+    Skipping leaves weights, moments and the learning-rate schedule as they were; with a loss scale it halves the scale,
+    which moves as `torch.amp.GradScaler`'s does, but stays within 1 and 2**24.
     Order of use: `backward` for each micro-batch, then `step` once; nothing here waits for the device.
     """
 
@@ -98,7 +101,7 @@ class GuardedAdamW:
         self.num_applied, self.num_skipped, self.skipped_in_a_row = zero.clone(), zero.clone(), zero.clone()
         self.longest_streak = zero.clone()  # of skipped steps, since whoever reads it last set it to 0
         self.grad_norm = zero.clone()  # of the last step, before clipping, without the loss scale
-        self.loss_scale = None if loss_scale is None else zero.float() + loss_scale
+        self.loss_scale = None if loss_scale is None else _bounded(zero.float() + loss_scale)
         self._good_steps = zero.clone()  # since the scale last changed
 
     def backward(self, loss: Tensor, weight: float) -> None:
@@ -135,7 +138,7 @@ class GuardedAdamW:
             good = (self._good_steps + 1.0) * (1.0 - bad)
             grow = good >= LOSS_SCALE_INTERVAL
             grown = torch.where(grow, self.loss_scale * LOSS_SCALE_FACTOR, self.loss_scale)
-            self.loss_scale = torch.where(bad.bool(), self.loss_scale / LOSS_SCALE_FACTOR, grown)
+            self.loss_scale = _bounded(torch.where(bad.bool(), self.loss_scale / LOSS_SCALE_FACTOR, grown))
             self._good_steps = torch.where(grow, 0.0, good)
         return skipped
 
@@ -164,4 +167,8 @@ class GuardedAdamW:
         for name in COUNTERS:
             setattr(self, name, state[f"counter/{name}"].to(self.device, copy=True))
         if self.loss_scale is not None and "counter/loss_scale" in state:
-            self.loss_scale = state["counter/loss_scale"].to(self.device, copy=True)
+            self.loss_scale = _bounded(state["counter/loss_scale"].to(self.device, copy=True))
+
+
+def _bounded(loss_scale: Tensor) -> Tensor:
+    return loss_scale.clamp(SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE)

@@ -151,6 +151,57 @@ def test_the_loss_scale_doubles_after_its_interval(monkeypatch):
     assert scales == [4.0, 4.0, 8.0, 8.0, 8.0, 16.0, 16.0]
 
 
+@pytest.mark.parametrize(("interval", "rate"), [(3, 0.2), (2000, 0.05)])
+def test_the_loss_scale_is_grad_scalers_within_its_bounds(monkeypatch, interval, rate):
+    monkeypatch.setattr("cxrdist.training.optim.LOSS_SCALE_INTERVAL", interval)
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = optimizer_for(ours, lr=1e-2, loss_scale=2.0**16, factors=lr_factors("constant", 200, 0))
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=interval)
+    overflows = torch.rand(200) < rate
+    for overflow in overflows:
+        images = torch.randn(6, 4)
+        optimizer.backward(ours(images).square().mean(), 1.0)
+        reference.zero_grad()
+        scaler.scale(theirs(images).square().mean()).backward()
+        if overflow:
+            ours.weight.grad[1, 2] = theirs.weight.grad[1, 2] = math.inf
+        assert bool(optimizer.step()) == bool(overflow)
+        scaler.step(reference)
+        scaler.update()
+        assert float(optimizer.loss_scale) == scaler.get_scale()
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_10_000_steps_of_random_overflow_keep_the_scale_in_its_bounds_and_the_weights_finite(monkeypatch):
+    monkeypatch.setattr("cxrdist.training.optim.LOSS_SCALE_INTERVAL", 5)
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = optimizer_for(model, lr=1e-3, loss_scale=2.0**16)
+    rates = torch.tensor([0.5, 0.0]).repeat_interleave(1000).repeat(5)  # long enough either way to pass both bounds
+    gradients, overflows = torch.randn(10_000, 1, 2), torch.rand(10_000) < rates
+    gradients[overflows, 0, 0] = torch.tensor([math.inf, -math.inf, math.nan]).repeat(10_000)[: int(overflows.sum())]
+    scales = []
+    for gradient, overflow in zip(gradients, overflows.tolist(), strict=True):
+        before = model.weight.detach().clone()
+        model.weight.grad = gradient * optimizer.loss_scale
+        assert bool(optimizer.step()) == overflow
+        assert torch.equal(model.weight, before) == overflow
+        scales.append(optimizer.loss_scale)
+    assert torch.stack(scales).aminmax() == (1.0, 2.0**24)
+    assert int(optimizer.num_skipped) == int(overflows.sum()) > 2000
+    assert torch.isfinite(model.weight).all()
+
+
+def test_a_restored_loss_scale_is_brought_into_its_bounds():
+    optimizer = optimizer_for(nn.Linear(2, 1), loss_scale=1.0)
+    for stored, taken in ((math.inf, 2.0**24), (0.0, 1.0), (8.0, 8.0)):
+        optimizer.load_state_dict(optimizer.state_dict() | {"counter/loss_scale": torch.tensor(stored)})
+        assert float(optimizer.loss_scale) == taken
+
+
 def test_restored_state_continues_bit_for_bit():
     torch.manual_seed(0)
     batches = [torch.randn(6, 4) for _ in range(6)]

@@ -1,0 +1,20 @@
+import argparse
+
+import pytest
+import torch
+
+from cxrdist.bench import gpu
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_gpu_check_runs_its_cpu_part_and_says_what_it_skipped(monkeypatch):
+    monkeypatch.setattr(gpu, "MEASURED_S", 0.1)
+    rows = gpu.run(argparse.Namespace(no_compile=True))
+    assert [row.variant for row in rows if row.stage == "skipped"] == ["tests that need a GPU, memory", "all-reduce"]
+    assert all(row.images_per_s > 0 for row in rows if row.stage in ("demo_eva_x", "demo_chexfound"))
+    assert [row.note.split(" --dev")[0] for row in rows if row.stage == "use"] == [
+        "--model demo_eva_x",
+        "--model demo_chexfound",
+    ]
+    assert rows[-1].stage == "resume"
