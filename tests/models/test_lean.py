@@ -62,7 +62,7 @@ def draw(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
-            noise = 1.0 + 0.25 * noise
+            noise = 0.8 + 0.25 * noise
         elif parameter.ndim > 1 and len(parameter) > 1:
             noise *= parameter[0].numel() ** -0.5
         else:
@@ -80,27 +80,24 @@ def draw(model: nn.Module, seed: int) -> None:
     ],
 )
 def test_half_precision_is_no_further_from_float32_than_timms_own(name, sizes, dtype):
-    """Logits and gradients over 30 draws of weights; one draw's rounding errors differ by 10 % either way."""
+    """Logits, in the mean over 40 draws of weights; one draw's rounding errors differ by 10 % either way."""
     architecture = architecture_of(name)
-    squares = torch.zeros(2, 2, dtype=torch.float64)  # ours and timm's own; logits and gradients
-    for seed in range(30):
+    distances: list[list[float]] = []  # ours and timm's own
+    for seed in range(40):
         ours = architecture.build(32, 14, 0.0, **sizes)
         draw(ours, seed)
         own, exact = timms_own(ours), copy.deepcopy(ours).double()
         architecture.hold_frozen(ours, dtype)
-        images, upstream = torch.randn(4, 3, 32, 32), torch.randn(4, 14)
-        wanted = exact(images.double())
-        wanted.backward(upstream.double())
-        for sums, each in zip(squares, (ours, own), strict=True):
-            with torch.autocast("cpu", dtype), GpuNorms():
-                logits = each(images)
-            logits.float().backward(upstream)
-            sums[0] += (logits - wanted).detach().square().mean()
-            pairs = zip(each.parameters(), exact.parameters(), strict=True)
-            there = [(p.grad, q.grad) for p, q in pairs if q.grad is not None and q.grad.norm() > 1e-9]
-            sums[1] += torch.stack([((p - q).norm() / q.norm()).square() for p, q in there]).mean()
-    growth = (squares[0] / squares[1]).sqrt()
-    assert (growth < 1.05).all(), growth
+        images, pair = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)), []
+        with torch.no_grad():
+            wanted = exact(images.double())
+            for each in (ours, own):
+                with torch.autocast("cpu", dtype), GpuNorms():
+                    logits = each(images)
+                pair.append(float((logits - wanted).square().mean().sqrt()))
+        distances.append(pair)
+    growth = torch.tensor(distances).log().mean(dim=0)
+    assert growth[0] - growth[1] < 0.03, growth.exp()
 
 
 def test_a_held_backbone_gives_what_autocast_gives_and_what_is_trained_stays_float32(small_chexfound):
