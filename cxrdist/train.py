@@ -27,7 +27,7 @@ from cxrdist.data.selection import Selection, cell_counter, never_observed, posi
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
-from cxrdist.distributed.precision import autocast, hardware_of, resolve_precision
+from cxrdist.distributed.precision import DTYPES, autocast, hardware_of, resolve_precision
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
@@ -199,6 +199,7 @@ def train(
     ranks.on_main(start.write_id, run, facts)
     if frozen is None and architecture.frozen_names(model):
         frozen = ranks.on_main(member.write_frozen, architecture, model, run)
+    architecture.hold_frozen(model, DTYPES[precision])
     session = start.describe_session(ranks.device, ranks.world_size, device_batch_size, precision)
     ranks.on_main(write_start, run, recipe, task, rows, index, session)
     tracker: Tracker | None = None

@@ -16,7 +16,9 @@ from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, write_output
 
-NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
+NAMES = sorted(
+    {module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing", "traffic"}
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""Where the time of a training step goes: data, augmentation, forward, backward, optimizer, EMA; what the EMA saves."""
+"""Where the time of a training step goes: data, augmentation, forward, backward, optimizer, EMA; what the EMA saves.
+
+With --count: the kernels and bytes of the step instead, counted and not run (see `cxrdist.bench.traffic`).
+"""
 
 import argparse
 import statistics
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from cxrdist import recipes
 from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, rows_of
+from cxrdist.bench.traffic import count_step
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, train_batches
 from cxrdist.distributed.precision import autocast
@@ -31,6 +35,7 @@ from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
 
 NUM_IMAGES = 48
 TASK = TASKS["b"]
+GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +46,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="fp32")
     parser.add_argument("--threads", type=int, metavar="N", help="decode threads")
     parser.add_argument("--no-ema", action="store_true", help="leave out the comparison of EMA updates")
+    parser.add_argument("--count", action="store_true", help="count kernels, casts and bytes of a step; runs nothing")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Rows of stage `step` with each part's share of the median step, and of stage `ema`."""
+    """Rows of stage `step` with each part's share of the median step, and of stage `ema`; --count: of `count`."""
+    if args.count:
+        return count_rows(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = step_rows(args, write_shards(Path(folder)), device)
     return rows if args.no_ema else rows + ema_rows(device)
+
+
+def count_rows(args: argparse.Namespace) -> list[Row]:
+    """Kernels and bytes of each kind, their sum without matmul, and the operators that move most of it."""
+    recipe = recipes.recipe_for(args.model, TASK.name)
+    traffic = count_step(recipe, TASK.num_labels, args.batch_size, args.precision)
+    rows = [
+        Row("count", kind, None, note=f"{number:,} kernels, {traffic.num_bytes[kind] / GB:.2f} GB")
+        for kind, number in traffic.kernels.items()
+    ]
+    most = ", ".join(f"{name} {size / GB:.1f}" for name, size in traffic.by_operator.most_common(6))
+    total = f"{traffic.no_matmul_bytes / GB:.2f} GB ({most})"
+    about = f"{recipe.name} {recipe.image_size} px, {args.precision}, batch {args.batch_size}, without augmentation"
+    return [*rows, Row("count", "all but matmul", None, note=f"{total}; {about}")]
 
 
 def write_shards(folder: Path) -> ShardIndex:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cxrdist.augment.views import make_views
 from cxrdist.data.loader import Loader
-from cxrdist.distributed.precision import autocast
+from cxrdist.distributed.precision import DTYPES, autocast
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, refuse_links, with_json
 from cxrdist.inference.parts import Logits, Part, Rows
@@ -33,8 +33,11 @@ def score(
     """(place in `batches`, rows (n,), logits (P, n, K) float32 on the device) of every batch, in order.
 
     Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
-    turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once.
+    turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once. Frozen backbones are
+    then held in `precision` (see `Architecture.hold_frozen`).
     """
+    for head in (head for item in passes for head in item.heads):
+        architecture_of(head.model).hold_frozen(models[head.sha256], DTYPES[precision])
     resident = fits(models.values(), loader.device)
     stages = [list(group) for _, group in itertools.groupby(passes, lambda item: None if resident else item.heads)]
     decoded = loader.batches(batches)

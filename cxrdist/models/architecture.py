@@ -69,6 +69,7 @@ class Architecture:
             turns normalised float32 images (B, 3, S, S) into logits (B, num_classes). Called through `build`.
         sizes: keywords of `create` that make a smaller variant. multiple_of: px; image sizes are multiples of it.
         frozen: name and '.' of the frozen backbone's module ('': none): not trained, not in the EMA, stored once.
+        hold: (model, dtype); see `hold_frozen`.
         head: prefix of the part that may start from random weights where a file has none.
         recognise: (path, tensors of a file) -> the tensors in our names, or None when they are not of this model.
             Sizes of one model share the function. Without it a file must have the module's own names.
@@ -86,6 +87,7 @@ class Architecture:
     sizes: tuple[str, ...] = ()
     multiple_of: int = 1
     frozen: str = ""
+    hold: Callable[[Any, torch.dtype], None] | None = None
     head: str = "head."
     official: OfficialFiles | None = None
     recognise: Callable[[Path, Tensors], Recognised | None] | None = None
@@ -165,6 +167,14 @@ class Architecture:
         """Let `model` use the frozen backbone module of `other`, which is equal, instead of its own copy."""
         name = self.frozen.removesuffix(".")
         model.set_submodule(name, other.get_submodule(name))
+
+    def hold_frozen(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Hold the frozen backbone in the dtype of autocast, under which alone the model then runs.
+
+        Its tensors are no longer those of its file: hash and write them before. float32 changes nothing.
+        """
+        if self.hold is not None and dtype != torch.float32:
+            self.hold(model, dtype)
 
     def count_parameters(self, model: nn.Module, groups: Sequence[Group]) -> ParameterCounts:
         """Counts of `model` under a recipe's groups (first match wins). UserError names a parameter without a group."""

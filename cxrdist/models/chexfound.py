@@ -23,6 +23,7 @@ import cxrdist.models.architecture as base
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
 from cxrdist.models.glori import GLoRI
+from cxrdist.models.lean import LeanBlock, LeanNorm
 
 NUM_BLOCKS_READ = 4  # the features are the patch tokens of the last four blocks
 RELEASED_QUERIES = 40  # classes of the released head, kept by the published run
@@ -65,6 +66,8 @@ class CheXFound(nn.Module):
             mlp_layer=SwiGLUPacked,  # type: ignore[arg-type]  # a partial, as timm's own models pass it
             mlp_ratio=(2 * swiglu_hidden + 0.5) / embed_dim,  # timm truncates: half a unit keeps it from one too few
             act_layer=nn.SiLU,
+            norm_layer=LeanNorm,
+            block_fn=LeanBlock,
             reg_tokens=4,
             no_embed_class=True,
             num_classes=0,
@@ -87,11 +90,14 @@ class CheXFound(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(B, N, F) float32: patch tokens of the last four blocks, each through the final norm, side by side."""
+        """(B, N, F): patch tokens of the last four blocks, each through the final norm, side by side.
+
+        float32, or under autocast its dtype.
+        """
         tokens: Any = self.backbone.forward_intermediates(
             images, indices=NUM_BLOCKS_READ, norm=True, output_fmt="NLC", intermediates_only=True
         )
-        return torch.cat(tokens, dim=-1).float()
+        return torch.cat(tokens, dim=-1)
 
     def head_logits(self, features: Tensor) -> Tensor:
         """(B, C) logits of what `features` returned."""
@@ -220,6 +226,13 @@ def _create(image_size: Size, num_classes: int, drop_rate: float, **sizes: Any) 
     return chexfound_vitl16_glori(img_size=image_size, num_classes=num_classes, drop_rate=drop_rate, **sizes)
 
 
+def _hold(model: CheXFound, dtype: torch.dtype) -> None:
+    for module in model.backbone.modules():
+        if isinstance(module, LeanBlock) and module.held is None:
+            module.hold(dtype)
+    model.backbone.patch_embed.to(dtype)
+
+
 def _idle(model: CheXFound) -> int:
     """Queries and outputs beyond the classes."""
     queries = model.glori.query_embed.weight
@@ -232,6 +245,7 @@ ARCHITECTURE = Architecture(
     sizes=("embed_dim", "depth", "num_heads", "init_values", "decoder_dim", "num_queries"),
     multiple_of=16,
     frozen="backbone.",
+    hold=_hold,
     head="glori.",
     official=base.OfficialFiles(
         (TEACHER_FILE, GLORI_FILE),

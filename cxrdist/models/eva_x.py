@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cxrdist.models.architecture as base
 from cxrdist.models.architecture import Architecture, Recognised, Size, Tensors
+from cxrdist.models.lean import LeanNorm, make_lean
 
 SIZES: dict[str, dict[str, Any]] = {
     "eva_x_base_patch16": {"embed_dim": 768, "num_heads": 12, "qkv_fused": False, "scale_mlp": True},
@@ -38,9 +39,11 @@ def _eva_x(variant: str, pretrained: bool = False, **kwargs: Any) -> Eva:
         "mlp_ratio": 4 * 2 / 3,
         "swiglu_mlp": True,
         "use_rot_pos_emb": True,
+        "norm_layer": LeanNorm,
         "ref_feat_shape": (14, 14),  # 224 px / 16: rotary positions are scaled to this grid at every input size
     }
     model = build_model_with_cfg(Eva, variant, pretrained, **(published | SIZES[variant] | kwargs))
+    make_lean(model)
     if isinstance(model.head, nn.Linear):
         model.head.reset_parameters()  # timm would shrink it a thousandfold; the published run drew torch's default
     return model
