@@ -138,7 +138,6 @@ def train(
         check_headers(index, ranks.rank, ranks.world_size)
         facts, rows = choose_data(index, recipe, run, args)
         targets = targets_of(index)[rows.train]
-        validated = rows.valid or index
         if rows.valid is not None:
             check_headers(rows.valid, ranks.rank, ranks.world_size)
     describe_data(index, rows, ranks)
@@ -161,7 +160,7 @@ def train(
         groups = param_groups(model, recipe.groups)
         augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
-        masked = index.observed is not None or validated.observed is not None
+        masked = any(each.observed is not None for each in (index, rows.valid or index))
         criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)

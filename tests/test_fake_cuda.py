@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrdist import recipes
 from cxrdist.augment import views
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import VIEWS, make_views
 from cxrdist.distributed.precision import DTYPES, autocast
 from cxrdist.inference.passes import Member, plan_passes
@@ -122,19 +122,13 @@ def steady(detector, act):
         return act()
 
 
-RGB_CLAHE = "kornia's rgb_to_lab makes its matrix on the host in every call"
-AUGMENTATIONS = [
-    ("published", 1),
-    ("crop_flip", 1),
-    ("none", 1),
-    ("crop_flip", 3),
-    pytest.param("published", 3, marks=pytest.mark.xfail(raises=HostSyncError, reason=RGB_CLAHE)),
-]
+AUGMENTS = {name: TrainingAugment(SIZE, steps, seed=0) for name, steps in recipes.AUGMENTS.items()}
 
 
-@pytest.mark.parametrize(("mode", "channels"), AUGMENTATIONS)
-def test_augmentation(detector, mode, channels):
-    augment = TrainingAugment(SIZE, mode, seed=0)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("steps", AUGMENTS)
+def test_augmentation(detector, steps, channels):
+    augment = AUGMENTS[steps]
     images = steady(detector, lambda: augment(pixels(channels), KEYS, 0))
     assert images.shape == (len(KEYS), 3, SIZE, SIZE)
     assert images.device == GPU

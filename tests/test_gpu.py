@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cxrdist import recipes
-from cxrdist.augment.training import TrainingAugment
+from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import VIEWS, make_views
 from cxrdist.bench.gpu import training_step
 from cxrdist.distributed.precision import autocast
@@ -40,10 +40,10 @@ def test_a_real_step_never_waits_for_the_device(make, precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", ["none", "crop_flip", "published"])
-def test_augmented_pixels_are_the_cpus(mode):
+@pytest.mark.parametrize("steps", recipes.AUGMENTS)
+def test_augmented_pixels_are_the_cpus(steps):
     """A level apart at most where a sample falls between two, and in few pixels."""
-    augment = TrainingAugment(448, mode, seed=0)
+    augment = TrainingAugment(448, recipes.AUGMENTS[steps], seed=0)
     on_cpu = augment.levels(images(), np.arange(4), 0)
     difference = (augment.levels(images().to(GPU), np.arange(4), 0).cpu() - on_cpu).abs()
     assert difference.mean() < 0.05

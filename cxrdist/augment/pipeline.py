@@ -52,16 +52,17 @@ class Stage:
 
     def draw(
         self, keys: Ints, seed: int, epoch: int, size: Size, channels: int = 1
-    ) -> tuple[Ints, list[dict[str, Tensor]]]:
+    ) -> tuple[Ints, list[dict[str, Any]]]:
         """The rows of `keys` (B,) that take the step, and the parameters of each, on the host.
 
-        A step of this project takes its parameters from its stream; another one from torch's generator, seeded by it.
+        A step of this project takes its parameters, arrays, from its stream; another one takes tensors, from torch's
+        generator, seeded by the stream.
         """
         num = getattr(self.module, "num_values", 1)
         values = uniforms(seed, epoch, keys, 1 + num, start=self.start, stream=self.stream)
         rows = np.flatnonzero(values[:, 0] < self.p)
         if sample := getattr(self.module, "sample", None):
-            params = {name: torch.from_numpy(each) for name, each in sample(values[rows, 1:], size).items()}
+            params = sample(values[rows, 1:], size)
             return rows, [{name: each[i : i + 1] for name, each in params.items()} for i in range(len(rows))]
         return rows, [self._draw_stock(int(value * 2.0**53), (channels, *size)) for value in values[rows, 1]]
 
@@ -71,13 +72,14 @@ class Stage:
             params: dict[str, Tensor] = self.module.forward_parameters((1, *shape))  # type: ignore[operator]
         return params | {"seed": torch.tensor([seed])}
 
-    def __call__(self, levels: Tensor, params: Sequence[dict[str, Tensor]]) -> Tensor:
+    def __call__(self, levels: Tensor, params: Sequence[dict[str, Any]]) -> Tensor:
         """(n, C, H, W) grey levels -> (n, C, S, S) float32 integer grey levels, with the parameters of each."""
         if self.one_by_one and len(levels) > 1:
             return torch.cat([self(levels[i : i + 1], params[i : i + 1]) for i in range(len(levels))])
-        joined = {name: torch.cat([each[name] for each in params]) for name in params[0]}
         if on_levels := getattr(self.module, "on_levels", None):
-            return on_levels(levels, joined)  # type: ignore[no-any-return]
+            arrays = {name: np.concatenate([each[name] for each in params]) for name in params[0]}
+            return on_levels(levels, arrays)  # type: ignore[no-any-return]
+        joined = {name: torch.cat([each[name] for each in params]) for name in params[0]}
         seed = joined.pop("seed", None)
         joined["forward_input_shape"] = torch.tensor(levels.shape)
         joined = {name: each.float() if each.is_floating_point() else each for name, each in joined.items()}
@@ -214,7 +216,7 @@ def _tried(stage: Stage, image_size: int, colour: bool | None) -> Stage:
     raise UserError(f"--augment {stage.name}: not possible: {next(iter(problems.values()))}")
 
 
-def _together(stage: Stage, batch: Tensor, params: Sequence[dict[str, Tensor]]) -> Tensor:
+def _together(stage: Stage, batch: Tensor, params: Sequence[dict[str, Any]]) -> Tensor:
     """Both images in one call, with torch's generator elsewhere; empty if the call fails."""
     try:
         with torch.random.fork_rng(devices=[]):

@@ -26,10 +26,10 @@ Params = dict[str, NDArray[Any]]  # kornia's names to arrays (n, ...), a row an 
 Size = tuple[int, int]  # height and width, px
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """`values` on `device` in float32, without waiting for the device."""
-    values = values.float()
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    tensor = torch.from_numpy(values.astype(np.float32))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class LevelStep(nn.Module):
@@ -41,8 +41,8 @@ class LevelStep(nn.Module):
         """Parameters of n images of `size` from (n, num_values) independent uniform numbers in [0, 1)."""
         raise NotImplementedError
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """(n, C, H, W) integer levels, uint8 or float32 in [0, 255] -> float32 integer levels; `params` on the host."""
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
+        """(n, C, H, W) integer levels, uint8 or float32 in [0, 255] -> float32 integer levels."""
         raise NotImplementedError
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -53,7 +53,8 @@ class LevelStep(nn.Module):
     def apply_transform(
         self, input: Tensor, params: dict[str, Tensor], flags: Mapping[str, Any], transform: Tensor | None = None
     ) -> Tensor:
-        return self.on_levels((input * 255.0).round_(), params) / 255.0
+        arrays = {name: params[name].cpu().numpy() for name in self.sample(np.zeros((0, self.num_values)), (1, 1))}
+        return self.on_levels((input * 255.0).round_(), arrays) / 255.0
 
 
 class PublishedCrop(LevelStep, GeometricAugmentationBase2D):
@@ -86,22 +87,22 @@ class PublishedCrop(LevelStep, GeometricAugmentationBase2D):
 
     def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: Mapping[str, Any]) -> Tensor:
         """(n, 3, 3) from pixels of the image to pixels of the crop."""
-        window = params["window"].double()
+        window = params["window"].cpu().numpy()
         factor = self.size / window[:, 2:]
-        matrix = torch.eye(3, dtype=torch.float64).repeat(len(window), 1, 1)
+        matrix = np.tile(np.eye(3), (len(window), 1, 1))
         matrix[:, [0, 1], [0, 1]] = factor
         matrix[:, :2, 2] = (0.5 - window[:, :2]) * factor - 0.5
         return to_device(matrix, input.device)
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """Bilinear among the window's own pixels; within 1 level of OpenCV, which has weights of 11 bits."""
-        window, size = params["window"].numpy(), self.size
+        window, size = params["window"], self.size
         table = []  # for x and y: slope, offset, smallest, largest; in grid_sample's coordinates, from the centre
         for axis, extent in enumerate(levels.shape[:-3:-1]):
             start, length = window[:, axis], window[:, axis + 2]
             ends = (start + (length - 1) / 2, start, start + length - 1)
             table += [length / size * 2.0 / extent, *((2.0 * px + 1.0) / extent - 1.0 for px in ends)]
-        columns = to_device(torch.from_numpy(np.stack(table)), levels.device).view(2, 4, -1, 1, 1)
+        columns = to_device(np.stack(table), levels.device).view(2, 4, -1, 1, 1)
         place = torch.arange(size, device=levels.device, dtype=torch.float32) - (size - 1) / 2
         grid = torch.empty((len(window), 2, size, size), device=levels.device)
         for axis, position in enumerate((place, place.view(-1, 1))):
@@ -124,9 +125,8 @@ class LabClahe(LevelStep, IntensityAugmentationBase2D):
         low, high = self.clip_limit
         return {"clip_limit": low + (high - low) * values[:, 0]}
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
-        counts = torch.from_numpy(clip_counts(params["clip_limit"].numpy(), levels.shape[-1]))
-        return equalise(levels, to_device(counts, levels.device))
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
+        return equalise(levels, to_device(clip_counts(params["clip_limit"], levels.shape[-1]), levels.device))
 
 
 class ContrastAboutZero(LevelStep, IntensityAugmentationBase2D):
@@ -145,8 +145,8 @@ class ContrastAboutZero(LevelStep, IntensityAugmentationBase2D):
 
         return {"factor": around(1.0, self.contrast, 0), "offset": around(0.0, self.brightness * 255.0, 1)}
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
-        both = to_device(torch.stack([params["factor"], params["offset"]]), levels.device)
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
+        both = to_device(np.stack([params["factor"], params["offset"]]), levels.device)
         factor, offset = both.view(2, -1, 1, 1, 1).unbind()
         return (levels * factor).add_(offset).clamp_(0.0, 255.0).floor_()
 
@@ -178,7 +178,7 @@ class CutHoles(LevelStep, IntensityAugmentationBase2D):
         y, x = np.floor((rows - height + 1) * y), np.floor((columns - width + 1) * x)
         return {"boxes": np.where(used[..., None], np.stack([x, y, x + width, y + height], 2), 0.0)}
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         boxes = to_device(params["boxes"], levels.device)
         x, y = (torch.arange(px, device=levels.device, dtype=torch.float32) for px in levels.shape[:-3:-1])
         left, top, right, bottom = boxes.unsqueeze(-1).unbind(2)  # each (n, holes, 1)
@@ -194,9 +194,7 @@ def warp(levels: Tensor, backward: NDArray[np.float64]) -> Tensor:
     448 px on one core.
     """
     size = levels.shape[-1]
-    across, down, offset = (
-        to_device(torch.from_numpy(backward * (2.0 / size)), levels.device).view(-1, 2, 3, 1, 1).unbind(2)
-    )
+    across, down, offset = to_device(backward * (2.0 / size), levels.device).view(-1, 2, 3, 1, 1).unbind(2)
     place = torch.arange(size, device=levels.device, dtype=torch.float32) - (size - 1) / 2
     grid = torch.empty((len(backward), 2, size, size), device=levels.device)
     torch.add(place * across, place.view(-1, 1) * down + offset, out=grid)
@@ -216,9 +214,9 @@ class Rotation(K.RandomRotation):  # type: ignore[misc]
     def sample(self, values: Floats, size: Size) -> Params:
         return {"degrees": -self.most + 2.0 * self.most * values[:, 0]}
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """As `LevelStep.on_levels`."""
-        angle = np.deg2rad(params["degrees"].numpy())
+        angle = np.deg2rad(params["degrees"])
         cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(len(angle))
         return warp(levels, np.stack([cos, -sin, zero, sin, cos, zero], 1).reshape(-1, 2, 3))
 
@@ -246,12 +244,12 @@ class ShiftScale(K.RandomAffine):  # type: ignore[misc]
             **{name: np.zeros(num) for name in ("angle", "shear_x", "shear_y")},
         }
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """As `LevelStep.on_levels`."""
-        slope = 1.0 / params["scale"].numpy()
+        slope = 1.0 / params["scale"]
         backward = np.zeros((len(slope), 2, 3))
         backward[:, [0, 1], [0, 1]] = slope
-        backward[:, :, 2] = -params["translations"].numpy() * slope
+        backward[:, :, 2] = -params["translations"] * slope
         return warp(levels, backward)
 
 
@@ -266,7 +264,7 @@ class Flip(K.RandomHorizontalFlip):  # type: ignore[misc]
     def sample(self, values: Floats, size: Size) -> Params:
         return {"none": np.zeros(len(values))}
 
-    def on_levels(self, levels: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """As `LevelStep.on_levels`."""
         return levels.flip(-1)
 

@@ -82,12 +82,13 @@ def test_every_step_is_within_one_level_of_the_library(stage: Stage, kind: str) 
     after = stage(batch if stage.name == "crop" else batch.float(), params).numpy()
     off = []
     for row, image in enumerate(after):
-        expected = library_step(stage.name, before, {name: each.numpy() for name, each in params[row].items()})
+        expected = library_step(stage.name, before, params[row])
         off.append(np.abs(expected.astype(np.float32) - image.transpose(1, 2, 0)))
     worst = np.array(off)
     assert worst.max() <= 1
-    # The crop's exact weights are off the library's of 11 bits by one.
-    assert (worst > 0).mean() < {"crop": 0.15, "clahe": 1e-9}.get(stage.name, 0.005)
+    # The crop's exact weights are off the library's of 11 bits by one; so are its three channels of a grey image's CLAHE.
+    clahe = 0.05 if kind == "grey" else 1e-9
+    assert (worst > 0).mean() < {"crop": 0.15, "clahe": clahe}.get(stage.name, 0.005)
 
 
 def test_the_library_draws_from_the_same_distributions() -> None:
@@ -97,7 +98,7 @@ def test_the_library_draws_from_the_same_distributions() -> None:
     for stage in stages_of([step for step in PUBLISHED_STEPS if step.name in names], SIZE):
         px = sizes.get(stage.name, SIZE)
         _, params = stage.draw(np.arange(num), 1, 1, (px, px))
-        ours |= {name: torch.cat([each[name] for each in params]).numpy() for name in names[stage.name].split()}
+        ours |= {name: np.concatenate([each[name] for each in params]) for name in names[stage.name].split()}
     rgb = np.zeros((600, 600, 3), np.uint8)
     small = np.zeros((SIZE, SIZE, 3), np.uint8)
     with warnings.catch_warnings():
