@@ -11,7 +11,7 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -28,6 +28,7 @@ from cxrdist.augment.views import empty_batch, keep_freed_blocks, normalise, res
 from cxrdist.errors import UserError, one_line
 from cxrdist.recipes import Step
 
+Draws = Mapping[str, Any]  # kornia's names to what one image's parameters are: arrays or tensors (1, ...)
 MIXES = ("RandomMixUpV2", "RandomCutMixV2")
 CHANGES_SIZE = "it changes the size of an image, which the recipe's image_size sets"
 REFUSED = {
@@ -50,9 +51,7 @@ class Stage:
     stream: str = ""
     one_by_one: bool = False  # its parameters of several images do not go into one call
 
-    def draw(
-        self, keys: Ints, seed: int, epoch: int, size: Size, channels: int = 1
-    ) -> tuple[Ints, list[dict[str, Any]]]:
+    def draw(self, keys: Ints, seed: int, epoch: int, size: Size, channels: int = 1) -> tuple[Ints, list[Draws]]:
         """The rows of `keys` (B,) that take the step, and the parameters of each, on the host.
 
         A step of this project takes its parameters, arrays, from its stream; another one takes tensors, from torch's
@@ -72,7 +71,7 @@ class Stage:
             params: dict[str, Tensor] = self.module.forward_parameters((1, *shape))  # type: ignore[operator]
         return params | {"seed": torch.tensor([seed])}
 
-    def __call__(self, levels: Tensor, params: Sequence[dict[str, Any]]) -> Tensor:
+    def __call__(self, levels: Tensor, params: Sequence[Draws]) -> Tensor:
         """(n, C, H, W) grey levels -> (n, C, S, S) float32 integer grey levels, with the parameters of each."""
         if self.one_by_one and len(levels) > 1:
             return torch.cat([self(levels[i : i + 1], params[i : i + 1]) for i in range(len(levels))])
@@ -216,7 +215,7 @@ def _tried(stage: Stage, image_size: int, colour: bool | None) -> Stage:
     raise UserError(f"--augment {stage.name}: not possible: {next(iter(problems.values()))}")
 
 
-def _together(stage: Stage, batch: Tensor, params: Sequence[dict[str, Any]]) -> Tensor:
+def _together(stage: Stage, batch: Tensor, params: Sequence[Draws]) -> Tensor:
     """Both images in one call, with torch's generator elsewhere; empty if the call fails."""
     try:
         with torch.random.fork_rng(devices=[]):

@@ -86,7 +86,7 @@ def test_every_step_is_within_one_level_of_the_library(stage: Stage, kind: str) 
         off.append(np.abs(expected.astype(np.float32) - image.transpose(1, 2, 0)))
     worst = np.array(off)
     assert worst.max() <= 1
-    # The crop's exact weights are off the library's of 11 bits by one; so are its three channels of a grey image's CLAHE.
+    # By one: the exact weights of the crop against 11 bits, and three channels of a grey image after the CLAHE.
     clahe = 0.05 if kind == "grey" else 1e-9
     assert (worst > 0).mean() < {"crop": 0.15, "clahe": clahe}.get(stage.name, 0.005)
 
