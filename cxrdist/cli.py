@@ -99,6 +99,10 @@ def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> di
 
 AGAIN = "run the same command again to resume from what is already written"
 REPORT = "please report the lines above, the command, and what `python -m cxrdist.doctor` prints"
+AUGMENT = (
+    "published, crop_flip or none; +NAME:arg=value,p=0.2 adds a step (of kornia.augmentation), -NAME removes one, "
+    "NAME:arg=value changes one (repeatable)"
+)
 READINGS = "error, zero, one, masked, a number, or LABEL=... (default: as the task says)"
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
@@ -115,6 +119,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
     "--set": flag(str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)")
     | {"dest": "overrides", "action": "append", "default": []},
+    "--augment": flag(str, "EDIT", AUGMENT) | {"action": "append", "default": []},
     "--device-batch-size": flag(
         at_least(1),
         "N",

@@ -8,12 +8,14 @@ Ends with exit code 0 also when something is wrong: it reports, it does not judg
 
 import contextlib
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
 import socket
 import sys
 import tomllib
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cxrdist.cli import Parser, run_entry
+from cxrdist import files, recipes
+from cxrdist.cli import Parser, add_flags, run_entry, shards_of
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
 from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.models import architecture_of
 from cxrdist.models.weights.fit import init_files
+from cxrdist.shards.index import open_index
 from cxrdist.training.tracking import resolve_mode
 
 SHOWN = ("torch", "accelerate", "timm", "kornia", "webdataset", "simplejpeg", "wandb", "numpy", "pillow")
+NUM_SHEET_IMAGES = 8
 MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both runs
 
 
@@ -39,8 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     plan_help = "print only config, number of processes and environment, for launch.sh"
     parser.add_argument("--plan", action="store_true", help=plan_help)
     parser.add_argument("--bill", action="store_true", help="print name, version and licence of every dependency")
+    sheet_help = "draw what a recipe's augmentation does to eight images of --shards, as a PNG"
+    parser.add_argument("--augment-sheet", type=Path, metavar="FILE", help=sheet_help)
+    parser.add_argument("--model", default="eva_x", help="the recipe for --augment-sheet (default %(default)s)")
+    add_flags(parser, "--task", "--shards", "--set", "--augment")
     problems: list[str] = []
     args = parser.parse_args(argv)
+    if args.augment_sheet:
+        augment_sheet(args, args.augment_sheet)
+        return
     if args.bill:
         print(*("\t".join(row) for row in bill()), sep="\n")
         return
@@ -67,6 +79,24 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<11}{text}")
     if not problems:
         print("no problem found; `./launch.sh demo` runs all steps on a small division")
+
+
+def augment_sheet(args: Namespace, out: Path) -> None:
+    """Write the figure of `report.saliency.augmented_figure` to `out`; UserError for what the recipe cannot do."""
+    from cxrdist.data.loader import Loader  # kornia and matplotlib, which --plan shall not wait for
+    from cxrdist.report.saliency import augmented_figure
+
+    shards = shards_of(args)
+    files.check_outputs([out], [shards], flag="--augment-sheet")
+    index = open_index(shards, "train", args.task)
+    recipe = recipes.recipe_for(args.model, index.task.name)
+    recipe = recipes.with_overrides(recipe, args.overrides + [f"augment={edit}" for edit in args.augment])
+    with Loader(index) as loader:
+        figure = augmented_figure(loader, recipe, NUM_SHEET_IMAGES)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100, facecolor="white")
+    files.write_output(out, content.getvalue())
+    print(f"{out}: {NUM_SHEET_IMAGES} images of {shards}, as stored and in four epochs of {recipe.name}")
 
 
 def versions(problems: list[str]) -> str:

@@ -319,6 +319,11 @@ def from_json(content: bytes | str, source: object = "recipe") -> Recipe:
     return from_json_with_task(content, source)[0]
 
 
+def was_composed(content: bytes) -> bool:
+    """Whether a recipe's JSON is of a version that did the published augmentation in one warp instead of its steps."""
+    return bool(json.loads(content).get("augment") == "published")
+
+
 def from_json_with_task(content: bytes | str, source: object) -> tuple[Recipe, Task | None]:
     """`from_json`, and the task that a recipe of version 1 held; None for a later one."""
     remedy = "it is damaged or of another version of cxrdist"

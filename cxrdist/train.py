@@ -54,7 +54,6 @@ NO_FOLD = -1
 NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
-AUGMENT = "published, crop_flip, none, +NAME:arg=value,p=0.2 (a class of kornia.augmentation), -NAME or NAME:p=0.1"
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
@@ -79,7 +78,6 @@ OWN_FLAGS = {
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
     "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
-    "--augment": flag(str, "EDIT", AUGMENT) | {"action": "append", "default": []},
     "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
 
@@ -89,8 +87,10 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist.train", description=__doc__)
     flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
-    add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
-    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable")
+    add_flags(
+        flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run", "--augment"
+    )
+    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment")
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
     return flags

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
@@ -36,10 +37,17 @@ class Example:
 
 def augmented_section(loader: Loader, recipe: Recipe) -> Section:
     """Stored training images, a row each, and what training made of them in four epochs."""
+    figure = augmented_figure(loader, recipe, NUM_AUGMENTED)
+    about = "Stored images and what training made of them in four epochs; draws depend only on seed, epoch and image."
+    return Section("Training images", about, figure_html(figure, "augmented training images"))
+
+
+def augmented_figure(loader: Loader, recipe: Recipe, num_images: int) -> Figure:
+    """So many images of a set, a row each: as stored, and as the recipe's augmentation makes them in four epochs."""
     index = loader.index
-    rows = np.linspace(0, len(index) - 1, min(NUM_AUGMENTED, len(index))).astype(np.int64)
+    rows = np.linspace(0, len(index) - 1, min(num_images, len(index))).astype(np.int64)
     images = read_images(loader, rows)
-    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
     stages = {"as stored": resize(images, recipe.image_size)}
     stages |= {f"epoch {epoch + 1}": augment.levels(images, index.keys[rows], epoch) for epoch in range(4)}
     figure, axes = grid(len(rows), len(stages), 11, 11 / len(stages) * len(rows) + 0.4)
@@ -49,8 +57,7 @@ def augmented_section(loader: Loader, recipe: Recipe) -> Section:
             _show(axis, image)
     for axis, row in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(plain(index.image_names[row]), fontsize=7)
-    about = "Stored images and what training made of them in four epochs; draws depend only on seed, epoch and image."
-    return Section("Training images", about, figure_html(figure, "augmented training images"))
+    return figure
 
 
 def choose_examples(asked: list[str], table: ScoreTable, targets: Floats, result: Evaluation) -> list[Example]:

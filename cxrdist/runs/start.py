@@ -94,6 +94,8 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
         say(f"{run} has no complete checkpoint yet: starting from the beginning")
         return Start()
     say(f"resuming from {folder}")
+    if recipes.was_composed((run / "recipe.json").read_bytes()):
+        say(f"warning: {run} was begun by a cxrdist that composed the augmentation's steps into one, sharper, warp")
     return Start(folder, read_versioned(StepState, folder / "state.json"))
 
 

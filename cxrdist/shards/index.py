@@ -480,11 +480,11 @@ def read_rows(folder: Path, meta: SplitMeta) -> pa.RecordBatch:
         content = pa.memory_map(str(path)).read_buffer()
         batch = _read_csv(content, meta) if meta.format_version == 1 else pa.ipc.open_file(content).get_batch(0)
         batch.validate(full=True)
+        found = [(field.name, field.type) for field in batch.schema]  # a name may be no UTF-8: a ValueError
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as an index ({str(error).splitlines()[0]}); {AGAIN}") from None
     labels = [LABEL + label for label in meta.task.labels]
     known = [COLUMNS, *(COLUMNS | dict.fromkeys(labels, kind) for kind in (pa.uint8(), pa.float32()))]
-    found = [(field.name, field.type) for field in batch.schema]
     if found not in [list(kinds.items()) for kinds in known] or any(column.null_count for column in batch.columns):
         raise UserError(f"{path}: its columns are not those of the format and task; {AGAIN}")
     if len(batch) != meta.counts.images:

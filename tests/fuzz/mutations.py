@@ -1,5 +1,6 @@
 """Damage and hostile values: bytes, JSON, tables, texts and pickles, changed by a seeded generator."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -119,13 +120,12 @@ def json_damaged(rng: random.Random, data: bytes) -> bytes:
         parent, key = rng.choice(places)
         kind = rng.randrange(10)
         if kind <= 6:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))  # shared, it could come to hold itself
         elif kind == 7 and parent is not holder:
             del parent[key]
         elif isinstance(parent[key], dict):
-            parent[key][rng.choice(("extra", "", "x" * 300, "a\0b", "../x", *list(parent[key])[:1]))] = rng.choice(
-                VALUES
-            )
+            name = rng.choice(("extra", "", "x" * 300, "a\0b", "../x", *list(parent[key])[:1]))
+            parent[key][name] = copy.deepcopy(rng.choice(VALUES))
         elif isinstance(parent[key], list) and parent[key]:
             parent[key].extend(parent[key][: rng.choice((1, 1000))])
         document = holder[0]

@@ -43,8 +43,8 @@ SHARED_FLAGS = (
 MODEL_FLAGS = {
     "eva_x": ("--model", "demo_eva_x", "--set", "model_kwargs=depth=2,embed_dim=4,num_heads=1"),
     "chexfound": (
-        *("--model", "demo_chexfound", "--set", "augment=published"),
-        *("--set", "model_kwargs=decoder_dim=8,depth=4,embed_dim=8,init_values=1.0,num_heads=2"),
+        *("--model", "demo_chexfound", "--set"),
+        "model_kwargs=decoder_dim=8,depth=4,embed_dim=8,init_values=1.0,num_heads=2",
     ),
 }
 MEMBERS = ("--member", "eva_x=run_full_eva_x@1,2:tta", "--member", "chexfound=run_full_chexfound@1,2")
