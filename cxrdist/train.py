@@ -87,9 +87,7 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist.train", description=__doc__)
     flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
-    add_flags(
-        flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run", "--augment"
-    )
+    add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment")
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
