@@ -299,7 +299,7 @@ def _groups(digests: NDArray[np.uint8]) -> list[list[int]]:
 
 def _repeated(splits: Splits) -> Iterator[Finding]:
     groups = sorted(_groups(splits.column("digests")))
-    patients = [len({splits.patients[image] for image in group}) for group in groups]
+    patients = [len({splits.patients[image] for image in group} - {""}) for group in groups]  # "": unknown
     parts = [len({splits.place(image)[0] for image in group}) for group in groups]
     labels = [_differ([splits.targets(image) for image in group]) for group in groups]
     kinds = {
@@ -320,7 +320,7 @@ def _repeated(splits: Splits) -> Iterator[Finding]:
             "Remove the image from the training split.",
         ),
         "Images stored more than once": (
-            [patient == part == 1 and not label for patient, part, label in zip(patients, parts, labels, strict=True)],
+            [patient <= 1 == part and not label for patient, part, label in zip(patients, parts, labels, strict=True)],
             "The same patient, split and labels: harmless but for weight, as the image counts several times.",
             "Keep one row of each group.",
         ),
@@ -369,8 +369,9 @@ def _near_duplicates(splits: Splits, pixels: Pixels) -> Iterator[Finding]:
     chosen = np.sort(first[~blank[first]])
     pairs, distances = near_pairs(pixels.coarse[chosen], pixels.fine[chosen])
     pairs = chosen[pairs]
-    codes, parts = splits.patients.codes()[0], splits.split_ids
-    strange = codes[pairs[:, 0]] != codes[pairs[:, 1]]
+    (codes, patients), parts = splits.patients.codes(), splits.split_ids
+    known = np.array([bool(patient) for patient in patients])[codes][pairs].all(1)
+    strange = known & (codes[pairs[:, 0]] != codes[pairs[:, 1]])
     crossing = parts[pairs[:, 0]] != parts[pairs[:, 1]]
     for title, there, why, remedy in (
         (

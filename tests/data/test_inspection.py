@@ -26,8 +26,11 @@ from cxrdist.data.inspection import (
     near_pairs,
 )
 from cxrdist.errors import UserError
+from cxrdist.shards.convert import Pixels
 from cxrdist.shards.index import open_index, splits_in
+from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import COMPETITION_LABELS as LABELS
+from cxrdist.task import Columns, Task
 
 pytestmark = pytest.mark.fast
 
@@ -251,3 +254,19 @@ def test_a_changed_copy_is_near_and_another_picture_is_not(change: Callable[[Ima
     assert distance(picture(0), change(picture(0)), 8) <= MAX_COARSE
     assert distance(picture(0), change(picture(0)), 32) <= MAX_FINE
     assert distance(picture(0), picture(1), 32) > 5 * MAX_FINE
+
+
+def test_an_unknown_patient_is_no_other_patient(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture(5).save(path)
+    almost = tmp_path / "b.png"
+    ImageEnhance.Brightness(picture(5)).enhance(1.08).resize((300, 300)).save(almost)
+    task = Task(name="own", labels=("one",), columns=Columns(image="image"))
+    sources = [
+        Source(key, f"{key}.png", str(file), file.stat().st_size, "", patient, "", targets=(0.0,))
+        for key, (file, patient) in enumerate([(path, "P0"), (path, ""), (almost, "")])
+    ]
+    write_split(SplitJob(tmp_path / "set", task, "train", sources, Pixels(), 24, {}))
+    titles = inspect(tmp_path / "set")[1]
+    assert "Images stored more than once" in titles
+    assert not [title for title in titles if "different patients" in title]

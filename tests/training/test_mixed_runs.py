@@ -1,4 +1,4 @@
-"""MixUp and CutMix in a run of two processes: resumed bit for bit, and a device batch that splits a group is refused."""
+"""MixUp and CutMix in a run of two processes: resumed bit for bit; a device batch that splits a group is refused."""
 
 from pathlib import Path
 
