@@ -75,7 +75,7 @@ def test_version_1_tables_and_runs_are_reported(tmp_path, monkeypatch):
     assert "GLoRI attention of run_full_chexfound@2" in page
 
 
-@pytest.mark.parametrize("num_labels", [1, 3, 40])
+@pytest.mark.parametrize("num_labels", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_report_holds_any_number_of_labels_however_they_are_called(tmp_path, num_labels):
     task = Task(
         name="own",

@@ -124,7 +124,7 @@ def check(run: Path, trace: Trace) -> None:
                 assert (found[parameter] - value).norm() <= 0.01 * moved, parameter
 
 
-@pytest.mark.parametrize("device_batch_size", [10, 3])
+@pytest.mark.parametrize("device_batch_size", [pytest.param(10, marks=pytest.mark.slow), 3])
 def test_one_process_follows_the_plain_loop(expected, uneven_shards, tmp_path, device_batch_size):
     model, trace = expected
     flags = ["--device-batch-size", str(device_batch_size), "--set", "drop_rate=0", "--wandb", "off"]
@@ -134,6 +134,9 @@ def test_one_process_follows_the_plain_loop(expected, uneven_shards, tmp_path, d
     check(tmp_path, trace)
 
 
+@pytest.mark.parametrize(
+    "expected", [pytest.param("tiny_eva_x", marks=pytest.mark.slow), "tiny_chexfound"], indirect=True
+)
 @pytest.mark.parametrize("device_batch_size", [pytest.param(5, marks=pytest.mark.slow), 2])
 def test_two_processes_follow_the_plain_loop(expected, uneven_shards, tmp_path, device_batch_size):
     model, trace = expected
