@@ -150,7 +150,7 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     ;;
   test)
     setup dev
-    if [ "${1:-}" = --all ]; then shift; python -m pytest "$@"; else python -m pytest -m "not slow and not fault" "$@"; fi
+    if [ "${1:-}" = --all ]; then shift; python -m pytest "$@"; else python -m pytest -n 2 --dist loadfile -m "not slow and not fault" "$@"; fi
     ;;
   fuzz | soak)
     setup dev

@@ -49,14 +49,14 @@ def create(image_size, num_classes, drop_rate, width=8):
 ARCHITECTURES["toy"] = Architecture(name="toy", create=create, sizes=("width",), head="6.")
 '''
 RECIPE = '''
-from cxrdist.recipes import RECIPES, Group, Inference, Recipe
+from cxrdist.recipes import AUGMENTS, RECIPES, Group, Inference, Recipe
 
 
 def toy(task):
     """For tests."""
     return Recipe(
         name="toy", model="toy", image_size=50, epochs=2, seed=3, global_batch_size=8, loss="brier_and_bce",
-        groups=(Group(pattern="", lr=1e-2),), ema_decay=0.9, ema_ramp=True, augment="crop_flip",
+        groups=(Group(pattern="", lr=1e-2),), ema_decay=0.9, ema_ramp=True, augment=AUGMENTS["crop_flip"],
         inference=Inference(member_epochs=(1, 2), views=("plain", "hflip")),
     )
 
