@@ -130,6 +130,10 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto: what accelerate was told, else the best the hardware has",
     },
+    "--compile": {
+        "action": "store_true",
+        "help": "torch.compile the models, for small steps on a GPU; other rounding, in training other dropout masks",
+    },
     "--expect-processes": flag(at_least(1), "N", "stop at once unless exactly N processes were started"),
     "--max-hours": flag(at_least(0, float), "H", "checkpoint and stop before this many hours are over"),
     "--checkpoint-minutes": flag(

@@ -30,6 +30,7 @@ from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
 from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.models import architecture_of
+from cxrdist.models.compiled import LAUNCH_BOUND_BATCH
 from cxrdist.models.weights.fit import init_files
 from cxrdist.shards.index import open_index
 from cxrdist.training.tracking import resolve_mode
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         "gpu": gpus(problems),
         "processes": processes(problems),
         "precision": precision(),
+        "compile": compiling(len(visible_gpus())),
         "disk": disk(problems),
         "wandb": wandb_state(),
         **{model: weights(model) for model in ("eva_x", "chexfound")},
@@ -193,6 +195,16 @@ def precision() -> str:
     """What `--precision auto` becomes here."""
     chosen, why = resolve_precision("auto", [hardware_of(device) for device in visible_gpus() or [torch.device("cpu")]])
     return f"{chosen} ({why})"
+
+
+def compiling(num_gpus: int) -> str:
+    """Whether `--compile` is advised for the published recipes, by each GPU's share of the global batch."""
+    if num_gpus == 0:
+        return "--compile is for GPUs"
+    share = -(-recipes.recipe_for("eva_x", "b").global_batch_size // num_gpus)
+    if share <= LAUNCH_BOUND_BATCH:
+        return f"train with --compile: {share} images a GPU and step, whose launches take as long as the GPU's work"
+    return f"--compile is advised with --device-batch-size {LAUNCH_BOUND_BATCH} or less, where launches take longest"
 
 
 def disk(problems: list[str]) -> str:

@@ -39,6 +39,7 @@ from cxrdist.inference.members import Ensemble, MemberSpec, common_split, held_o
 from cxrdist.inference.parts import Basis, Part, PartStore, Rows, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
 from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
+from cxrdist.models.compiled import graphs_told
 from cxrdist.scoring.submission import (
     check_template,
     check_unreadable,
@@ -120,8 +121,10 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
         Loader(job.index, ranks.device, on_bad="skip", max_bad=job.most_unreadable - len(job.left_out)) as loader,
         show,
+        graphs_told(ranks.say) if args.compile else contextlib.nullcontext(),
     ):
-        scored = score(loader, list(batches.values()), job.passes, job.ensemble.models, job.basis.precision)
+        wanted, models = list(batches.values()), job.ensemble.models
+        scored = score(loader, wanted, job.passes, models, job.basis.precision, compiled=args.compile)
         for part in in_parts(ranks.paced(scored), loader, batches, none, args.checkpoint_minutes * 60, show):
             job.store.write(part, ranks.rank)
 
@@ -227,7 +230,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_flags(
         parser,
         *("--task", "--shards", "--shards-url", "--out", "--template", "--average", "--average-studies"),
-        *("--backbone", "--device-batch-size", "--precision", "--expect-processes", "--dry-run"),
+        *("--backbone", "--device-batch-size", "--precision", "--compile", "--expect-processes", "--dry-run"),
         *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
         out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
         template={"help": "sample submission (default: the shards' order)"},

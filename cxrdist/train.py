@@ -34,6 +34,7 @@ from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
 from cxrdist.estimate.report import dry_run
 from cxrdist.files import folder_lock
 from cxrdist.models import architecture_of
+from cxrdist.models.compiled import graphs_told
 from cxrdist.models.weights import fit, layouts
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
@@ -74,7 +75,6 @@ OWN_FLAGS = {
     "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
     "--continue-init": SWITCH | {"help": INIT},
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
-    "--compile": SWITCH | {"help": "torch.compile the model"},
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
     "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
@@ -88,7 +88,7 @@ def parser() -> Parser:
     flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
-    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment")
+    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
     return flags
@@ -175,6 +175,7 @@ def train(
     ranks.say(f"parameters: {architecture.count_parameters(model, recipe.groups)}")
     if args.compile:
         model.compile()
+        stack.enter_context(graphs_told(ranks.say))
     remedy = "(the same images a step) or --grad-checkpointing"
     stack.enter_context(out_of_memory_named(ranks.device, device_batch_size, remedy))
     parallel = ranks.prepare(model.to(ranks.device))  # NCCL connects here

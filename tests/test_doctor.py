@@ -8,7 +8,7 @@ import torch
 
 from cxrdist.distributed.group import check_gpus_seen
 from cxrdist.distributed.plan import PROJECT, plan_launch
-from cxrdist.doctor import main
+from cxrdist.doctor import compiling, main
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -98,3 +98,10 @@ def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
     done = subprocess.run([PROJECT / "launch.sh", "train", "c"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'c' is not a, b or a .toml file, and there is no shard set shards/c")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "advice"), [(0, "is for GPUs"), (2, "or less"), (8, "train with --compile: 8 images")]
+)
+def test_compile_is_advised_where_a_step_is_small(gpus, advice):
+    assert advice in compiling(gpus)

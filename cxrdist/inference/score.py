@@ -1,9 +1,10 @@
 """Batches of images -> float32 logits of every pass -> parts on the disk -> a score table per member."""
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,29 @@ from cxrdist.scoring.tables import ScoreTable, TableMeta, average, sigmoid
 HELD_BATCHES = 32  # decoded batches kept while models that do not fit together take turns on the device
 RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
 Scored = tuple[int, Rows, Tensor]
+Call = Callable[[Any], Any]
+
+
+def _as_it_is(model: Any) -> Any:
+    return model
 
 
 def score(
-    loader: Loader, batches: Sequence[Rows], passes: Sequence[Pass], models: dict[str, nn.Module], precision: str
+    loader: Loader,
+    batches: Sequence[Rows],
+    passes: Sequence[Pass],
+    models: dict[str, nn.Module],
+    precision: str,
+    *,
+    compiled: bool = False,
 ) -> Iterator[Scored]:
     """(place in `batches`, rows (n,), logits (P, n, K) float32 on the device) of every batch, in order.
 
     Undecodable rows are missing, a batch of nothing else too. Models stay on the device when all fit; else they take
     turns on `HELD_BATCHES` decoded batches at a time, so that each image is still decoded once. Frozen backbones are
-    then held in `precision` (see `Architecture.hold_frozen`).
+    then held in `precision` (see `Architecture.hold_frozen`). compiled: by torch.compile, each model once.
     """
+    call: Call = functools.cache(torch.compile) if compiled else _as_it_is
     for head in (head for item in passes for head in item.heads):
         architecture_of(head.model).hold_frozen(models[head.sha256], DTYPES[precision])
     resident = fits(models.values(), loader.device)
@@ -48,7 +61,7 @@ def score(
             for model in used.values():
                 model.to(loader.device)
             for batch, columns in zip(group, logits, strict=True):
-                columns += run_passes(batch.images, stage, used, precision)
+                columns += run_passes(batch.images, stage, used, precision, call)
             for model in () if resident else used.values():
                 model.to("cpu")
         for batch, columns in zip(group, logits, strict=True):
@@ -56,10 +69,13 @@ def score(
 
 
 @torch.no_grad()
-def run_passes(images: Tensor, passes: Sequence[Pass], models: dict[str, nn.Module], precision: str) -> list[Tensor]:
+def run_passes(
+    images: Tensor, passes: Sequence[Pass], models: dict[str, nn.Module], precision: str, call: Call = _as_it_is
+) -> list[Tensor]:
     """(B, K) float32 logits for every column of `columns_of(passes)`, of uint8 images (B, C, S, S).
 
     A view is resized once for all models of its size; a shared frozen backbone gives its features once to all heads.
+    call: what is done to a model, or half of one, before it is called.
     """
     columns: list[list[Tensor]] = [[] for _ in passes]
     for size in dict.fromkeys(item.image_size for item in passes):
@@ -72,10 +88,10 @@ def run_passes(images: Tensor, passes: Sequence[Pass], models: dict[str, nn.Modu
                 architecture = architecture_of(item.heads[0].model)
                 with autocast(precision, images.device):
                     if architecture.features is not None and architecture.head_logits is not None:
-                        features = architecture.features(heads[0], inputs)
-                        logits = [architecture.head_logits(head, features) for head in heads]
+                        features = call(architecture.features)(heads[0], inputs)
+                        logits = [call(architecture.head_logits)(head, features) for head in heads]
                     else:
-                        logits = [head(inputs) for head in heads]
+                        logits = [call(head)(inputs) for head in heads]
                 columns[place] = [value.float() for value in logits]
     return [column for group in columns for column in group]
 
