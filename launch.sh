@@ -146,7 +146,7 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     python -m ruff format --check .
     python -m ruff check .
     python -m mypy
-    python -m pytest -q -m "fast and not slow and not fault"
+    python -m pytest -q -n 2 --dist loadfile -m "fast and not slow and not fault"
     ;;
   test)
     setup dev
