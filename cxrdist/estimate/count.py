@@ -22,6 +22,7 @@ GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
 WORKSPACE_BYTES = 0.08 * GB  # of the matrix library, in torch's own allocator
 DECODED_BATCHES = 3  # in flight
+SPARE = 1.1  # of the default batch: the estimate's own error, and what the allocator cannot use
 MAX_DEVICE_BATCH_SIZE = 32  # of the default: a GPU is busy with it
 NUM_IMAGES = (
     16  # counted at once, as a GPU has them: what happens once a batch, as adding to gradients, weighs as there
@@ -126,11 +127,14 @@ def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
 
 
 def best_device_batch(cost: Cost, global_batch_size: int, kind: str, num_devices: int, free_bytes: float) -> int:
-    """The largest device batch of at most 32 images that fits, for equal parts of a device's share; 0: none fits."""
+    """The largest device batch of at most 32 images that fits with a tenth to spare, for equal parts of a device's
+    share; 0: none fits.
+    """
     share = math.ceil(global_batch_size / num_devices)
     fewest = math.ceil(share / MAX_DEVICE_BATCH_SIZE)
     sizes = (math.ceil(share / parts) for parts in range(fewest, share + 1))
-    return next((size for size in sizes if memory_bytes(cost, size, kind, num_devices) <= free_bytes), 0)
+    fits = (size for size in sizes if SPARE * memory_bytes(cost, size, kind, num_devices) <= free_bytes)
+    return next(fits, 0)
 
 
 def fitting_batch(
