@@ -16,9 +16,7 @@ from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, write_output
 
-NAMES = sorted(
-    {module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing", "traffic"}
-)
+NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
 
 
 def main(argv: list[str] | None = None) -> None:

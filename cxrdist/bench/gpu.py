@@ -22,22 +22,20 @@ import numpy as np
 import torch
 
 from cxrdist import recipes
-from cxrdist.bench.step import TASK, write_shards
+from cxrdist.bench.step import TASK, learning, write_shards
 from cxrdist.bench.timing import Row
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
 from cxrdist.distributed.bandwidth import all_reduce_bandwidth
 from cxrdist.distributed.plan import PROJECT, visible_gpus
-from cxrdist.distributed.precision import autocast, hardware_of, resolve_precision
+from cxrdist.distributed.precision import DTYPES, autocast, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, allocated_bytes, count_cost, fitting_batch
 from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.runs.member import build_model
 from cxrdist.shards.index import ShardIndex
-from cxrdist.training.ema import Ema
 from cxrdist.training.losses import make_criterion
-from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
 
 MEASURED_S = 5.0  # for each speed
 COMPILE_GAIN = 1.1  # from here on --compile is advised: below, its minutes of compiling do not pay
@@ -116,20 +114,13 @@ def training_step(
     """One optimizer step on random images; its parts are the loop's of `cxrdist.train`."""
     torch.manual_seed(0)
     model = build_model(recipe, TASK)
-    groups = param_groups(model, recipe.groups)
     model.to(device).train()
     if compiled:
         model.compile()
     targets = torch.rand(batch, TASK.num_labels, device=device).round()
     criterion = make_criterion(recipe, np.zeros((9, TASK.num_labels), np.float32), device)
-    optimizer = GuardedAdamW(
-        groups,
-        betas=recipe.betas,
-        factors=lr_factors("constant", 100, 0),
-        clip_grad_norm=recipe.clip_grad_norm,
-        loss_scale=2.0**16 if precision == "fp16" else None,
-    )
-    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(architecture_of(recipe.model).frozen_names(model)))
+    optimizer, ema = learning(recipe, model, precision)
+    architecture_of(recipe.model).hold_frozen(model, DTYPES[precision])
     images = torch.randn(batch, 3, recipe.image_size, recipe.image_size, device=device)
 
     def step() -> None:

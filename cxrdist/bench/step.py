@@ -1,12 +1,14 @@
 """Where the time of a training step goes: data, augmentation, forward, backward, optimizer, EMA; what the EMA saves.
 
-With --count: the kernels and bytes of the step instead, counted and not run (see `cxrdist.bench.traffic`).
+With --count: the kernels and bytes of the step instead, counted and not run (see `cxrdist.estimate.counter`).
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,28 +16,30 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cxrdist import recipes
 from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.bench.timing import Row, interleaved, rows_of
-from cxrdist.bench.traffic import count_step
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import MicroBatch, train_batches
-from cxrdist.distributed.precision import autocast
+from cxrdist.distributed.precision import DTYPES, autocast
+from cxrdist.estimate.count import GB
+from cxrdist.estimate.counter import Counter, GpuNorms
+from cxrdist.estimate.report import MACHINES
 from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.runs.member import build_model
-from cxrdist.shards.convert import Pixels
+from cxrdist.shards.convert import SIZE_PX, Pixels
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
 from cxrdist.training.ema import Ema
 from cxrdist.training.losses import make_criterion
-from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
 
 NUM_IMAGES = 48
 TASK = TASKS["b"]
-GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,18 +63,73 @@ def run(args: argparse.Namespace) -> list[Row]:
     return rows if args.no_ema else rows + ema_rows(device)
 
 
+def learning(recipe: Recipe, model: nn.Module, precision: str) -> tuple[GuardedAdamW, Ema]:
+    """The optimizer and the EMA of a model as `cxrdist.train` makes them."""
+    optimizer = GuardedAdamW(
+        param_groups(model, recipe.groups),
+        betas=recipe.betas,
+        factors=lr_factors(recipe.lr_schedule, 100, recipe.warmup_steps),
+        clip_grad_norm=recipe.clip_grad_norm,
+        loss_scale=INITIAL_LOSS_SCALE if precision == "fp16" else None,
+    )
+    frozen = frozenset(architecture_of(recipe.model).frozen_names(model))
+    return optimizer, Ema(model, recipe.ema_decay, recipe.ema_ramp, frozen)
+
+
+def count_step(recipe: Recipe, num_labels: int, batch_size: int, precision: str) -> Counter:
+    """Forward, loss, backward, optimizer and EMA of one step of `batch_size` images, after the first one."""
+    architecture, device = architecture_of(recipe.model), torch.device("cpu")
+    with torch.device("meta"):
+        model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+        architecture.hold_frozen(model, DTYPES[precision])
+    criterion = make_criterion(recipe, np.zeros((2, num_labels), np.float32), device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device).train()
+        images = torch.empty(batch_size, 3, recipe.image_size, recipe.image_size)
+        targets = torch.empty(batch_size, num_labels)
+    optimizer, ema = learning(recipe, model, precision)
+    with GpuNorms():
+        for _ in range(2):  # the first one makes the optimizer's moments, too
+            counter = Counter(model.parameters())
+            with counter:
+                with autocast(precision, device):
+                    logits = model(images)
+                optimizer.backward(criterion(logits, targets)["total"], 1.0)
+                ema.update(optimizer.step())
+    return counter
+
+
+def count_augmentation(recipe: Recipe, batch_size: int) -> Counter:
+    """The recipe's augmentation of `batch_size` grey images as stored, on a GPU."""
+    augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
+    # on the last of eight: what the augmentation keeps for a device holds no values here
+    device, pinning = torch.device("cuda", 7), unittest.mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), pinning:
+        images = torch.empty((batch_size, 1, SIZE_PX, SIZE_PX), dtype=torch.uint8, device=device)
+        for epoch in range(2):  # constants reach the device in the first one
+            counter = Counter()
+            with counter:
+                augment(images, np.arange(batch_size), epoch)
+    return counter
+
+
 def count_rows(args: argparse.Namespace) -> list[Row]:
-    """Kernels and bytes of each kind, their sum without matmul, and the operators that move most of it."""
+    """Kernels and bytes of each kind, their sum without matmul, what moves most of it, and the augmentation's."""
     recipe = recipes.recipe_for(args.model, TASK.name)
-    traffic = count_step(recipe, TASK.num_labels, args.batch_size, args.precision)
+    step = count_step(recipe, TASK.num_labels, args.batch_size, args.precision)
+    augmentation = count_augmentation(recipe, args.batch_size)
     rows = [
-        Row("count", kind, None, note=f"{number:,} kernels, {traffic.num_bytes[kind] / GB:.2f} GB")
-        for kind, number in traffic.kernels.items()
+        Row("count", kind, None, note=f"{number:,} kernels, {step.traffic[kind] / GB:.2f} GB")
+        for kind, number in step.kernels.items()
     ]
-    most = ", ".join(f"{name} {size / GB:.1f}" for name, size in traffic.by_operator.most_common(6))
-    total = f"{traffic.no_matmul_bytes / GB:.2f} GB ({most})"
+    most = ", ".join(f"{name} {size / GB:.1f}" for name, size in step.by_operator.most_common(6))
     about = f"{recipe.name} {recipe.image_size} px, {args.precision}, batch {args.batch_size}, without augmentation"
-    return [*rows, Row("count", "all but matmul", None, note=f"{total}; {about}")]
+    rows.append(Row("count", "all but matmul", None, note=f"{step.memory_traffic / GB:.2f} GB ({most}); {about}"))
+    gpu = dataclasses.replace(MACHINES[-1], num_devices=1)
+    share = gpu.seconds(augmentation.flops, augmentation.memory_traffic)
+    share /= gpu.seconds(step.flops, step.memory_traffic)
+    told = f"{augmentation.kernels.total():,} kernels, {augmentation.memory_traffic / GB:.2f} GB"
+    return [*rows, Row("count", "augmentation", None, note=f"{told}: {share:.1%} of the step on an H100 ({gpu})")]
 
 
 def write_shards(folder: Path) -> ShardIndex:
@@ -109,18 +168,11 @@ def _timed_parts(
 ) -> dict[str, list[float]]:
     """Seconds of each part of a step, step by step: the loop of `cxrdist.train`, with the device waited for."""
     model = build_model(recipe, TASK)
-    groups = param_groups(model, recipe.groups)
     model.to(device).train()
     assert index.targets is not None
     criterion = make_criterion(recipe, index.targets, device)
-    optimizer = GuardedAdamW(
-        groups,
-        betas=recipe.betas,
-        factors=lr_factors(recipe.lr_schedule, 100, recipe.warmup_steps),
-        clip_grad_norm=recipe.clip_grad_norm,
-        loss_scale=2.0**16 if args.precision == "fp16" else None,
-    )
-    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, _frozen(recipe, model))
+    optimizer, ema = learning(recipe, model, args.precision)
+    architecture_of(recipe.model).hold_frozen(model, DTYPES[args.precision])
     augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)
     parts: dict[str, list[float]] = {}
     clock = time.perf_counter()

