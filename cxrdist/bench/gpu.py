@@ -8,6 +8,7 @@ CPU it runs what a CPU can, on the demo's models, and says what it skipped.
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -83,6 +84,7 @@ def gpu_tests() -> list[Row]:
 def model_rows(recipe: Recipe, index: ShardIndex, device: torch.device, precision: str, *, compiled: bool) -> list[Row]:
     """Speeds and memory of one model's training steps, and the flags that follow."""
     rows, on_gpu = [], device.type == "cuda"
+    release()
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
     most = fitting_batch(recipe, TASK.num_labels, precision, free, 1) if on_gpu else 4
     cost = count_cost(recipe, TASK.num_labels, precision)
@@ -103,6 +105,7 @@ def model_rows(recipe: Recipe, index: ShardIndex, device: torch.device, precisio
             fast = images_per_s(step, batch, device)
             rows.append(Row(recipe.name, f"{batch} images, compiled", fast, fast / eager))
             gain = fast / eager
+        del step
     flags = f"--model {recipe.name} --device-batch-size {most} --precision {precision}"
     advised = " --compile" if gain >= COMPILE_GAIN else ""
     return [*rows, Row("use", recipe.name, None, note=flags + advised)]
@@ -112,6 +115,7 @@ def training_step(
     recipe: Recipe, device: torch.device, precision: str, batch: int, *, compiled: bool
 ) -> Callable[[], None]:
     """One optimizer step on random images; its parts are the loop's of `cxrdist.train`."""
+    release()
     torch.manual_seed(0)
     model = build_model(recipe, TASK)
     model.to(device).train()
@@ -130,6 +134,12 @@ def training_step(
         ema.update(optimizer.step())
 
     return step
+
+
+def release() -> None:
+    """Give back what models before held: one that was compiled is in a cycle, and its memory would count as taken."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def images_per_s(step: Callable[[], None], batch: int, device: torch.device) -> float:
