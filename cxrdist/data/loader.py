@@ -283,7 +283,9 @@ class _Job:
         targets = None if index.targets is None else torch.from_numpy(index.targets[rows])
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             images = images.to(self._buffers.device, non_blocking=True).permute(0, 3, 1, 2)
-            targets = None if targets is None else targets.to(self._buffers.device, non_blocking=True)
+            if targets is not None:
+                pinned = targets if stream is None else targets.pin_memory()  # else this thread would wait for the copy
+                targets = pinned.to(self._buffers.device, non_blocking=True)
             if stream is not None:
                 self.copied = stream.record_event()
                 self._buffers.give_back(self._buffer, self.copied)
