@@ -154,7 +154,7 @@ def inject(fault: dict[str, Any]) -> None:
         def poisoned(self: Any, images: torch.Tensor, keys: Any, epoch: int) -> torch.Tensor:
             result = augment(self, images, keys, epoch)
             for place, key in enumerate(keys.tolist()):
-                if key in nan["keys"] and self.mode != "none":
+                if key in nan["keys"] and self.stages:  # validation has none
                     result[place] = float("nan")
             return result
 
