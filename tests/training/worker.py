@@ -30,6 +30,7 @@ from cxrdist.cli import run_entry
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.recipes import Group, Inference, Recipe
 from cxrdist.runs import checkpoint
+from cxrdist.training import optim
 
 TINY = (("depth", 12), ("embed_dim", 24), ("num_heads", 2))
 TINY_CHEXFOUND = (("decoder_dim", 16), ("depth", 4), ("embed_dim", 32), ("init_values", 1.0), ("num_heads", 2))
@@ -161,6 +162,7 @@ def inject(fault: dict[str, Any]) -> None:
         train.TrainingAugment.__call__ = poisoned  # type: ignore[method-assign]
     if "loss_scale" in fault:
         build = train.GuardedAdamW
+        optim.LARGEST_LOSS_SCALE = fault["loss_scale"]  # float32 does not overflow below the real bound
 
         def scaled(*args: Any, **kwargs: Any) -> Any:
             return build(*args, **kwargs | {"loss_scale": fault["loss_scale"]})
