@@ -98,7 +98,9 @@ def augment_sheet(args: Namespace, out: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, facecolor="white")
     files.write_output(out, content.getvalue())
-    print(f"{out}: {NUM_SHEET_IMAGES} images of {shards}, as stored and in four epochs of {recipe.name}")
+    print(
+        f"{out}: {min(NUM_SHEET_IMAGES, len(index))} images of {shards}, as stored and in four epochs of {recipe.name}"
+    )
 
 
 def versions(problems: list[str]) -> str:

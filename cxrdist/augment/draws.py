@@ -5,15 +5,29 @@ on the batch an image is in nor on ranks, threads, other steps, or what was draw
 a whole batch at once.
 """
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cxrdist.splitmix import GAMMA, mix
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+@contextlib.contextmanager
+def seeded_on_host(value: float) -> Iterator[None]:
+    """torch's generator of the CPU seeded by a uniform number, inside; no other generator is touched.
+
+    `torch.manual_seed` would also seed those of all GPUs, and with them the dropout of the step in work.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(value * 2.0**53))
+        yield
 
 
 def uniforms(seed: int, epoch: int, keys: Ints, num: int, *, start: int = 1, stream: str = "") -> Floats:

@@ -11,7 +11,7 @@ import torch
 from kornia.geometry.bbox import infer_bbox_shape
 from torch import Tensor
 
-from cxrdist.augment.draws import Ints, uniforms
+from cxrdist.augment.draws import Ints, seeded_on_host, uniforms
 from cxrdist.augment.pipeline import MIXES, build
 from cxrdist.errors import UserError
 from cxrdist.recipes import Step
@@ -42,8 +42,7 @@ class Mixing:
             size = min(self.group, num - start)
             if happens >= self.p or size == 1:
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(value * 2.0**53))
+            with seeded_on_host(value):
                 params = self.module.generate_parameters(torch.Size((size, 1, self.size, self.size)))  # type: ignore[operator]
             rows = slice(start, start + size)
             if "mixup_pairs" in params:

@@ -22,7 +22,7 @@ from kornia.augmentation import AugmentationBase2D, GeometricAugmentationBase2D,
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from cxrdist.augment.draws import Ints, uniforms
+from cxrdist.augment.draws import Ints, seeded_on_host, uniforms
 from cxrdist.augment.steps import PLACES, PUBLISHED, PublishedCrop, Size
 from cxrdist.augment.views import empty_batch, keep_freed_blocks, normalise, resize
 from cxrdist.errors import UserError, one_line
@@ -63,13 +63,12 @@ class Stage:
         if sample := getattr(self.module, "sample", None):
             params = sample(values[rows, 1:], size)
             return rows, [{name: each[i : i + 1] for name, each in params.items()} for i in range(len(rows))]
-        return rows, [self._draw_stock(int(value * 2.0**53), (channels, *size)) for value in values[rows, 1]]
+        return rows, [self._draw_stock(value, (channels, *size)) for value in values[rows, 1]]
 
-    def _draw_stock(self, seed: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    def _draw_stock(self, value: float, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        with seeded_on_host(value):
             params: dict[str, Tensor] = self.module.forward_parameters((1, *shape))  # type: ignore[operator]
-        return params | {"seed": torch.tensor([seed])}
+        return params | {"seed": torch.tensor([value], dtype=torch.float64)}
 
     def __call__(self, levels: Tensor, params: Sequence[Draws]) -> Tensor:
         """(n, C, H, W) grey levels -> (n, C, S, S) float32 integer grey levels, with the parameters of each."""
@@ -86,8 +85,10 @@ class Stage:
             return self.module(levels, params=joined).round_().clamp_(0.0, 255.0)  # type: ignore[no-any-return]
         with contextlib.ExitStack() as stack:
             if seed is not None and self.one_by_one:  # some draw while they run
-                stack.enter_context(torch.random.fork_rng(devices=[levels.device] if levels.is_cuda else []))
-                torch.manual_seed(int(seed))
+                stack.enter_context(seeded_on_host(float(seed)))
+                if levels.is_cuda:
+                    stack.enter_context(torch.random.fork_rng(devices=[levels.device]))
+                    torch.cuda.manual_seed(int(float(seed) * 2.0**53))
             out = self.module(levels / 255.0, params=joined)
         return out.mul(255.0).round_().clamp_(0.0, 255.0)  # type: ignore[no-any-return]
 
@@ -105,8 +106,8 @@ def stages_of(steps: Sequence[Step], image_size: int, *, colour: bool | None = N
             if index < len(steps) - 1:
                 raise UserError(f"--augment {step.name}: images are mixed after all other steps: make it the last one")
             continue
-        if step.name == "crop" and index:
-            raise UserError("--augment crop: it makes the model's size of the stored one: make it the first step")
+        if step.name == "crop" and (index or step.p < 1):
+            raise UserError("--augment crop: it makes the model's size of the stored one: make it the first step, p=1")
         module = build(step, image_size)
         number, seen[step.name] = seen[step.name], seen[step.name] + 1
         own = step.name in PUBLISHED and not number
@@ -189,7 +190,7 @@ def _tried(stage: Stage, image_size: int, colour: bool | None) -> Stage:
     noise = torch.from_numpy(uniforms(0, 0, np.arange(2 * 3 * image_size), image_size)).mul(255).round_().float()
     noise = noise.view(2, 3, *size)
     problems = {}
-    for channels in {None: (1, 3), True: (3,), False: (1,)}[colour]:
+    for channels in (3,) if colour else (1, 3):
         try:
             with torch.no_grad():
                 always = Stage(stage.name, 2.0, stage.module, stage.start, stage.stream, one_by_one=True)
@@ -208,18 +209,17 @@ def _tried(stage: Stage, image_size: int, colour: bool | None) -> Stage:
         except Exception as error:
             problems[channels] = one_line(str(error))
             continue
+        if colour is False and channels == 3:
+            reason = f"it does not run on grey images ({problems[1]}); prepare the set with three channels (--mode rgb)"
+            raise UserError(f"--augment {stage.name}: {reason}")
         return Stage(stage.name, stage.p, stage.module, stage.start, stage.stream, not torch.equal(together, out))
-    if colour is False and not problems.get(3):
-        reason = f"it does not run on grey images ({problems[1]}); prepare the set with three channels (--mode rgb)"
-        raise UserError(f"--augment {stage.name}: {reason}")
     raise UserError(f"--augment {stage.name}: not possible: {next(iter(problems.values()))}")
 
 
 def _together(stage: Stage, batch: Tensor, params: Sequence[Draws]) -> Tensor:
     """Both images in one call, with torch's generator elsewhere; empty if the call fails."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+        with seeded_on_host(0.5):
             return stage(batch, params)
     except Exception:
         return torch.empty(0)

@@ -6,6 +6,7 @@ antialias, CLAHE on LAB's L, contrast about 0 with truncation, holes as run. An 
 everywhere in kornia; these steps work on its 256 grey levels and round to them.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,18 +33,18 @@ def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-class LevelStep(nn.Module):
+class LevelStep(nn.Module, abc.ABC):
     """A step on grey levels. `num_values` uniform numbers an image, and its size, give its parameters."""
 
     num_values: int
 
+    @abc.abstractmethod
     def sample(self, values: Floats, size: Size) -> Params:
         """Parameters of n images of `size` from (n, num_values) independent uniform numbers in [0, 1)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """(n, C, H, W) integer levels, uint8 or float32 in [0, 255] -> float32 integer levels."""
-        raise NotImplementedError
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Parameters drawn from torch's generator, for use without this project's draws."""
@@ -262,7 +263,7 @@ class Flip(K.RandomHorizontalFlip):  # type: ignore[misc]
         super().__init__(p=p)
 
     def sample(self, values: Floats, size: Size) -> Params:
-        return {"none": np.zeros(len(values))}
+        return {}
 
     def on_levels(self, levels: Tensor, params: Params) -> Tensor:
         """As `LevelStep.on_levels`."""

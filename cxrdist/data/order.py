@@ -98,13 +98,14 @@ def train_batches(
             batch = order[step * global_batch_size : (step + 1) * global_batch_size]
             groups = -(-len(batch) // group)
             own = batch[groups * rank // world_size * group : groups * (rank + 1) // world_size * group]
+            cells = None if count_cells is None else max(1, count_cells(batch, epoch))
             num_micro = accum_steps(groups, device_batch_size // group, world_size)
             for i in range(num_micro):
                 micro = own[i * device_batch_size : (i + 1) * device_batch_size]
-                if count_cells is None:
+                if count_cells is None or cells is None:
                     weight = len(micro) * world_size / len(batch)
                 else:
-                    weight = count_cells(micro, epoch) * world_size / max(1, count_cells(batch, epoch))
+                    weight = count_cells(micro, epoch) * world_size / cells
                 yield MicroBatch(micro if len(micro) else batch[:1], weight, i == num_micro - 1, step, epoch)
 
     return generate()

@@ -62,6 +62,17 @@ def test_a_key_gets_the_same_augmentation_in_any_batch(images: torch.Tensor, ste
     assert torch.equal(torch.get_rng_state(), before)  # nor does the augmentation move dropout's numbers
 
 
+def test_draws_leave_the_generators_of_gpus_alone(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeding a GPU's generator in the middle of a step would repeat its dropout masks."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    TrainingAugment(96, (*PUBLISHED_STEPS, step("RandomGaussianNoise")), seed=22)(images, KEYS, epoch=4)
+    mixing = mixing_of((step("RandomMixUpV2"),), 4, 96, 1)
+    assert mixing is not None
+    mixing.draw(KEYS, 0)
+    assert seeded == []
+
+
 def drawn(steps: tuple[Step, ...], epoch: int = 4) -> dict[str, tuple[list[int], list[dict[str, list[float]]]]]:
     """What each step draws for 200 keys, its numbers as lists."""
     found = {}
@@ -230,6 +241,7 @@ def test_every_class_of_kornia_runs_by_name_or_is_refused_with_the_reason(images
         ("+RandomRotation3D", "no such step for images"),
         ("+RandomRotation", "it needs degrees: write RandomRotation:degrees=VALUE"),
         ("+crop", "make it the first step"),
+        ("crop:p=0.5", "make it the first step, p=1"),
         ("-rotation", "the recipe has no step 'rotation'; it has crop, flip"),
         ("rotate:p=0.5", "to add one: \\+rotate:p=0.5"),
         ("strong", "the recipe has no step 'strong'"),
