@@ -28,6 +28,7 @@ PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
 View = Literal["plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05"]
 PUBLISHED_VIEWS: tuple[View, ...] = get_args(View)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+ModelName = Annotated[str, Field(pattern=r"^([a-z]+:)?[A-Za-z0-9][\w.-]*$")]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=10**6)]
@@ -106,7 +107,7 @@ class Recipe(Document):
     """One training run, and what inference takes from it. Raises UserError on an invalid combination."""
 
     name: Name
-    model: Name  # an Architecture's name
+    model: ModelName  # an Architecture's name
     image_size: Annotated[int, Field(ge=1, le=4096)]  # px, after augmentation
     epochs: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -128,6 +129,11 @@ class Recipe(Document):
     augment: Annotated[tuple[Step, ...], Field(max_length=100)] = PUBLISHED_STEPS
     mix_group: Annotated[int, Field(ge=2, le=10**4)] = 8  # images of a global batch among which MixUp and CutMix pair
     drop_rate: Share = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
+    drop_path: Share = 0.0  # stochastic depth, where the model has it
+    train: Annotated[str, Field(pattern=r"^(all|head|last:[1-9]\d{0,3})$")] = "all"  # what; the rest is never updated
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # a layer's lr is its row's times this, once a layer
+    decay_vectors: bool = True  # weight decay on biases and norms too, as published
+    sync_bn: bool = False  # BatchNorm by the statistics of each pass over all processes; else they stay as they begin
     # size overrides for a small variant, sorted by name
     model_kwargs: Annotated[tuple[tuple[str, ModelSize], ...], Field(max_length=100)] = ()
     inference: Inference = field(default=Inference(), compare=False)
@@ -247,11 +253,51 @@ def eva_x_tiny(task: str) -> Recipe:
     return dataclasses.replace(eva_x(task), name="eva_x_tiny", model="eva_x_tiny")
 
 
-FULL_SIZE = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny)
+def rad_dino(task: str) -> Recipe:
+    """RAD-DINO ViT-B/14 at 518 px, frozen, with a trained GLoRI head: the recipe of CheXFound on another encoder.
+
+    Command: `accelerate launch -m cxrdist.train --div b --model rad_dino`
+    Not a published result.
+    """
+    return dataclasses.replace(chexfound(task), name="rad_dino", model="rad_dino", image_size=518)
+
+
+FULL_SIZE = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny, rad_dino)
 RECIPES: dict[str, Callable[[str], Recipe]] = {
     function.__name__: function for function in (*FULL_SIZE, demo_eva_x, demo_chexfound)
 }
 MIN_STEPS, MAX_EPOCHS, MAX_WARMUP = 1000, 100, 500  # of `fitted`
+
+
+def plain(model: str, task: str, image_size: int, *, frozen: str, layers: bool) -> Recipe:
+    """The recipe of `--model FAMILY:NAME`: common practice for fine-tuning, not a published result.
+
+    frozen: prefix of its frozen encoder, whose head is then trained as CheXFound's; '': all of it is trained.
+    layers: whether it says the order of its layers, which lower ones' learning rates follow.
+    """
+    base = chexfound(task) if frozen else eva_x(task)
+    recipe = dataclasses.replace(
+        base,
+        name=model.replace(":", "_"),
+        model=model,
+        image_size=image_size,
+        inference=Inference(views=PUBLISHED_VIEWS),
+    )
+    if frozen:
+        groups = (Group(pattern=f"^{re.escape(frozen)}", lr=None), *base.groups[1:])
+        recipe = dataclasses.replace(recipe, groups=groups)
+    else:
+        recipe = dataclasses.replace(
+            recipe,
+            groups=(Group(pattern="", lr=2e-4, weight_decay=0.05),),
+            layer_decay=0.75 if layers else None,
+            decay_vectors=False,
+            lr_schedule="cosine",
+            warmup_steps=MAX_WARMUP,
+            clip_grad_norm=1.0,
+            drop_rate=0.0,
+        )
+    return recipe
 
 
 def recipe_for(model: str, task: str, num_images: int | None = None) -> Recipe:

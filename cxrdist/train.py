@@ -22,8 +22,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.reader import NO_XXH3
-from cxrdist.data.selection import Selection, cell_counter, never_observed, positives_of, select, targets_of
+from cxrdist.data.selection import Selection, cell_counter, described, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -33,7 +32,7 @@ from cxrdist.errors import UserError
 from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
 from cxrdist.estimate.report import dry_run
 from cxrdist.files import folder_lock
-from cxrdist.models import architecture_of
+from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.compiled import graphs_told
 from cxrdist.models.weights import fit, layouts
 from cxrdist.recipes import Recipe
@@ -43,11 +42,12 @@ from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
 from cxrdist.shards.index import ShardIndex, open_index, read_meta, task_of
 from cxrdist.shards.verify import check_headers
 from cxrdist.task import LAYOUTS, Task
+from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
 from cxrdist.training.losses import make_criterion, part_names
 from cxrdist.training.meter import Meter
-from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors, rates_table
 from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
 
@@ -74,6 +74,7 @@ OWN_FLAGS = {
     "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
     "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
     "--continue-init": SWITCH | {"help": INIT},
+    "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
     "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
@@ -106,8 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url and not args.dry_run and validates_on_split(args, task):
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
-    published = recipes.recipe_for(args.model, task.name, num_images)
-    recipe = recipes.with_overrides(published, args.overrides + [f"augment={edit}" for edit in args.augment])
+    published = recipe_for(args.model, task.name, num_images)
+    edits = [f"augment={edit}" for edit in args.augment] + ([f"train={args.train}"] if args.train else [])
+    recipe = recipes.with_overrides(published, args.overrides + edits)
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
     architecture_of(recipe.model)  # an unknown name ends here
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
@@ -138,7 +140,7 @@ def train(
         targets = targets_of(index)[rows.train]
         if rows.valid is not None:
             check_headers(rows.valid, ranks.rank, ranks.world_size)
-    describe_data(index, rows, ranks)
+    ranks.say("\n".join(described(index, rows)))
     holder = ""
     with ranks.agree():
         if ranks.rank == 0:
@@ -155,24 +157,28 @@ def train(
     architecture = architecture_of(recipe.model)
     with ranks.agree():
         model, frozen, report = start.build(recipe, task, args.init, run, begin, args.backbone)
-        groups = param_groups(model, recipe.groups)
-        augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
+        groups = groups_of(architecture, model, recipe)
+        who = (ranks.rank, ranks.world_size)
+        norms = BatchNorms(model, sync=recipe.sync_bn, place=who, total=ranks.sum_with_gradient)
+        augmented = functools.partial(TrainingAugment, recipe.image_size, seed=recipe.seed, stats=architecture.stats)
+        augment = augmented(recipe.augment, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
         masked = any(each.observed is not None for each in (index, rows.valid or index))
         criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
-            if not hasattr(model, "set_grad_checkpointing"):
-                raise UserError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
+            architecture.set_grad_checkpointing(model)
+        if args.compile and recipe.sync_bn:
+            raise UserError("--compile: sync_bn speaks to the other processes in each layer; leave one of them out")
     accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
     ranks.say(f"{report}\n{recipes.to_json(recipe)}")
     ranks.say(
         f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(rows.train):,} images, "
         f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
     )
-    ranks.say(f"parameters: {architecture.count_parameters(model, recipe.groups)}")
+    ranks.say(f"parameters: {architecture.count_parameters(model)}\n{rates_table(groups)}")
+    ranks.say(norms.note(device_batch_size))
     if args.compile:
         model.compile()
         stack.enter_context(graphs_told(ranks.say))
@@ -187,9 +193,10 @@ def train(
     optimizer = GuardedAdamW(
         groups, betas=recipe.betas, factors=factors, clip_grad_norm=recipe.clip_grad_norm, loss_scale=scale
     )
-    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, frozenset(architecture.frozen_names(model)))
+    fixed = {*architecture.frozen_names(model), *(() if recipe.sync_bn else norms.buffers)}
+    ema = Ema(model, recipe.ema_decay, recipe.ema_ramp, fixed)
     state = LoopState(parts, ranks.device)
-    learner = Learner(architecture, model, optimizer, ema, state)
+    learner = Learner(architecture, model, optimizer, ema, norms, state)
     with ranks.agree():
         restore(learner, begin, args, recipe, num_steps, ranks)
 
@@ -249,7 +256,7 @@ def train(
             show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
-            model.train()
+            norms.train(model)
             first_in_step = True
             for batch in loader.batches(epoch_batches(epoch=epoch, start_step=state.step)):
                 if first_in_step:
@@ -260,8 +267,10 @@ def train(
                     images, cells = augment(batch.images, batch.keys, batch.epoch), batch.targets
                     if mixing is not None:
                         images, cells = mixing(images, cells, batch.keys, batch.epoch)
+                    norms.begin(first=first_in_step, counted=batch.weight > 0)
                     with autocast(precision, ranks.device):
                         logits = parallel(images)
+                    norms.end()
                     loss = criterion(logits, cells)
                     optimizer.backward(loss["total"], batch.weight)
                 state.add(loss, batch.weight / ranks.world_size)
@@ -269,9 +278,7 @@ def train(
                 first_in_step = batch.last
                 if not batch.last:
                     continue
-                skipped = optimizer.step()
-                ema.update(skipped)
-                state.close_step(skipped)
+                learner.close_step()
                 state.step, state.global_step = batch.step + 1, state.global_step + 1
                 if state.global_step % args.log_every == 0 or state.step == num_steps:
                     meter.log()  # the only place where the host waits for the device
@@ -285,7 +292,7 @@ def train(
             save_step(folder, learner, tracker, ranks)
             validation = None
             if rows.validation is not None:
-                resize = functools.partial(TrainingAugment(recipe.image_size, (), recipe.seed), epoch=0)
+                resize = functools.partial(augmented(()), epoch=0)
                 with ema.applied(), ranks.working("validation"):
                     validation = validate(
                         *(model, valid_loader, rows.validation, resize, criterion_on_cpu, ranks),
@@ -332,22 +339,6 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
     if valid is not None:
         chosen = dataclasses.replace(chosen, validation=np.arange(len(targets_of(valid))), valid=valid)
     return facts, chosen
-
-
-def describe_data(index: ShardIndex, rows: Selection, ranks: Ranks) -> None:
-    """Say what is validated on, which labels are never observed, and what format version 1 costs."""
-    if index.checksums is None:
-        ranks.say(NO_XXH3)
-    parts = {"trained": targets_of(index)[rows.train]}
-    if rows.validation is None:
-        ranks.say("no validation: --validate-fold K holds out a fold by patient")
-    else:
-        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
-        where = "split valid" if rows.valid is not None else "a fold by patient"
-        ranks.say(f"validation: {len(rows.validation):,} images of {where}")
-    for name, targets in parts.items():
-        if labels := never_observed(targets, index.task.labels):
-            ranks.say(f"warning: never observed in the images {name} on: {', '.join(labels)}")
 
 
 def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks, args: Namespace) -> int:

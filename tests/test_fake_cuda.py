@@ -34,7 +34,7 @@ from cxrdist.training.ema import Ema
 from cxrdist.training.learner import LoopState
 from cxrdist.training.losses import LOSSES
 from cxrdist.training.meter import Meter
-from cxrdist.training.optim import GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.optim import GuardedAdamW, groups_of, lr_factors
 
 pytestmark = pytest.mark.fake_cuda
 
@@ -172,7 +172,7 @@ def test_a_step_of_training_after_its_backward_pass(detector, monkeypatch, make,
     """Loss scaling, clipping, schedule, AdamW, EMA, the loop's sums and what the log remembers."""
     recipe = make("b")
     model = fake_model(recipe.model)
-    groups = param_groups(model, recipe.groups)
+    groups = groups_of(architecture_of(recipe.model), model, recipe)
     with unset_fake_temporarily():
         factors = lr_factors("cosine", 100, 10)
     options = {"factors": factors, "clip_grad_norm": 1.0, "loss_scale": loss_scale}

@@ -38,6 +38,7 @@ NEIGHBOURS = {
 }
 NO_LABELS = {  # lines in which 14 is another number
     "models/eva_x": {'"ref_feat_shape": (14, 14),'},
+    "models/rad_dino": {"PATCH = 14"},
     "augment/clahe": {  # bits of OpenCV's fixed point
         "BASE = 2**14",
         "rgb = torch.stack([_weighted(xyz, shares, 14).clamp_(0, 4095) for shares in RGB_SHARES], 1)",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cxrdist.augment.draws import Ints, seeded_on_host, uniforms
 from cxrdist.augment.steps import PLACES, PUBLISHED, PublishedCrop, Size
-from cxrdist.augment.views import empty_batch, keep_freed_blocks, normalise, resize
+from cxrdist.augment.views import IMAGENET, Stats, empty_batch, keep_freed_blocks, normalise, resize
 from cxrdist.errors import UserError, one_line
 from cxrdist.recipes import Step
 
@@ -231,11 +231,19 @@ class TrainingAugment:
     Args:
         image_size: S, the model's, px.
         steps: of the recipe; without `crop` images are resized as for evaluation first.
-        colour: as for `stages_of`, which names what cannot run.
+        colour: as for `stages_of`, which names what cannot run. stats: mean and deviation of the model's input.
     """
 
-    def __init__(self, image_size: int, steps: Sequence[Step], seed: int, *, colour: bool | None = None) -> None:
-        self.image_size, self.seed = image_size, seed
+    def __init__(
+        self,
+        image_size: int,
+        steps: Sequence[Step],
+        seed: int,
+        *,
+        colour: bool | None = None,
+        stats: Stats = IMAGENET,
+    ) -> None:
+        self.image_size, self.seed, self.stats = image_size, seed, stats
         self.stages = stages_of(steps, image_size, colour=colour)
         keep_freed_blocks()
 
@@ -247,12 +255,12 @@ class TrainingAugment:
     def __call__(self, images: Tensor, keys: Ints, epoch: int) -> Tensor:
         """Augment and normalise `images`, (B, 1 or 3, H, W) uint8 on any device, whose `keys`, (B,), are on the host.
 
-        Returns: (B, 3, S, S) float32, normalised by ImageNet's mean and deviation, on the images' device.
+        Returns: (B, 3, S, S) float32, normalised by `stats`, on the images' device.
         """
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             out = empty_batch((len(images), 3, self.image_size, self.image_size), images.device)
             for rows, levels in self._parts(images, keys, epoch):
-                normalise(levels, out=out[rows])
+                normalise(levels, out[rows], self.stats)
         return out
 
     def _parts(self, images: Tensor, keys: Ints, epoch: int) -> Iterator[tuple[slice, Tensor]]:

@@ -17,6 +17,8 @@ VIEWS = ("plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05")
 ZOOM = 1.1  # of center1.1: resize to int(size * 1.1), then crop the centre
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Stats = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of RGB in [0, 1]
+IMAGENET: Stats = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def empty_batch(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -74,17 +76,17 @@ def _taps(length: int, size: int, device: torch.device) -> list[Tensor]:
     return [torch.from_numpy(column.astype(np.int32)).to(device) for column in columns]
 
 
-def normalise(levels: Tensor, out: Tensor | None = None) -> Tensor:
-    """(B, 1 or 3, H, W) grey levels in [0, 255] -> (B, 3, H, W) float32, less ImageNet's mean, over its deviation."""
-    shift, scale = _shift_and_scale(levels.device)
+def normalise(levels: Tensor, out: Tensor | None = None, stats: Stats = IMAGENET) -> Tensor:
+    """(B, 1 or 3, H, W) grey levels in [0, 255] -> (B, 3, H, W) float32, less the mean, over the deviation."""
+    shift, scale = _shift_and_scale(levels.device, stats)
     if out is None:
         out = empty_batch((len(levels), 3, *levels.shape[2:]), levels.device)
     return torch.addcmul(shift, levels.float(), scale, out=out)
 
 
 @cache
-def _shift_and_scale(device: torch.device) -> list[Tensor]:
-    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+def _shift_and_scale(device: torch.device, stats: Stats) -> list[Tensor]:
+    mean, std = map(np.array, stats)
     return [torch.from_numpy(each).float().view(3, 1, 1).to(device) for each in (-mean / std, 1 / (255 * std))]
 
 
@@ -126,7 +128,9 @@ def view_levels(images: Tensor, views: Sequence[str], image_size: int) -> Iterat
             yield name, table.index_select(0, plain.int().view(-1)).view(plain.shape)
 
 
-def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterator[tuple[str, Tensor]]:
+def make_views(
+    images: Tensor, views: Sequence[str], image_size: int, stats: Stats = IMAGENET
+) -> Iterator[tuple[str, Tensor]]:
     """The distinct views (see `distinct_views`) of a batch (B, 1 or 3, H, W), uint8 on any device, one at a time.
 
     Returns: pairs of a view's name and its (B, 3, S, S) float32 normalised images.
@@ -134,4 +138,4 @@ def make_views(images: Tensor, views: Sequence[str], image_size: int) -> Iterato
     keep_freed_blocks()
     with torch.autocast(images.device.type, enabled=False):
         for name, levels in view_levels(images, views, image_size):
-            yield name, normalise(levels)
+            yield name, normalise(levels, stats=stats)

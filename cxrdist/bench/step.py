@@ -36,7 +36,7 @@ from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
 from cxrdist.training.ema import Ema
 from cxrdist.training.losses import make_criterion
-from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, lr_factors, param_groups
+from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors
 
 NUM_IMAGES = 48
 TASK = TASKS["b"]
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 def learning(recipe: Recipe, model: nn.Module, precision: str) -> tuple[GuardedAdamW, Ema]:
     """The optimizer and the EMA of a model as `cxrdist.train` makes them."""
     optimizer = GuardedAdamW(
-        param_groups(model, recipe.groups),
+        groups_of(architecture_of(recipe.model), model, recipe),
         betas=recipe.betas,
         factors=lr_factors(recipe.lr_schedule, 100, recipe.warmup_steps),
         clip_grad_norm=recipe.clip_grad_norm,
@@ -80,7 +80,7 @@ def count_step(recipe: Recipe, num_labels: int, batch_size: int, precision: str)
     """Forward, loss, backward, optimizer and EMA of one step of `batch_size` images, after the first one."""
     architecture, device = architecture_of(recipe.model), torch.device("cpu")
     with torch.device("meta"):
-        model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+        model = architecture.build_for(recipe, num_labels)
         architecture.hold_frozen(model, DTYPES[precision])
     criterion = make_criterion(recipe, np.zeros((2, num_labels), np.float32), device)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -222,7 +222,7 @@ def ema_rows(device: torch.device) -> list[Row]:
     recipe = recipes.chexfound(TASK.name)
     with torch.device(device):
         model = build_model(recipe, TASK)
-    param_groups(model, recipe.groups)
+    groups_of(architecture_of(recipe.model), model, recipe)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     copy = {name: tensor.clone() for name, tensor in state.items()}
     ema = Ema(model, recipe.ema_decay, frozen=_frozen(recipe, model))

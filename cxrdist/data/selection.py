@@ -1,12 +1,13 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.folds import assign_folds, rows_of_fold
+from cxrdist.data.reader import NO_XXH3
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex
 
@@ -35,6 +36,22 @@ def targets_of(index: ShardIndex) -> NDArray[np.float32]:
 def never_observed(targets: NDArray[np.float32], labels: Sequence[str]) -> list[str]:
     """The labels whose cells (N, K) are all masked."""
     return [label for place, label in enumerate(labels) if np.isnan(targets[:, place]).all()]
+
+
+def described(index: ShardIndex, rows: Selection) -> Iterator[str]:
+    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs."""
+    if index.checksums is None:
+        yield NO_XXH3
+    parts = {"trained": targets_of(index)[rows.train]}
+    if rows.validation is None:
+        yield "no validation: --validate-fold K holds out a fold by patient"
+    else:
+        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
+        where = "split valid" if rows.valid is not None else "a fold by patient"
+        yield f"validation: {len(rows.validation):,} images of {where}"
+    for name, targets in parts.items():
+        if labels := never_observed(targets, index.task.labels):
+            yield f"warning: never observed in the images {name} on: {', '.join(labels)}"
 
 
 def positives_of(index: ShardIndex) -> dict[str, int | float]:

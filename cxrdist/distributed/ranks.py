@@ -95,6 +95,11 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def sum_with_gradient(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on the device; gradients are summed over ranks, too."""
+        summed: Tensor = values if self.world_size == 1 else _Sum.apply(values)  # type: ignore[no-untyped-call]
+        return summed
+
     @contextlib.contextmanager
     def agree(self, what: str = "") -> Iterator[None]:
         """All ranks reach the end of the block, or all end: a UserError on one is raised by rank 0 for all of them.
@@ -137,3 +142,17 @@ class Ranks:
         if sync or self.world_size == 1:
             return contextlib.nullcontext()
         return model.no_sync()  # type: ignore[no-any-return, operator]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

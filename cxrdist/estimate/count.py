@@ -4,6 +4,7 @@ Every recipe field counts. The tensors are the CPU's, since a backward pass on a
 between the two in layer norms only.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -70,10 +71,11 @@ def count_cost(
     architecture = architecture_of(recipe.model)
     device = torch.device("cpu")
     with torch.device("meta"):
-        model = architecture.build(recipe.image_size, num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+        model = architecture.build_for(recipe, num_labels)
         architecture.hold_frozen(model, DTYPES[precision])
-    if grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if grad_checkpointing:
+        with contextlib.suppress(UserError):
+            architecture.set_grad_checkpointing(model)
     with FakeTensorMode(allow_non_fake_inputs=True), GpuNorms():
         model.to_empty(device=device).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

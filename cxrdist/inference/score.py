@@ -74,18 +74,22 @@ def run_passes(
 ) -> list[Tensor]:
     """(B, K) float32 logits for every column of `columns_of(passes)`, of uint8 images (B, C, S, S).
 
-    A view is resized once for all models of its size; a shared frozen backbone gives its features once to all heads.
+    A view is made once for all models of its size and normalisation; a shared frozen backbone gives its features once
+    to all heads.
     call: what is done to a model, or half of one, before it is called.
     """
     columns: list[list[Tensor]] = [[] for _ in passes]
-    for size in dict.fromkeys(item.image_size for item in passes):
-        views = list(dict.fromkeys(item.view for item in passes if item.image_size == size))
-        for view, inputs in make_views(images, views, size):
-            for place, item in enumerate(passes):
-                if (item.image_size, item.view) != (size, view):
+    architectures = [architecture_of(item.heads[0].model) for item in passes]
+    kinds = [(item.image_size, each.stats) for item, each in zip(passes, architectures, strict=True)]
+    for size, stats in dict.fromkeys(kinds):
+        of_kind = [place for place, kind in enumerate(kinds) if kind == (size, stats)]
+        views = list(dict.fromkeys(passes[place].view for place in of_kind))
+        for view, inputs in make_views(images, views, size, stats):
+            for place in of_kind:
+                item, architecture = passes[place], architectures[place]
+                if item.view != view:
                     continue
                 heads = [models[head.sha256] for head in item.heads]
-                architecture = architecture_of(item.heads[0].model)
                 with autocast(precision, images.device):
                     if architecture.features is not None and architecture.head_logits is not None:
                         features = call(architecture.features)(heads[0], inputs)

@@ -6,8 +6,7 @@ A new model is one module that makes an `Architecture` and puts it into `cxrdist
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from cxrdist.errors import UserError
-from cxrdist.recipes import Group
+from cxrdist.recipes import Recipe
 
 Tensors = dict[str, Tensor]
 Size = int | tuple[int, int]
@@ -70,14 +70,17 @@ class Architecture:
         sizes: keywords of `create` that make a smaller variant. multiple_of: px; image sizes are multiples of it.
         frozen: name and '.' of the frozen backbone's module ('': none): not trained, not in the EMA, stored once.
         hold: (model, dtype); see `hold_frozen`.
-        head: prefix of the part that may start from random weights where a file has none.
+        head: prefix, or several, of the part that may start from random weights where a file has none.
+        image_size: px, of a recipe that says none. mean, std: of RGB in [0, 1], which its images are normalised by.
         recognise: (path, tensors of a file) -> the tensors in our names, or None when they are not of this model.
             Sizes of one model share the function. Without it a file must have the module's own names.
         fit: (model, tensors, source) -> notes; adapts tensors in place to the model's input size and classes.
+        download: () -> where the weights of `--init timm` are from, and their tensors.
         position: name of the position embedding, whose shape depends on the input size.
         not_in_optimizer: trained names that the published optimizers left out; the others they number in order.
         saliency: (model, images (B, 3, S, S), labels (B,)) -> maps (B, h, w) >= 0; with their title, and a sentence. A
             map shows what moved the score, not where the disease is; it is no localisation of a finding.
+        layers: (model) -> the place of each parameter's layer from the input, 0, to the head, by name.
         features, head_logits: the two halves of the forward pass, so that several heads share a frozen backbone's.
         idle: counts the trained values of a model that only ever receive a zero gradient.
     """
@@ -88,18 +91,35 @@ class Architecture:
     multiple_of: int = 1
     frozen: str = ""
     hold: Callable[[Any, torch.dtype], None] | None = None
-    head: str = "head."
+    head: str | tuple[str, ...] = "head."
+    image_size: int = 224
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     official: OfficialFiles | None = None
     recognise: Callable[[Path, Tensors], Recognised | None] | None = None
     fit: Callable[[Any, Tensors, str], list[str]] | None = None
+    download: Callable[[], tuple[str, Tensors]] | None = None
     position: str = ""
     not_in_optimizer: tuple[str, ...] = ()
     saliency: Callable[[Any, Tensor, NDArray[np.int64]], Maps] | None = None
     saliency_title: str = ""
     saliency_about: str = ""
+    layers: Callable[[Any], dict[str, int]] | None = None
     features: Callable[[Any, Tensor], Tensor] | None = None
     head_logits: Callable[[Any, Tensor], Tensor] | None = None
     idle: Callable[[Any], int] | None = None
+
+    @property
+    def stats(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and deviation that images are normalised by."""
+        return self.mean, self.std
+
+    def build_for(self, recipe: Recipe, num_classes: int) -> nn.Module:
+        """`build` with a recipe's sizes."""
+        sizes = dict(recipe.model_kwargs)
+        if recipe.drop_path:
+            sizes["drop_path_rate"] = recipe.drop_path
+        return self.build(recipe.image_size, num_classes, recipe.drop_rate, **sizes)
 
     def build(self, image_size: Size, num_classes: int, drop_rate: float = 0.1, **sizes: int | float) -> nn.Module:
         """The model with random weights, in training mode, on the CPU. UserError for sizes that it does not have.
@@ -176,14 +196,40 @@ class Architecture:
         if self.hold is not None and dtype != torch.float32:
             self.hold(model, dtype)
 
-    def count_parameters(self, model: nn.Module, groups: Sequence[Group]) -> ParameterCounts:
-        """Counts of `model` under a recipe's groups (first match wins). UserError names a parameter without a group."""
+    def layers_of(self, model: nn.Module, what: str) -> dict[str, int]:
+        """`layers`; UserError where the model has none, for `what`."""
+        if self.layers is None or not (layers := self.layers(model)):
+            raise UserError(f"{what}: {self.name} does not say the order of its layers; leave it out")
+        return layers
+
+    def trained_names(self, model: nn.Module, train: str) -> set[str]:
+        """Names of the parameters that a recipe's `train` chooses: all, head, or last:N layers and the head."""
+        names = {name for name, _ in model.named_parameters()}
+        head = {name for name in names if name.startswith(self.head)}
+        if train == "all":
+            return names
+        if not head:
+            raise UserError(f"train={train}: {self.name} has no head of its own; train=all")
+        if train == "head":
+            return head
+        layers = self.layers_of(model, f"train={train}")
+        last = max((place for name, place in layers.items() if name not in head), default=0)
+        return head | {name for name, place in layers.items() if place > last - int(train.partition(":")[2])}
+
+    def set_grad_checkpointing(self, model: Any) -> None:
+        """Keep fewer activations, for more compute; UserError where the model cannot, or has none to keep."""
+        if self.frozen:
+            raise UserError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError):
+            raise UserError(f"--grad-checkpointing: {self.name} has none; leave it out") from None
+
+    def count_parameters(self, model: nn.Module) -> ParameterCounts:
+        """Counts of `model`, whose parameters require a gradient where a recipe trains them."""
         counts = {"trained": 0, "frozen": 0, "never_updated": 0}
         for name, parameter in model.named_parameters():
-            group = next((group for group in groups if re.search(group.pattern, name)), None)
-            if group is None and not self.is_frozen(name):
-                raise UserError(f"parameter {name} matches no group of the recipe; add one (lr None: never updated)")
-            kind = "trained" if group is not None and group.lr is not None else "never_updated"
+            kind = "trained" if parameter.requires_grad else "never_updated"
             counts["frozen" if self.is_frozen(name) else kind] += parameter.numel()
         return ParameterCounts(**counts, idle=self.idle(model) if self.idle else 0)
 
@@ -252,18 +298,35 @@ def attention_maps(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Map
 
 
 def grad_cam(model: Any, images: Tensor, labels: NDArray[np.int64]) -> Maps:
-    """(B, h, w) Grad-CAM >= 0 of label `labels[b]` on the last block's patch tokens, for a timm vision transformer.
+    """(B, h, w) Grad-CAM >= 0 of label `labels[b]` on the last features of a timm model: feature maps, or patch tokens.
 
-    Source: Selvaraju et al. 2017, with tokens as channels: the gradient's mean over the patches weighs each channel.
+    Source: Selvaraju et al. 2017: the gradient's mean over the places weighs each channel.
     """
     with torch.no_grad():
-        tokens = model.forward_features(images)
-    tokens = tokens.detach().requires_grad_()
-    logits = model.forward_head(tokens)
-    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), torch.as_tensor(labels)].sum(), tokens)
-    num_prefix = int(model.num_prefix_tokens)
-    weights = gradient[:, num_prefix:].mean(dim=1, keepdim=True)
-    return _grids((weights * tokens[:, num_prefix:].detach()).sum(dim=-1).relu())
+        features = model.forward_features(images)
+    features = features.detach().requires_grad_()
+    logits = model.forward_head(features)
+    (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), torch.as_tensor(labels)].sum(), features)
+    maps, slopes = (feature_map(model, each) for each in (features.detach(), gradient))
+    return (slopes.mean(dim=(1, 2), keepdim=True) * maps).sum(dim=-1).relu().cpu().numpy().astype(np.float32)
+
+
+def feature_map(model: Any, features: Tensor) -> Tensor:
+    """What a timm model's `forward_features` gave, as (B, h, w, D). ValueError where it has no places in an image."""
+    if features.ndim == 3:
+        tokens = features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
+        side = math.isqrt(tokens.shape[1])
+        if side * side == tokens.shape[1] and side > 1:
+            return tokens.reshape(len(tokens), side, side, -1)
+    elif features.ndim == 4 and model.num_features in (features.shape[1], features.shape[3]):
+        last = features.shape[1] != model.num_features or getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return features if last else features.permute(0, 2, 3, 1)
+    raise ValueError(f"features {tuple(features.shape)} are no map")
+
+
+def timm_layers(model: Any) -> dict[str, int]:
+    """The place of each parameter's layer in a timm model, by name, from timm's own `group_matcher`."""
+    return dict(group_parameters(model, model.group_matcher(coarse=False), reverse=True))
 
 
 def _grids(values: Tensor) -> Maps:

@@ -109,7 +109,7 @@ ARCHITECTURES = tuple(
     Architecture(
         name=name,
         create=functools.partial(_create, variant),
-        sizes=("embed_dim", "depth", "num_heads"),
+        sizes=("embed_dim", "depth", "num_heads", "drop_path_rate"),
         multiple_of=16,
         official=base.OfficialFiles(
             (f"{variant}_merged520k_mim.pt",),
@@ -120,6 +120,7 @@ ARCHITECTURES = tuple(
         fit=_fit,
         position="pos_embed",
         not_in_optimizer=("cls_token", "pos_embed"),
+        layers=base.timm_layers,
         saliency=base.grad_cam,
         saliency_title="Grad-CAM",
         saliency_about="Patches that raise the finding's score, on the tokens of the last block.",

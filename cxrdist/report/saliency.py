@@ -91,7 +91,7 @@ def saliency_section(
 ) -> Section:
     """Maps of the model called `name` over stored images (B, C, S, S); its architecture must make some."""
     assert architecture.saliency is not None
-    _, inputs = next(make_views(images, ("plain",), image_size))
+    _, inputs = next(make_views(images, ("plain",), image_size, architecture.stats))
     maps = architecture.saliency(model, inputs, np.array([example.label for example in examples], dtype=np.int64))
     num_rows = -(-len(examples) // 3)  # of three pairs: the image, and the image under its map
     figure, axes = grid(num_rows, 6, 11, num_rows * 2.3)

@@ -56,8 +56,7 @@ def _read(run: Path, name: str) -> bytes:
 
 def build_model(recipe: Recipe, task: Task) -> nn.Module:
     """The model of a recipe for a task's labels with random weights, on the CPU."""
-    architecture = architecture_of(recipe.model)
-    return architecture.build(recipe.image_size, task.num_labels, recipe.drop_rate, **dict(recipe.model_kwargs))
+    return architecture_of(recipe.model).build_for(recipe, task.num_labels)
 
 
 def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path | None = None) -> LoadedMember:

@@ -129,6 +129,8 @@ def build(
         return model, start.state.frozen, f"weights of {start.folder}"
     if init == "random":
         return model, None, "weights: random"
+    if init == "timm":
+        return model, None, fit.load_download(architecture, model)
     path = Path(init) if init is not None else fit.default_init_path(architecture)
     report = fit.load_init(architecture, model, path)
     if not architecture.frozen_names(model):

@@ -10,6 +10,7 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.models import Architecture
 from cxrdist.models.weights.layouts import WeightFile
+from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.optim import COUNTERS, GuardedAdamW
 
@@ -52,7 +53,15 @@ class Learner:
     model: nn.Module
     optimizer: GuardedAdamW
     ema: Ema
+    norms: BatchNorms
     state: LoopState
+
+    def close_step(self) -> None:
+        """Take or skip the optimizer step, and all that goes with it. No host sync."""
+        skipped = self.optimizer.step()
+        self.norms.close_step(skipped)
+        self.ema.update(skipped)
+        self.state.close_step(skipped)
 
     def weights(self) -> dict[str, Tensors]:
         """What inference reads: the trained weights and their average, by file."""

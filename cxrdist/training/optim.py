@@ -6,14 +6,15 @@ is decided, so every rank sees the same norm and decides alike without a collect
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from cxrdist.errors import UserError
-from cxrdist.models.architecture import listed
-from cxrdist.recipes import Group
+from cxrdist.models.architecture import Architecture, listed
+from cxrdist.recipes import Group, Recipe
 
 INITIAL_LOSS_SCALE = 2.0**16  # these three: torch.amp.GradScaler's defaults, which the published run used
 LOSS_SCALE_FACTOR = 2.0
@@ -24,26 +25,64 @@ Groups = list[tuple[Group, dict[str, nn.Parameter]]]
 COUNTERS = ("num_applied", "num_skipped", "skipped_in_a_row", "grad_norm", "_good_steps")  # what resume needs of them
 
 
-def param_groups(model: nn.Module, groups: Sequence[Group]) -> Groups:
+def groups_of(architecture: Architecture, model: nn.Module, recipe: Recipe) -> Groups:
+    """`param_groups` by a recipe's rows, its `train`, and its `layer_decay`. UserError where the model cannot do it."""
+    decay, scales = recipe.layer_decay, None
+    if decay is not None:
+        layers = architecture.layers_of(model, f"layer_decay={decay}")
+        scales = {name: decay ** (max(layers.values()) - place) for name, place in layers.items()}
+    trained = architecture.trained_names(model, recipe.train)
+    return param_groups(model, recipe.groups, trained=trained, scales=scales, decay_vectors=recipe.decay_vectors)
+
+
+def param_groups(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    trained: Collection[str] | None = None,
+    scales: Mapping[str, float] | None = None,
+    decay_vectors: bool = True,
+) -> Groups:
     """Each row with the parameters that it is the first to match, by name; sets `requires_grad` to `lr is not None`.
 
+    A row is split where its parameters differ: in whether they are `trained` at all, by name (None: all), in `scales`
+    on its learning rate, by name, and, unless `decay_vectors`, in that those of one dimension have no weight decay.
     Raises UserError when a parameter matches no row (it would silently get a default) or none is trained.
     """
-    found: Groups = [(group, {}) for group in groups]
+    found: dict[tuple[int, Group], dict[str, nn.Parameter]] = {(place, row): {} for place, row in enumerate(groups)}
     unmatched = []
     for name, parameter in model.named_parameters():
-        for group, members in found:
-            if re.search(group.pattern, name):
-                parameter.requires_grad_(group.lr is not None)
-                members[name] = parameter
-                break
-        else:
+        place = next((place for place, row in enumerate(groups) if re.search(row.pattern, name)), None)
+        if place is None:
             unmatched.append(name)
+            continue
+        row = groups[place]
+        if trained is not None and name not in trained:
+            row = replace(row, lr=None)
+        if row.lr is not None and scales is not None:
+            row = replace(row, lr=row.lr * scales[name])
+        if not decay_vectors and parameter.ndim < 2:
+            row = replace(row, weight_decay=0.0)
+        parameter.requires_grad_(row.lr is not None)
+        found.setdefault((place, row), {})[name] = parameter
     if unmatched:
         raise UserError(f"no row of the recipe's groups matches {listed(unmatched, 5)}; add one (lr None: no training)")
-    if not any(group.lr is not None and members for group, members in found):
+    if not any(row.lr is not None and members for (_, row), members in found.items()):
         raise UserError("the recipe's groups train no parameter of this model")
-    return found
+    return [(row, members) for (_, row), members in sorted(found.items(), key=lambda item: item[0][0])]
+
+
+def rates_table(groups: Groups) -> str:
+    """Learning rates and weight decays of what is trained, from the head down, a line each with counts."""
+    rows: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group, members in groups:
+        if group.lr is not None and members:
+            rows.setdefault((group.lr, group.weight_decay), []).extend(members.values())
+    lines = [f"{'learning rate':>13} {'weight decay':>13} {'tensors':>8} {'values':>12}"]
+    for (lr, decay), parameters in sorted(rows.items(), key=lambda item: (-item[0][0], -item[0][1])):
+        values = sum(parameter.numel() for parameter in parameters)
+        lines.append(f"{lr:>13.3g} {decay:>13.3g} {len(parameters):>8,} {values:>12,}")
+    return "\n".join(lines)
 
 
 def lr_factors(schedule: str, total_steps: int, warmup_steps: int) -> Tensor:

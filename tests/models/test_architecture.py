@@ -13,6 +13,7 @@ from cxrdist.models.weights.fit import default_init_path, load_backbone, load_in
 from cxrdist.models.weights.layouts import architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import tensors_sha256, write_safetensors
 from cxrdist.recipes import Group
+from cxrdist.training.optim import param_groups
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +42,7 @@ def test_a_convolutional_model_is_built_for_any_labels_and_sizes(toy):
     assert toy.trainable_names(model) == [name for name, _ in model.named_parameters()]
     with pytest.raises(UserError, match="toy has no depth; model_kwargs may be width"):
         toy.build(33, 5, depth=2)
-    with pytest.raises(UserError, match=r"'resnet' is unknown; one of eva_x, .*chexfound, toy"):
+    with pytest.raises(UserError, match=r"'resnet' is unknown; one of eva_x, .*chexfound, rad_dino, toy, timm:NAME, glori:NAME"):
         architecture_of("resnet")
 
 
@@ -58,7 +59,8 @@ def test_its_trained_state_comes_back_with_buffers(toy):
     ):
         toy.load_trained_state_dict(toy.build(32, 4), state, "toy.safetensors")
     groups = (Group(pattern="^stem", lr=None), Group(pattern="^head", lr=1e-3))
-    counts = toy.count_parameters(model, groups)
+    param_groups(model, groups)
+    counts = toy.count_parameters(model)
     assert (counts.trained, counts.never_updated, counts.frozen, counts.idle) == (27, 240, 0, 0)
 
 

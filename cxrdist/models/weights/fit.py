@@ -25,7 +25,8 @@ def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...
         return files
     folder, official = WEIGHTS_FOLDER if init is None else init, architecture.official
     if official is None:
-        raise UserError(f"{architecture.name} has no official weights: use --init FILE, or --init random")
+        other = "--init random" if architecture.download is None else "--init timm (downloads them), or --init random"
+        raise UserError(f"{architecture.name} has no official weights: use --init FILE, or {other}")
     if missing := [name for name in official.names if not (folder / name).is_file()]:
         beside = "".join(f", with {official.beside[name]} beside it" for name in missing if name in official.beside)
         first = folder / official.names[0]
@@ -59,6 +60,15 @@ def load_init(
     if weights == "ema" and found.ema is not None:
         found = replace(found, tensors=found.ema, report=f"{found.report}, EMA weights")
     return _load(architecture, model.state_dict(), model, found, complete)
+
+
+def load_download(architecture: Architecture, model: nn.Module) -> str:
+    """Copy the weights that timm has for `model` into it, but for the head; as `load_init` otherwise."""
+    if architecture.download is None:
+        raise UserError(f"--init timm: {architecture.name} is no model of timm's; use --init FILE, or --init random")
+    source, tensors = architecture.download()
+    found = WeightFile((Path(source),), "timm", architecture, tensors, f"weights from {source}, {len(tensors)} tensors")
+    return _load(architecture, model.state_dict(), model, found, complete=False)
 
 
 def load_backbone(architecture: Architecture, model: nn.Module, path: Path) -> str:

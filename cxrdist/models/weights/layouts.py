@@ -167,8 +167,11 @@ def size_of_file(found: WeightFile) -> str | None:
         if architecture.recognise is not None and architecture.recognise is found.architecture.recognise:
             with torch.device("meta"):
                 own = architecture.build(architecture.multiple_of, num_classes=1).state_dict()
-            aside = (architecture.head, architecture.position or architecture.head)
-            inside = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(aside)}
+            inside = {
+                name: tensor
+                for name, tensor in found.tensors.items()
+                if not name.startswith(architecture.head) and name != architecture.position
+            }
             if all(name in own and own[name].shape == tensor.shape for name, tensor in inside.items()):
                 return architecture.name
     return None
@@ -220,9 +223,9 @@ def _weight_file(
 def _recognised(path: Path, state: Tensors, asked: Architecture | None) -> tuple[Architecture, Recognised]:
     if asked is not None and asked.recognise is None:
         return asked, Recognised("cxrdist", state)
-    # its own kind first
-    known = sorted(ARCHITECTURES.values(), key=lambda item: asked is not None and item.recognise is not asked.recognise)
-    for architecture in known:
+    known = list(ARCHITECTURES.values())
+    own = [] if asked is None else [item for item in known if item.recognise is asked.recognise] or [asked]
+    for architecture in [*own, *known]:  # its own kind first
         if architecture.recognise is not None and (found := architecture.recognise(path, state)) is not None:
             return architecture, found
     sources = "; ".join(dict.fromkeys(item.official.source for item in known if item.official))
