@@ -30,15 +30,14 @@ def timm_architecture(name: str) -> Architecture:
     shown = f"timm:{name}"
     known_or_named(name)
     model = made(shown, name, {})
-    config, takes = model.pretrained_cfg, inspect.signature(type(model).__init__).parameters
+    config, takes = model.pretrained_cfg, _keywords(type(model))
     head = config.get("classifier") or ()
     heads = tuple(f"{part}." for part in ((head,) if isinstance(head, str) else head))
     size = int(config["input_size"][-1])
-    fixed = "img_size" in takes
     return Architecture(
         name=shown,
-        create=functools.partial(_create, name, fixed, "drop_rate" in takes),
-        sizes=tuple(sorted(set(takes) - NOT_SIZES)),
+        create=functools.partial(_create, name, takes),
+        sizes=tuple(sorted(takes - NOT_SIZES)),
         multiple_of=_patch(model),
         head=heads,
         image_size=size,
@@ -89,6 +88,12 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def _keywords(kind: type) -> set[str]:
+    """What a class and those it passes keywords on to are called with."""
+    classes = [each for each in kind.__mro__ if "__init__" in vars(each) and each not in (nn.Module, object)]
+    return {name for each in classes for name in inspect.signature(each.__init__).parameters}
+
+
 def _patch(model: Any) -> int:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     return int(max(patch) if isinstance(patch, tuple | list) else patch)
@@ -110,12 +115,12 @@ def _check(name: str, image_size: Size, sizes: tuple[tuple[str, Any], ...]) -> N
 
 
 def _create(
-    name: str, takes_size: bool, takes_drop: bool, image_size: Size, num_classes: int, drop_rate: float, **sizes: Any
+    name: str, takes: set[str], image_size: Size, num_classes: int, drop_rate: float, **sizes: Any
 ) -> nn.Module:
-    if takes_size:
-        sizes["img_size"] = image_size
+    given = {"drop_path_rate": 0.0} | sizes | {"img_size": image_size}  # some models drop paths unless they are told
+    sizes = {key: value for key, value in given.items() if key in takes or key in sizes}
     _check(name, image_size, tuple(sorted(sizes.items())))
-    if takes_drop:
+    if "drop_rate" in takes:
         sizes["drop_rate"] = drop_rate
     return timm.create_model(name, pretrained=False, num_classes=num_classes, **sizes)
 

@@ -42,7 +42,9 @@ def test_a_convolutional_model_is_built_for_any_labels_and_sizes(toy):
     assert toy.trainable_names(model) == [name for name, _ in model.named_parameters()]
     with pytest.raises(UserError, match="toy has no depth; model_kwargs may be width"):
         toy.build(33, 5, depth=2)
-    with pytest.raises(UserError, match=r"'resnet' is unknown; one of eva_x, .*chexfound, rad_dino, toy, timm:NAME, glori:NAME"):
+    with pytest.raises(
+        UserError, match=r"'resnet' is unknown; one of eva_x, .*chexfound, rad_dino, toy, timm:NAME, glori:NAME"
+    ):
         architecture_of("resnet")
 
 

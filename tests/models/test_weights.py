@@ -330,7 +330,9 @@ def test_a_file_of_something_else_is_named(content, message, tmp_path):
 
 def test_weights_of_another_model_size_or_project_are_named(golden, tmp_path, small_eva_x, small_chexfound):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match=r"resnet\.pth: holds no weights of eva_x, .*chexfound, rad_dino; .*conv1\.weight"):
+    with pytest.raises(
+        UserError, match=r"resnet\.pth: holds no weights of eva_x, .*chexfound, rad_dino; .*conv1\.weight"
+    ):
         read_weights(tmp_path / "resnet.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
