@@ -159,7 +159,7 @@ def train(
         augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
         masked = any(each.observed is not None for each in (index, rows.valid or index))
-        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
+        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None, smooth=True)
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
