@@ -18,12 +18,11 @@ import torch
 from cxrdist import recipes
 from cxrdist.augment.mixing import mixing_of
 from cxrdist.augment.pipeline import TrainingAugment
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.reader import NO_XXH3
-from cxrdist.data.selection import Selection, cell_counter, never_observed, positives_of, select, targets_of
+from cxrdist.data.selection import Selection, cell_counter, describe_data, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -57,6 +56,7 @@ AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
+OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
 
 
@@ -85,7 +85,9 @@ OWN_FLAGS = {
 def parser() -> Parser:
     """The command line of `cxrdist.train`."""
     flags = Parser(prog="cxrdist.train", description=__doc__)
-    flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
+    which = flags.add_mutually_exclusive_group()
+    which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
+    which.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
@@ -106,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url and not args.dry_run and validates_on_split(args, task):
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
-    published = recipes.recipe_for(args.model, task.name, num_images)
+    own = args.recipe and args.recipe.build(task.name)  # not fitted to the set: its numbers are its author's
+    published = own or recipes.recipe_for(args.model, task.name, num_images)
     recipe = recipes.with_overrides(published, args.overrides + [f"augment={edit}" for edit in args.augment])
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
     architecture_of(recipe.model)  # an unknown name ends here
@@ -138,13 +141,13 @@ def train(
         targets = targets_of(index)[rows.train]
         if rows.valid is not None:
             check_headers(rows.valid, ranks.rank, ranks.world_size)
-    describe_data(index, rows, ranks)
+    ranks.say("\n".join(describe_data(index, rows)))
     holder = ""
     with ranks.agree():
         if ranks.rank == 0:
             start.check_folder(run, shards)
             holder = stack.enter_context(folder_lock(run))
-    begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say)
+    begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say, own=args.recipe)
     if begin.finished:
         ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
         return
@@ -194,7 +197,7 @@ def train(
         restore(learner, begin, args, recipe, num_steps, ranks)
 
     # Where it goes
-    ranks.on_main(start.write_id, run, facts)
+    ranks.on_main(start.write_id, run, facts, args.recipe)
     if frozen is None and architecture.frozen_names(model):
         frozen = ranks.on_main(member.write_frozen, architecture, model, run)
     architecture.hold_frozen(model, DTYPES[precision])
@@ -332,22 +335,6 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
     if valid is not None:
         chosen = dataclasses.replace(chosen, validation=np.arange(len(targets_of(valid))), valid=valid)
     return facts, chosen
-
-
-def describe_data(index: ShardIndex, rows: Selection, ranks: Ranks) -> None:
-    """Say what is validated on, which labels are never observed, and what format version 1 costs."""
-    if index.checksums is None:
-        ranks.say(NO_XXH3)
-    parts = {"trained": targets_of(index)[rows.train]}
-    if rows.validation is None:
-        ranks.say("no validation: --validate-fold K holds out a fold by patient")
-    else:
-        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
-        where = "split valid" if rows.valid is not None else "a fold by patient"
-        ranks.say(f"validation: {len(rows.validation):,} images of {where}")
-    for name, targets in parts.items():
-        if labels := never_observed(targets, index.task.labels):
-            ranks.say(f"warning: never observed in the images {name} on: {', '.join(labels)}")
 
 
 def default_device_batch(recipe: Recipe, task: Task, precision: str, ranks: Ranks, args: Namespace) -> int:

@@ -23,6 +23,7 @@ LAYERS = (
     {"tables"},
     {"published"},
     {"recipes"},
+    {"recipe_file"},
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},
     {"cli"},

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.folds import assign_folds, rows_of_fold
+from cxrdist.data.reader import NO_XXH3
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex
 
@@ -60,6 +61,22 @@ def select(
     fold_of = assign_folds(index.patients, targets, num_folds, seed)
     inside = fold_of == validate_fold
     return Selection(everything[~inside], everything[inside], fold_of)
+
+
+def describe_data(index: ShardIndex, rows: Selection) -> list[str]:
+    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs."""
+    lines = [NO_XXH3] if index.checksums is None else []
+    parts = {"trained": targets_of(index)[rows.train]}
+    if rows.validation is None:
+        lines.append("no validation: --validate-fold K holds out a fold by patient")
+    else:
+        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
+        where = "split valid" if rows.valid is not None else "a fold by patient"
+        lines.append(f"validation: {len(rows.validation):,} images of {where}")
+    for name, targets in parts.items():
+        if labels := never_observed(targets, index.task.labels):
+            lines.append(f"warning: never observed in the images {name} on: {', '.join(labels)}")
+    return lines
 
 
 def cell_counter(index: ShardIndex, partners: Callable[[Rows, int], Rows] | None) -> Callable[[Rows, int], int] | None:
