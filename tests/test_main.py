@@ -7,7 +7,10 @@ import pytest
 from cxrdist import __main__ as commands
 from tests.test_house import ENTRIES, PACKAGE
 
-pytestmark = pytest.mark.fast
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.filterwarnings("ignore:.*found in sys.modules"),  # other tests of this process import the commands
+]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
