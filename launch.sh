@@ -16,6 +16,7 @@ usage: ./launch.sh COMMAND [ARGUMENTS]
                                    be the name of a shard set below shards/
   doctor [--bill]                  versions, GPUs, precision, disk, and what would be used | name, version and licence
                                    of every dependency
+  recipes [NAME]                   what can be trained, and what it costs | all of one recipe, field by field
   gpu-check [ARGS]                 first on a rented machine: tests, memory, speeds, a resume; ends with the flags to use
   fuzz | soak [ARGS]               mutated inputs | random SIGKILLs of every kind of run, resumed and compared
 TEXT
@@ -119,6 +120,10 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
   demo | doctor)
     setup core
     python -m "cxrdist.$command" "$@"
+    ;;
+  recipes)
+    setup core
+    python -m cxrdist recipes "$@"
     ;;
   gpu-check)
     setup dev

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from cxrdist.distributed import environment
 from cxrdist.errors import UserError, redacted
 from cxrdist.files import is_utf8
+from cxrdist.recipe_file import RecipeFile, read_recipe_file
 from cxrdist.task import Task, load_task, parse_readings
 
 
@@ -89,6 +90,14 @@ def task_type(text: str) -> Task:
         return load_task(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(f"--task {text}: ")) from None
+
+
+def recipe_type(text: str) -> RecipeFile:
+    """`read_recipe_file` as an argparse type."""
+    try:
+        return read_recipe_file(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> dict[str, Any]:

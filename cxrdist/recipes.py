@@ -92,10 +92,14 @@ AUGMENTS = {"published": PUBLISHED_STEPS, "crop_flip": (CROP, FLIP), "none": ()}
 
 @dataclass(frozen=True, kw_only=True)
 class Inference(Document):
-    """What inference takes from a run unless it is told otherwise; it changes nothing that is learned."""
+    """What inference takes from a run unless it is told otherwise; it changes nothing that is learned.
 
-    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("plain",)  # test-time views
-    member_epochs: tuple[Count, ...] = (5, 6)  # epochs (from 1) whose EMA weights are averaged
+    views: test-time views whose probabilities are averaged
+    member_epochs: epochs (from 1) whose EMA weights score, and whose probabilities are averaged
+    """
+
+    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("plain",)
+    member_epochs: tuple[Count, ...] = (5, 6)
 
     def __post_init__(self) -> None:
         if len(set(self.member_epochs)) < len(self.member_epochs):
@@ -104,37 +108,76 @@ class Inference(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Document):
-    """One training run, and what inference takes from it. Raises UserError on an invalid combination."""
+    """One training run, and what inference takes from it. Raises UserError on an invalid combination.
+
+    name: of the run: its folder, and its tables of scores
+    model: an Architecture's name
+    image_size: px, after augmentation
+    epochs: passes over the images that are trained on
+    seed: of the order of images, the augmentation, dropout and what begins at random
+    global_batch_size: images per optimizer step, over all GPUs and accumulation
+    groups: pattern of parameter names, learning rate and weight decay; the first that matches counts
+    ema_decay: of the average of the weights, per step; it is what inference takes
+    ema_ramp: decay of step t is min(ema_decay, (1 + t) / (10 + t)): for short runs
+    betas: of AdamW
+    lr_schedule: of the learning rates after the warm-up: constant, or cosine to 0
+    warmup_steps: over which the learning rates rise from 0
+    clip_grad_norm: largest norm of a step's gradient; none: as it is
+    loss: focal_bce (as published), bce, asl (asymmetric), or another name in training.losses.LOSSES
+    focal_weight: of the focal part of focal_bce
+    focal_alpha: of the focal part: a plain factor, not class-dependent
+    focal_gamma: of the focal part: power of what a cell is wrong by
+    bce_weight: of the BCE part of focal_bce
+    pos_weight_beta: of the class weights, from effective numbers of images; 0 weights every class alike
+    pos_weight_cap: largest class weight
+    asl_gamma_neg: of asl: power of what a negative cell is wrong by
+    asl_gamma_pos: of asl: power of what a positive cell is wrong by
+    asl_clip: of asl: probability below which a negative cell costs nothing
+    label_smoothing: share s of training targets t * (1 - s) + s / 2; validation takes them as they are
+    augment: steps of the training augmentation, with their probabilities and arguments
+    mix_group: images of a global batch among which MixUp and CutMix pair
+    drop_rate: dropout inside the GLoRI decoder, or before a classifier of timm; EVA-X has none
+    drop_path: share of images that skip a block in training (stochastic depth), where the model can
+    train: all, head, or last:N layers and the head; the rest is never updated
+    layer_decay: a layer's learning rate is its rows' times this, once for each layer after it; none: as the rows say
+    decay_vectors: weight decay on biases, norms and other vectors, too
+    sync_bn: BatchNorm by the statistics of each pass over all processes; else they stay as the weights brought them
+    model_kwargs: size overrides for a small variant, sorted by name
+    inference: test-time views, and the epochs whose weights are averaged
+    """
 
     name: Name
-    model: ModelName  # an Architecture's name
-    image_size: Annotated[int, Field(ge=1, le=4096)]  # px, after augmentation
+    model: ModelName
+    image_size: Annotated[int, Field(ge=1, le=4096)]
     epochs: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    global_batch_size: Count  # images per optimizer step, over all GPUs and accumulation
+    global_batch_size: Count
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1000)]
     ema_decay: Share
-    ema_ramp: bool = False  # decay of step t is min(ema_decay, (1 + t) / (10 + t)): for short runs
+    ema_ramp: bool = False
     betas: tuple[Share, Share] = (0.9, 0.999)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     clip_grad_norm: Positive | None = None
-    loss: str = "focal_bce"  # a name in training.losses.LOSSES
+    loss: str = "focal_bce"
     focal_weight: Weight = 0.7
-    focal_alpha: Weight = 0.25  # a plain factor, not class-dependent
+    focal_alpha: Weight = 0.25
     focal_gamma: Weight = 2.0
     bce_weight: Weight = 0.3
     pos_weight_beta: Share = 0.9999
     pos_weight_cap: Positive = 10.0
+    asl_gamma_neg: Weight = 4.0
+    asl_gamma_pos: Weight = 1.0
+    asl_clip: Share = 0.05
+    label_smoothing: Share = 0.0
     augment: Annotated[tuple[Step, ...], Field(max_length=100)] = PUBLISHED_STEPS
-    mix_group: Annotated[int, Field(ge=2, le=10**4)] = 8  # images of a global batch among which MixUp and CutMix pair
-    drop_rate: Share = 0.1  # dropout inside the GLoRI decoder; EVA-X has none
-    drop_path: Share = 0.0  # stochastic depth, where the model has it
-    train: Annotated[str, Field(pattern=r"^(all|head|last:[1-9]\d{0,3})$")] = "all"  # what; the rest is never updated
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # a layer's lr is its row's times this, once a layer
-    decay_vectors: bool = True  # weight decay on biases and norms too, as published
-    sync_bn: bool = False  # BatchNorm by the statistics of each pass over all processes; else they stay as they begin
-    # size overrides for a small variant, sorted by name
+    mix_group: Annotated[int, Field(ge=2, le=10**4)] = 8
+    drop_rate: Share = 0.1
+    drop_path: Share = 0.0
+    train: Annotated[str, Field(pattern=r"^(all|head|last:[1-9]\d{0,3})$")] = "all"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    decay_vectors: bool = True
+    sync_bn: bool = False
     model_kwargs: Annotated[tuple[tuple[str, ModelSize], ...], Field(max_length=100)] = ()
     inference: Inference = field(default=Inference(), compare=False)
 

@@ -18,11 +18,11 @@ import torch
 from cxrdist import recipes
 from cxrdist.augment.mixing import mixing_of
 from cxrdist.augment.pipeline import TrainingAugment
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry, shards_of
 from cxrdist.data import folds, order
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.selection import Selection, cell_counter, described, positives_of, select, targets_of
+from cxrdist.data.selection import Selection, cell_counter, describe_data, positives_of, select, targets_of
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -57,6 +57,7 @@ AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
+OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
 
 
@@ -86,7 +87,9 @@ OWN_FLAGS = {
 def parser() -> Parser:
     """The command line of `cxrdist.train`."""
     flags = Parser(prog="cxrdist.train", description=__doc__)
-    flags.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
+    which = flags.add_mutually_exclusive_group()
+    which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
+    which.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
@@ -107,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url and not args.dry_run and validates_on_split(args, task):
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
-    published = recipe_for(args.model, task.name, num_images)
+    own = args.recipe and args.recipe.build(task.name)  # not fitted to the set: its numbers are its author's
+    published = own or recipe_for(args.model, task.name, num_images)
     edits = [f"augment={edit}" for edit in args.augment] + ([f"train={args.train}"] if args.train else [])
     recipe = recipes.with_overrides(published, args.overrides + edits)
     recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
@@ -140,13 +144,13 @@ def train(
         targets = targets_of(index)[rows.train]
         if rows.valid is not None:
             check_headers(rows.valid, ranks.rank, ranks.world_size)
-    ranks.say("\n".join(described(index, rows)))
+    ranks.say("\n".join(describe_data(index, rows)))
     holder = ""
     with ranks.agree():
         if ranks.rank == 0:
             start.check_folder(run, shards)
             holder = stack.enter_context(folder_lock(run))
-    begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say)
+    begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say, own=args.recipe)
     if begin.finished:
         ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
         return
@@ -164,7 +168,7 @@ def train(
         augment = augmented(recipe.augment, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
         masked = any(each.observed is not None for each in (index, rows.valid or index))
-        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None)
+        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None, smooth=True)
         criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
@@ -201,7 +205,7 @@ def train(
         restore(learner, begin, args, recipe, num_steps, ranks)
 
     # Where it goes
-    ranks.on_main(start.write_id, run, facts)
+    ranks.on_main(start.write_id, run, facts, args.recipe)
     if frozen is None and architecture.frozen_names(model):
         frozen = ranks.on_main(member.write_frozen, architecture, model, run)
     architecture.hold_frozen(model, DTYPES[precision])

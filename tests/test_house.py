@@ -13,6 +13,7 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 ENTRIES = {"preprocess", "verify", "train", "infer", "ensemble", "evaluate", "average", "doctor", "demo", "bench"}
+ENTRIES |= {"recipe_list"}  # `cxrdist recipes`
 # From the bottom; what is on one line may import what is below, and itself.
 LAYERS = (
     {"__init__"},
@@ -23,10 +24,12 @@ LAYERS = (
     {"tables"},
     {"published"},
     {"recipes"},
+    {"recipe_file"},
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},
     {"cli"},
     ENTRIES,
+    {"__main__"},
 )
 NEIGHBOURS = {
     "data": {"shards"},

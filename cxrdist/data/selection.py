@@ -1,6 +1,6 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,22 +38,6 @@ def never_observed(targets: NDArray[np.float32], labels: Sequence[str]) -> list[
     return [label for place, label in enumerate(labels) if np.isnan(targets[:, place]).all()]
 
 
-def described(index: ShardIndex, rows: Selection) -> Iterator[str]:
-    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs."""
-    if index.checksums is None:
-        yield NO_XXH3
-    parts = {"trained": targets_of(index)[rows.train]}
-    if rows.validation is None:
-        yield "no validation: --validate-fold K holds out a fold by patient"
-    else:
-        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
-        where = "split valid" if rows.valid is not None else "a fold by patient"
-        yield f"validation: {len(rows.validation):,} images of {where}"
-    for name, targets in parts.items():
-        if labels := never_observed(targets, index.task.labels):
-            yield f"warning: never observed in the images {name} on: {', '.join(labels)}"
-
-
 def positives_of(index: ShardIndex) -> dict[str, int | float]:
     """The sum of each label's observed cells."""
     sums = [float(np.nansum(column, dtype=np.float64)) for column in targets_of(index).T]
@@ -77,6 +61,22 @@ def select(
     fold_of = assign_folds(index.patients, targets, num_folds, seed)
     inside = fold_of == validate_fold
     return Selection(everything[~inside], everything[inside], fold_of)
+
+
+def describe_data(index: ShardIndex, rows: Selection) -> list[str]:
+    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs."""
+    lines = [NO_XXH3] if index.checksums is None else []
+    parts = {"trained": targets_of(index)[rows.train]}
+    if rows.validation is None:
+        lines.append("no validation: --validate-fold K holds out a fold by patient")
+    else:
+        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
+        where = "split valid" if rows.valid is not None else "a fold by patient"
+        lines.append(f"validation: {len(rows.validation):,} images of {where}")
+    for name, targets in parts.items():
+        if labels := never_observed(targets, index.task.labels):
+            lines.append(f"warning: never observed in the images {name} on: {', '.join(labels)}")
+    return lines
 
 
 def cell_counter(index: ShardIndex, partners: Callable[[Rows, int], Rows] | None) -> Callable[[Rows, int], int] | None:

@@ -27,7 +27,7 @@ from cxrdist.task import Task
 Kind = Literal["", "ema", "raw"]
 VIEW_SETS: dict[str, tuple[str, ...]] = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
 MEMBER = re.compile(
-    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>\w+))?"
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>((timm|glori):)?[A-Za-z0-9][\w.-]*))?"
     r"(:(?P<views>[^:/\\*]+))?(\*(?P<weight>[^*]+))?"
 )
 
@@ -87,7 +87,7 @@ def parse_member(text: str) -> MemberSpec:
         f"weight {found['weight']!r} is not a number of 0 or more": weight is None or 0 <= weight < math.inf,
         f"view {''.join(unknown[:1])!r} is unknown: tta, plain or of {', '.join(PUBLISHED_VIEWS)}": not unknown,
         "an epoch is named twice": len(set(epochs)) == len(epochs),
-        f"recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}": found["recipe"] in (None, *RECIPES),
+        f"recipe {found['recipe']!r} is unknown: one of {', '.join(RECIPES)}, timm:NAME": is_recipe(found["recipe"]),
     }
     if problems := [problem for problem, absent in checks.items() if not absent]:
         raise UserError(f"{form}; {problems[0]}")
@@ -141,9 +141,13 @@ def load_checkpoints(
         raise UserError(f"{member} is neither a run folder nor a weight file; check the path")
     if spec.epochs is not None:
         raise UserError(f"{member} is one weight file; @epochs belongs to a run folder")
-    weights = read_weights(*files)
-    model_name = architecture_of_file(weights)
-    recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
+    if ":" in (spec.recipe or ""):
+        recipe = recipe_for(spec.recipe or "", task.name)
+        weights = read_weights(*files, architecture=architecture_of(recipe.model))
+    else:
+        weights = read_weights(*files)
+        recipe = recipe_of_file(spec, weights, task, member)
+ {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
     if not recipes or spec.recipe not in (None, *recipes):
         known = ", ".join(recipes) or "not known"
         raise UserError(

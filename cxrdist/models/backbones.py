@@ -91,7 +91,7 @@ def _reason(error: Exception) -> str:
 def _keywords(kind: type) -> set[str]:
     """What a class and those it passes keywords on to are called with."""
     classes = [each for each in kind.__mro__ if "__init__" in vars(each) and each not in (nn.Module, object)]
-    return {name for each in classes for name in inspect.signature(each.__init__).parameters}
+    return {name for each in classes for name in inspect.signature(vars(each)["__init__"]).parameters}
 
 
 def _patch(model: Any) -> int:

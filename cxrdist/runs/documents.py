@@ -44,12 +44,22 @@ class Frozen(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnRecipe(Document):
+    """The user's Python file that a recipe was made by, its function, and the SHA-256 (hex) of its bytes."""
+
+    file: str
+    function: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunDocument(Document):
     """`run.json`: an id drawn at the start, which ties everything written later to this folder, and the data."""
 
     format_version: int = FORMAT_VERSION
     id: str
     data: Facts
+    own_recipe: OwnRecipe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,24 @@ from cxrdist.files import warn_once, write_atomically
 from cxrdist.models import architecture_of
 from cxrdist.models.weights import fit, layouts
 from cxrdist.models.weights.safetensors import file_sha256
+from cxrdist.recipe_file import RecipeFile
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member
-from cxrdist.runs.documents import Environment, Facts, Frozen, RunDocument, Sessions, StepState, read_versioned
+from cxrdist.runs.documents import (
+    Environment,
+    Facts,
+    Frozen,
+    OwnRecipe,
+    RunDocument,
+    Sessions,
+    StepState,
+    read_versioned,
+)
 from cxrdist.task import Task
 
+RECIPE_FILE = "recipe.py"  # a copy of the user's file that the recipe was made by
 RUN_FILES = (
-    *("run.json", "recipe.json", "task.json", "environment.json", "split.csv", member.BACKBONE_FILE),
+    *("run.json", "recipe.json", RECIPE_FILE, "task.json", "environment.json", "split.csv", member.BACKBONE_FILE),
     *("checkpoints", "metrics.jsonl", "timings.jsonl", "wandb", "wandb_id", files.LOCK_FILE),
 )
 SHOWN_PACKAGES = ("torch", "timm", "accelerate", "kornia", "numpy", "safetensors", "simplejpeg")
@@ -70,8 +81,19 @@ def check_folder(run: Path, shards: Path) -> None:
             )
 
 
-def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Callable[[str], None]) -> Start:
-    """What to begin with. Raises UserError when the folder is taken, or holds a run that differs in any way."""
+def find_start(
+    run: Path,
+    recipe: Recipe,
+    facts: Facts,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    own: RecipeFile | None = None,
+) -> Start:
+    """What to begin with. Raises UserError when the folder is taken, or holds a run that differs in any way.
+
+    own: the user's file that the recipe was made by; one of other bytes makes no difference while the recipe is equal.
+    """
     if not (run / "recipe.json").exists():
         if any((run / "checkpoints").glob("*")):
             raise UserError(f"{run} has checkpoints but no recipe.json: not a complete run folder; give another --out")
@@ -84,6 +106,10 @@ def find_start(run: Path, recipe: Recipe, facts: Facts, *, resume: bool, say: Ca
     if changed:
         raise UserError(f"{run} was started with another recipe: {'; '.join(changed)}; undo it, or give another --out")
     compare_facts(run, read_facts(run), facts)
+    if own is not None and (run / RECIPE_FILE).exists():
+        before = RunDocument.read(run / "run.json").own_recipe
+        if before is None or before.sha256 != own.sha256:
+            say(f"{own.path} is not as {run} was begun with it (see {run / RECIPE_FILE}), but makes the same recipe")
     with contextlib.suppress(UserError):
         checkpoint.check(last_epoch)
         return Start(finished=True)
@@ -142,11 +168,17 @@ def build(
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
 
 
-def write_id(run: Path, facts: Facts) -> None:
+def write_id(run: Path, facts: Facts, own: RecipeFile | None = None) -> None:
     """Make the folder this run's, before anything else is written in it; a resumed run keeps its id."""
     checkpoint.remove_unfinished(run)
-    if not (run / "recipe.json").exists():
-        write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts).to_json())
+    if (run / "recipe.json").exists():
+        return
+    made_by = None if own is None else OwnRecipe(file=str(own.path), function=own.name, sha256=own.sha256)
+    write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts, own_recipe=made_by).to_json())
+    if own is not None:
+        write_atomically(run / RECIPE_FILE, own.content)
+    else:  # of a start that was interrupted
+        (run / RECIPE_FILE).unlink(missing_ok=True)
 
 
 def write_start(run: Path, recipe: Recipe, task: Task, session: Environment) -> None:

@@ -1,6 +1,6 @@
 """Training losses by name, each with named parts, and the class weights they use.
 
-Source of focal + BCE: the published run (its numbers are fields of the recipe).
+Their numbers are fields of the recipe. Source of focal + BCE: the published run.
 """
 
 import functools
@@ -16,6 +16,7 @@ from cxrdist.errors import UserError
 from cxrdist.recipes import Recipe
 
 Loss = dict[str, Tensor]  # float32 scalars: `total`, which is minimised, first, then its parts before weighting
+EPS = 1e-8  # of the asymmetric loss, as published: what its logarithms are of is not smaller
 Criterion = Callable[[Tensor, Tensor], Loss]  # of logits and targets, both (B, K)
 
 
@@ -40,10 +41,7 @@ def focal_bce(
     Returns: total, focal, bce.
     Source: Lin et al. 2017 (focal loss), with the alpha of the published run.
     """
-    logits, targets = logits.float(), targets.float()
-    observed = ~torch.isnan(targets) if masked else None
-    if observed is not None:  # not multiplied away: an infinite logit times 0 would be nan
-        logits, targets = torch.where(observed, logits, 0.0), torch.where(observed, targets, 0.0)
+    logits, targets, observed = _without_masked(logits, targets, masked)
     plain = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     focal_cells = focal_alpha * (1.0 - torch.exp(-plain)) ** focal_gamma * plain
     if observed is None:
@@ -55,29 +53,112 @@ def focal_bce(
     return {"total": focal_weight * focal + bce_weight * bce, "focal": focal, "bce": bce}
 
 
+def bce(logits: Tensor, targets: Tensor, pos_weight: Tensor | None, *, masked: bool = False) -> Loss:
+    """Binary cross-entropy, the mean over batch and labels, computed in float32.
+
+    Args: as of `focal_bce`.
+    Returns: total, and the two terms that it is the sum of: positive (with `pos_weight`) and negative.
+    """
+    logits, targets, observed = _without_masked(logits, targets, masked)
+    positive = -targets * F.logsigmoid(logits)
+    return _two_terms(positive, -(1.0 - targets) * F.logsigmoid(-logits), pos_weight, observed)
+
+
+def asl(
+    logits: Tensor,
+    targets: Tensor,
+    pos_weight: Tensor | None,
+    *,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    masked: bool = False,
+) -> Loss:
+    """The asymmetric loss: BCE whose easy cells count less, negatives by another power than positives.
+
+    Args: the others as of `focal_bce`.
+        gamma_neg, gamma_pos: powers of what a cell is wrong by; a soft target has its share of both.
+        clip: a negative whose probability is below it costs nothing; the others are taken for that much easier.
+    Returns: total, and the two terms that it is the sum of, positive (with `pos_weight`) and negative; means in
+    float32.
+    Source: Ridnik et al. 2021, as timm's AsymmetricLossMultiLabel, whose sum over all cells this is the mean of.
+    """
+    logits, targets, observed = _without_masked(logits, targets, masked)
+    probs = torch.sigmoid(logits)
+    absent = (1.0 - probs + clip).clamp(max=1.0)
+    wrong = 1.0 - (targets * probs + (1.0 - targets) * absent)
+    # at least EPS, too: the slope of 0 to a power below 1 is infinite
+    focus = wrong.clamp(min=EPS) ** (gamma_pos * targets + gamma_neg * (1.0 - targets))
+    positive = -targets * probs.clamp(min=EPS).log() * focus
+    return _two_terms(positive, -(1.0 - targets) * absent.clamp(min=EPS).log() * focus, pos_weight, observed)
+
+
+def _without_masked(logits: Tensor, targets: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both in float32 with 0 in masked cells, and which cells are observed; None for all of them."""
+    logits, targets = logits.float(), targets.float()
+    if not masked:
+        return logits, targets, None
+    observed = ~torch.isnan(targets)  # not multiplied away: an infinite logit times 0 would be nan
+    return torch.where(observed, logits, 0.0), torch.where(observed, targets, 0.0), observed
+
+
+def _two_terms(positive: Tensor, negative: Tensor, pos_weight: Tensor | None, observed: Tensor | None) -> Loss:
+    """The means of a loss's two terms (B, K) and their sum, the positive one with class weights."""
+    if pos_weight is not None:
+        positive = positive * pos_weight
+    if observed is None:
+        means = positive.mean(), negative.mean()
+    else:
+        means = mean_observed(positive, observed), mean_observed(negative, observed)
+    return {"total": means[0] + means[1], "positive": means[0], "negative": means[1]}
+
+
 def mean_observed(cells: Tensor, observed: Tensor) -> Tensor:
     """The mean of the observed cells (0-dim); 0 where there is none. No host sync."""
     return torch.where(observed, cells, 0.0).sum() / observed.sum().clamp(min=1)
 
 
-def published(recipe: Recipe, pos_weight: Tensor, masked: bool) -> Criterion:
-    """`focal_bce` with a recipe's numbers."""
-    names = ("focal_weight", "focal_alpha", "focal_gamma", "bce_weight")
-    return functools.partial(
-        focal_bce, pos_weight=pos_weight, masked=masked, **{name: getattr(recipe, name) for name in names}
-    )
+def smoothed(criterion: Criterion, share: float) -> Criterion:
+    """The loss of targets t * (1 - share) + share / 2; masked cells stay masked."""
+    return lambda logits, targets: criterion(logits, targets * (1.0 - share) + share / 2.0)
+
+
+def _with_fields(loss: Callable[..., Loss], **fields: str) -> Callable[[Recipe, Tensor, bool], Criterion]:
+    """A loss whose keywords are the recipe's fields of these names."""
+
+    def build(recipe: Recipe, pos_weight: Tensor, masked: bool) -> Criterion:
+        numbers = {keyword: getattr(recipe, field) for keyword, field in fields.items()}
+        return functools.partial(loss, pos_weight=pos_weight, masked=masked, **numbers)
+
+    return build
 
 
 # From a recipe, class weights (K,), and whether targets may hold nan for masked cells.
-LOSSES: dict[str, Callable[[Recipe, Tensor, bool], Criterion]] = {"focal_bce": published}
+LOSSES: dict[str, Callable[[Recipe, Tensor, bool], Criterion]] = {
+    "focal_bce": _with_fields(
+        focal_bce,
+        focal_weight="focal_weight",
+        focal_alpha="focal_alpha",
+        focal_gamma="focal_gamma",
+        bce_weight="bce_weight",
+    ),
+    "bce": _with_fields(bce),
+    "asl": _with_fields(asl, gamma_neg="asl_gamma_neg", gamma_pos="asl_gamma_pos", clip="asl_clip"),
+}
 
 
 def make_criterion(
-    recipe: Recipe, targets: NDArray[np.float32], device: torch.device, *, masked: bool | None = None
+    recipe: Recipe,
+    targets: NDArray[np.float32],
+    device: torch.device,
+    *,
+    masked: bool | None = None,
+    smooth: bool = False,
 ) -> Criterion:
     """The recipe's loss with class weights from the targets (N, K) of all images that are trained on, nan where masked.
 
     masked: whether other targets, as those of validation, have masked cells; None: if these have.
+    smooth: as the recipe's `label_smoothing` says: for training.
     Raises UserError for an unknown loss.
     """
     if recipe.loss not in LOSSES:
@@ -86,7 +167,8 @@ def make_criterion(
     positives = torch.from_numpy(np.nansum(targets, axis=0))
     pos_weight = effective_pos_weight(positives, observed, recipe.pos_weight_beta, recipe.pos_weight_cap)
     some_masked = bool((observed < len(targets)).any())
-    return LOSSES[recipe.loss](recipe, pos_weight.to(device), some_masked if masked is None else masked)
+    criterion = LOSSES[recipe.loss](recipe, pos_weight.to(device), some_masked if masked is None else masked)
+    return smoothed(criterion, recipe.label_smoothing) if smooth and recipe.label_smoothing else criterion
 
 
 def part_names(criterion: Criterion, num_labels: int) -> tuple[str, ...]:
