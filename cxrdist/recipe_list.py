@@ -55,9 +55,8 @@ def shown(name: str) -> Iterator[str]:
     elif name in RECIPES:
         function, recipe = RECIPES[name], RECIPES[name](TASK.name)
     else:
-        raise UserError(
-            f"{name!r} is no recipe: one of {', '.join(RECIPES)}, timm:NAME, or FILE.py:NAME for one of your own"
-        )
+        known = ", ".join([*RECIPES, "timm:NAME"])
+        raise UserError(f"{name!r} is no recipe: one of {known}, or FILE.py:NAME for one of your own")
     flops, memory, batch = cost_of(recipe)
     yield f"{_doc(function)}\n"
     yield f"command: {command_of(name, function)}"

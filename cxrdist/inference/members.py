@@ -14,11 +14,11 @@ from cxrdist.augment.views import distinct_views
 from cxrdist.data.folds import read_split
 from cxrdist.errors import UserError
 from cxrdist.inference.passes import Member
-from cxrdist.models import architecture_of
+from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.weights.fit import load_init
-from cxrdist.models.weights.layouts import architecture_of_file, read_weights
+from cxrdist.models.weights.layouts import WeightFile, architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import tensors_sha256
-from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe, recipe_for
+from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe
 from cxrdist.runs.documents import Facts
 from cxrdist.runs.member import build_model, load_member, read_recipe
 from cxrdist.scoring.tables import Checkpoint, shares
@@ -147,16 +147,26 @@ def load_checkpoints(
     else:
         weights = read_weights(*files)
         recipe = recipe_of_file(spec, weights, task, member)
- {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
+    model = build_model(recipe, task)
+    load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
+    yield Origin(str(spec.source), weights=weights.kind), recipe, model
+
+
+def recipe_of_file(spec: MemberSpec, weights: WeightFile, task: Task, member: str) -> Recipe:
+    """The recipe that the weight file's member names, or the published one of its architecture. UserError: neither."""
+    model_name = architecture_of_file(weights)
+    recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
     if not recipes or spec.recipe not in (None, *recipes):
         known = ", ".join(recipes) or "not known"
         raise UserError(
             f"{member} holds weights of {model_name}, and recipes of that are {known}; name one as FILE#RECIPE"
         )
-    recipe = recipes[spec.recipe or next(iter(recipes))]  # the first one is the published one
-    model = build_model(recipe, task)
-    load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
-    yield Origin(str(spec.source), weights=weights.kind), recipe, model
+    return recipes[spec.recipe or next(iter(recipes))]  # the first one is the published one
+
+
+def is_recipe(name: str | None) -> bool:
+    """Whether a member may name this recipe; that timm has such a model is seen where it is made."""
+    return name is None or ":" in name or name in RECIPES
 
 
 def raw_note(spec: MemberSpec, item: Checkpoint) -> str:
