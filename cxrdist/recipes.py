@@ -286,6 +286,22 @@ def demo_chexfound(task: str) -> Recipe:
     )
 
 
+def demo_convnet(task: str) -> Recipe:
+    """A ConvNeXt of 3.7 million weights, from random ones, on the demo's phantoms.
+
+    Command: `./launch.sh demo --folds`. A member of another kind than the published pair.
+    """
+    return _demo(
+        plain("timm:convnext_atto", task, 96, frozen="", layers=True),
+        name="demo_convnet",
+        epochs=24,
+        groups=(Group(pattern=r"", lr=1e-3, weight_decay=0.02),),
+        layer_decay=None,
+        warmup_steps=40,
+        inference=Inference(member_epochs=(23, 24)),
+    )
+
+
 def eva_x_small(task: str) -> Recipe:
     """EVA-X-S with the published recipe of EVA-X-B."""
     return dataclasses.replace(eva_x(task), name="eva_x_small", model="eva_x_small")
@@ -307,7 +323,7 @@ def rad_dino(task: str) -> Recipe:
 
 FULL_SIZE = (eva_x, chexfound, eva_x_224, eva_x_small, eva_x_tiny, rad_dino)
 RECIPES: dict[str, Callable[[str], Recipe]] = {
-    function.__name__: function for function in (*FULL_SIZE, demo_eva_x, demo_chexfound)
+    function.__name__: function for function in (*FULL_SIZE, demo_eva_x, demo_chexfound, demo_convnet)
 }
 MIN_STEPS, MAX_EPOCHS, MAX_WARMUP = 1000, 100, 500  # of `fitted`
 

@@ -137,7 +137,8 @@ def fit(heads: tuple[str, ...], model: Any, tensors: Tensors, source: str) -> li
     if (convert := timm_filter(model)) is not None:
         before = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         try:
-            found = convert(dict(tensors), model)
+            takes_model = len(inspect.signature(convert).parameters) > 1
+            found = convert(dict(tensors), model) if takes_model else convert(dict(tensors))
         except Exception as error:
             kind = model.pretrained_cfg["architecture"]
             raise UserError(f"{source}: timm cannot read it as {kind}: {_reason(error)}") from None

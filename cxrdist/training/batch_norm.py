@@ -111,7 +111,9 @@ class BatchNorms:
         if not self.norms:
             return "BatchNorm: none"
         if not self.sync:
-            return "BatchNorm: its statistics stay as the weights brought them (--set sync_bn=true moves them)"
+            began = not any(bool(norm.running_mean.any()) for norm in self.norms if norm.running_mean is not None)
+            how = "they began: mean 0, deviation 1, of no image" if began else "the weights brought them"
+            return f"BatchNorm: its statistics stay as {how} (--set sync_bn=true moves them)"
         images = f"up to {device_batch_size * self.num_ranks} images, those of a pass"
         return f"BatchNorm: by {images}; another --device-batch-size or number of processes learns something else"
 
