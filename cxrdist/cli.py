@@ -123,7 +123,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         str, "URL", "copy the shards from s3://, https:// or hf:// into --shards first, checking all hashes"
     ),
     "--out": flag(Path, "DIR", "where to write"),
-    "--init": flag(str, "FILE|random", "weights to start from (default: the official file in weights/)"),
+    "--init": flag(str, "FILE|timm|random", "weights to start from (default: the official file in weights/)"),
     "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
     "--set": flag(str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)")

@@ -29,7 +29,7 @@ from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
 from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
-from cxrdist.models import architecture_of
+from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.compiled import LAUNCH_BOUND_BATCH
 from cxrdist.models.weights.fit import init_files
 from cxrdist.shards.index import open_index
@@ -91,7 +91,7 @@ def augment_sheet(args: Namespace, out: Path) -> None:
     shards = shards_of(args)
     files.check_outputs([out], [shards], flag="--augment-sheet")
     index = open_index(shards, "train", args.task)
-    recipe = recipes.recipe_for(args.model, index.task.name)
+    recipe = recipe_for(args.model, index.task.name)
     recipe = recipes.with_overrides(recipe, args.overrides + [f"augment={edit}" for edit in args.augment])
     with Loader(index) as loader:
         figure = augmented_figure(loader, recipe, NUM_SHEET_IMAGES)

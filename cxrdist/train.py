@@ -58,6 +58,7 @@ SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
+MODEL = f"a recipe: {', '.join(recipes.RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
 
 
@@ -89,7 +90,7 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist.train", description=__doc__)
     which = flags.add_mutually_exclusive_group()
     which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
-    which.add_argument("--model", default="eva_x", help=f"a recipe: {', '.join(recipes.RECIPES)} (default %(default)s)")
+    which.add_argument("--model", default="eva_x", help=MODEL)
     add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")

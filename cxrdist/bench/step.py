@@ -27,7 +27,7 @@ from cxrdist.distributed.precision import DTYPES, autocast
 from cxrdist.estimate.count import GB
 from cxrdist.estimate.counter import Counter, GpuNorms
 from cxrdist.estimate.report import MACHINES
-from cxrdist.models import architecture_of
+from cxrdist.models import architecture_of, recipe_for
 from cxrdist.recipes import Recipe
 from cxrdist.runs.member import build_model
 from cxrdist.shards.convert import SIZE_PX, Pixels
@@ -115,7 +115,7 @@ def count_augmentation(recipe: Recipe, batch_size: int) -> Counter:
 
 def count_rows(args: argparse.Namespace) -> list[Row]:
     """Kernels and bytes of each kind, their sum without matmul, what moves most of it, and the augmentation's."""
-    recipe = recipes.recipe_for(args.model, TASK.name)
+    recipe = recipe_for(args.model, TASK.name)
     step = count_step(recipe, TASK.num_labels, args.batch_size, args.precision)
     augmentation = count_augmentation(recipe, args.batch_size)
     rows = [
@@ -150,7 +150,7 @@ def write_shards(folder: Path) -> ShardIndex:
 
 def step_rows(args: argparse.Namespace, index: ShardIndex, device: torch.device) -> list[Row]:
     """Median seconds of each part of a step, as images/s and share of the step."""
-    recipe = recipes.recipe_for(args.model, TASK.name)
+    recipe = recipe_for(args.model, TASK.name)
     parts = _timed_parts(args, recipe, index, device)
     medians = {part: statistics.median(seconds[1:]) for part, seconds in parts.items()}  # the first step allocates
     step = sum(medians.values())

@@ -96,6 +96,15 @@ def test_all_are_scored_with_views_averaged_and_shown(
     assert len(json.loads((tmp_path / "report" / "metrics.json").read_text())["scores"]) == len(runs) + 1
 
 
+@pytest.mark.slow
+def test_gradient_checkpointing_moves_synced_statistics_once(
+    runs: dict[str, Path], uneven_shards: Path, tmp_path: Path
+) -> None:
+    model = "timm:test_resnet"
+    run = trained(uneven_shards, tmp_path / "run", model, *flags_of(model), "--grad-checkpointing")
+    assert_same_result(run, runs[model])
+
+
 def test_what_is_not_trained_stays_as_it_began(runs: dict[str, Path]) -> None:
     pytest.importorskip("timm")
     moved = {}
