@@ -523,6 +523,29 @@ def read_weight_file(name: str) -> Callable[[Path], object]:
     return read
 
 
+BACKBONES = {"vit.safetensors": "timm:test_vit", "frozen.safetensors": "glori:test_vit"}
+
+
+def make_backbones(base: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from cxrdist.models import architecture_of
+
+    for name, model in BACKBONES.items():
+        state = architecture_of(model).build(64, 14).state_dict()
+        save_file({key: tensor for key, tensor in state.items() if "running" not in key}, folder / name)
+
+
+def read_backbones(folder: Path) -> object:
+    from cxrdist.models import architecture_of
+    from cxrdist.models.weights.fit import load_init
+
+    for name, kind in BACKBONES.items():
+        architecture = architecture_of(kind)
+        load_init(architecture, architecture.build(32, 14), folder / name)
+    return None
+
+
 def safetensors_damaged(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.5:
         return damaged(rng, data)
@@ -632,7 +655,7 @@ def read_set(text: str) -> object:
     recipe = with_overrides(demo_eva_x("b"), [text])
     with torch.device("meta"):
         architecture = architecture_of(recipe.model)
-        architecture.build(recipe.image_size, 14, recipe.drop_rate, **dict(recipe.model_kwargs))
+        architecture.trained_names(architecture.build_for(recipe, 14), recipe.train)
     return None
 
 
@@ -675,6 +698,7 @@ SETS = (
         "lr_schedule=cosine",
         "drop_rate=0.2",
     ),
+    *("model=timm:test_vit", "train=last:2", "layer_decay=0.5", "drop_path=0.1", "loss=asl", "label_smoothing=0.1"),
 )
 MEMBERS = (
     "eva_x=runs/eva_x_b@5,6:tta*0.5",
@@ -682,6 +706,7 @@ MEMBERS = (
     "b=run",
     "c=run:plain,hflip*2",
     "d=f,g#eva_x",
+    "e=w.safetensors#timm:test_vit.r160_in1k:tta",
 )
 
 RUN_JSON = {
@@ -754,6 +779,13 @@ def _kinds() -> list[Kind]:
                 ("published.pth", zip_damaged, 0.75),
                 ("legacy.pth", legacy_damaged, 1.5),
             )
+        ),
+        Kind(
+            "weights timm",
+            make_backbones,
+            files_of(dict.fromkeys(BACKBONES, safetensors_damaged)),
+            read_backbones,
+            weight=1.5,
         ),
         flag_kind("flag set", SETS, read_set, 2),
         flag_kind("flag member", MEMBERS, read_member_flag, 2),
