@@ -27,6 +27,7 @@ MAX_INITIAL_SHARE = 0.1  # of the EMA, at the end of a run
 PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
 View = Literal["plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05"]
 PUBLISHED_VIEWS: tuple[View, ...] = get_args(View)
+Rule = Literal["none", "sqrt", "linear"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -266,6 +267,19 @@ def recipe_for(model: str, task: str, num_images: int | None = None) -> Recipe:
     return recipe if published or num_images is None else fitted(recipe, num_images)
 
 
+def asked_for(
+    model: str, task: str, num_images: int | None, overrides: list[str], edits: list[str], scale_lr: Rule
+) -> tuple[Recipe, Recipe]:
+    """The recipe that training's flags change, and the changed one.
+
+    overrides: --set; edits: --augment; others as in `recipe_for` and `with_scaled_lrs`. UserError as these.
+    """
+    published = recipe_for(model, task, num_images)
+    recipe = with_overrides(published, overrides + [f"augment={edit}" for edit in edits])
+    ratio = recipe.global_batch_size / published.global_batch_size
+    return published, with_scaled_lrs(recipe, ratio, scale_lr)
+
+
 def fitted(recipe: Recipe, num_images: int) -> Recipe:
     """A full-size recipe for a set of another size than the 107,000 images it was made for.
 
@@ -300,7 +314,7 @@ def ema_warning(recipe: Recipe, num_steps: int) -> str:
     return f"after {num_steps:,} steps {ema}: train longer, or --set ema_ramp=true with a smaller ema_decay"
 
 
-def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Literal["none", "sqrt", "linear"]) -> Recipe:
+def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Rule) -> Recipe:
     """The recipe with its learning rates times `ratio` (of global batches) or its root; unchanged for "none"."""
     if rule == "none" or ratio == 1.0:
         return recipe

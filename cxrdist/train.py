@@ -106,9 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url and not args.dry_run and validates_on_split(args, task):
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
-    published = recipes.recipe_for(args.model, task.name, num_images)
-    recipe = recipes.with_overrides(published, args.overrides + [f"augment={edit}" for edit in args.augment])
-    recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
+    changes = args.overrides, args.augment, args.scale_lr
+    published, recipe = recipes.asked_for(args.model, task.name, num_images, *changes)
     architecture_of(recipe.model)  # an unknown name ends here
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
     if args.dry_run:

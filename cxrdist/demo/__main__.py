@@ -23,12 +23,12 @@ from cxrdist import recipes
 from cxrdist.cli import Parser, add_flags, run_entry, with_readings
 from cxrdist.data.folds import assign_folds
 from cxrdist.demo.phantoms import write_division
-from cxrdist.demo.steps import Step, run_steps
 from cxrdist.distributed.plan import LaunchPlan, plan_launch
 from cxrdist.errors import UserError
 from cxrdist.published import read_labels
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.shards.index import Texts, read_meta
+from cxrdist.steps import Step, run_steps
 from cxrdist.task import Task, load_task
 
 NUM_PATIENTS = 250
