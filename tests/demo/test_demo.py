@@ -1,16 +1,24 @@
-"""The demo: how patients are held out, what it refuses."""
+"""The demo: how patients are held out, what it refuses, and the folds from phantoms to a report."""
 
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cxrdist.demo import __main__ as demo
-from cxrdist.demo.__main__ import Files, hold_out
+from cxrdist.demo.__main__ import MEMBERS, Files, hold_out
 from cxrdist.demo.phantoms import CSV_COLUMNS
 from cxrdist.errors import UserError
+from cxrdist.scoring.tables import read_table
+from cxrdist.scoring.weights import Fit
 from cxrdist.tables import read_label_csv, read_template
 from cxrdist.task import TASKS
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.fast
@@ -58,3 +66,27 @@ def test_mistake_is_named_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         demo.main(arguments)
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_folds_of_every_member_end_in_one_report_of_ensemble_and_members_and_are_reused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cxrdist.demo", "--folds", "2", "--patients", "30", "--set", "epochs=1"]
+    command += ["--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = Files.below(tmp_path / "demo", TASKS["b"], 2)
+    fitted = Fit.read(files.weights)
+    assert list(fitted.weights) == list(MEMBERS)
+    assert sum(fitted.weights.values()) == pytest.approx(1)
+    assert read_table(files.ensemble).meta.members == fitted.weights
+    metrics = json.loads((files.report / "metrics.json").read_text())
+    assert [score["name"] for score in metrics["scores"]] == ["ensemble", *MEMBERS]
+    paired = [(pair["one"], pair["other"]) for pair in metrics["comparisons"]]
+    assert [("ensemble", member) for member in MEMBERS] == paired[: len(MEMBERS)]
+    for member, model in MEMBERS.items():
+        assert f"{member}: 2 folds of 1 epochs" in done.stdout
+        table = read_table(files.runs / f"{model}_b_folds" / f"{member}.csv")
+        assert (len(table.image_names), table.meta.out_of_fold) == (fitted.num_images, True)
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+    assert again.stdout.count("reused\n") == len(MEMBERS) + 8, again.stdout
