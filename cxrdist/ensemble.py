@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.template is None:
         score_tables.write_table(args.out, final)
         note = unreadable_note(final.meta.unreadable)
-        print(f"score table: {args.out}, {len(final.image_names):,} images{note}; with --template it is a submission")
+        more = "with --template it is a submission"
+        if args.fit and not args.scores:
+            more = "the weights were fitted on these images, so what they gain on others is what is said above"
+        print(f"score table: {args.out}, {len(final.image_names):,} images{note}; {more}")
         return
     template = read_template(args.template, task_of(final, args.task))
     fallback = write_submission(final, template, args.out, args.max_unreadable.of(len(template)))

@@ -229,8 +229,9 @@ def fold_steps(
         usual = recipes.recipe_for(model, task.name)
         settings = [f"epochs={-(-usual.epochs // FOLD_EPOCHS)}", *args.overrides]
         recipe, out = recipes.with_overrides(usual, settings), files.runs / f"{model}_{task.name}_folds"
-        print(f"{member}: {args.folds} folds of {recipe.epochs} epochs ({usual.epochs} without --folds)")
-        words = ["cxrdist.folds", *shards, "--model", model, "--member", member, "--folds", str(args.folds)]
+        print(f"{member}: {args.folds} folds, epochs={recipe.epochs} each ({usual.epochs} without --folds)", flush=True)
+        words = ["cxrdist.folds", *shards, "--model", model, "--member", member]
+        words += ["--folds", str(args.folds), "--only", "all"]
         words += ["--out", str(out), "--init", "random", *(word for text in settings for word in ("--set", text))]
         tables.append(out / f"{member}.csv")
         results = tuple(with_json(tables[-1:]))

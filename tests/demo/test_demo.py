@@ -85,7 +85,7 @@ def test_folds_of_every_member_end_in_one_report_of_ensemble_and_members_and_are
     paired = [(pair["one"], pair["other"]) for pair in metrics["comparisons"]]
     assert [("ensemble", member) for member in MEMBERS] == paired[: len(MEMBERS)]
     for member, model in MEMBERS.items():
-        assert f"{member}: 2 folds of 1 epochs" in done.stdout
+        assert f"{member}: 2 folds, epochs=1 each" in done.stdout
         table = read_table(files.runs / f"{model}_b_folds" / f"{member}.csv")
         assert (len(table.image_names), table.meta.out_of_fold) == (fitted.num_images, True)
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
