@@ -6,14 +6,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh COMMAND [ARGUMENTS]
-  demo [--images DIR --csv FILE]   all steps on a small division: shards, two models, submission, report
+  demo [--images DIR --csv FILE]   all steps on a small division: shards, models, submission, report; with --folds [N]
+                                   each model by folds, and an ensemble with weights fitted on what they held out
   setup [dev]                      make the environment (every command does it when it is missing); dev adds the test tools
   test [--all] [PYTEST ARGS]       the tests; --all adds faults and slow ones
   check | format                   format, lint, types and fast tests | rewrite the formatting
   preprocess TASK [ARGS]           images -> shards; TASK is a, b or a .toml file
   train TASK [ARGS]                train on all GPUs of this machine (accel_configs/), e.g. --model chexfound
-  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv; for these two TASK may also
+  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv; for these and folds TASK may also
                                    be the name of a shard set below shards/
+  folds TASK [ARGS]                train by folds, e.g. --model chexfound --folds 5 -> one out-of-fold table, on which
+                                   python -m cxrdist.ensemble --fit finds weights; --only K, or a Slurm array: one fold
   doctor [--bill]                  versions, GPUs, precision, disk, and what would be used | name, version and licence
                                    of every dependency
   recipes [NAME]                   what can be trained, and what it costs | all of one recipe, field by field
@@ -91,9 +94,9 @@ setup() { # core, or dev: also the tools and the extras that the tests need
 
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
-launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 task=$2 flag=--task plan config processes settings
-  shift 2
+find_task() { # TASK: sets flag and task, a built-in task, a file or the name of a shard set
+  flag=--task
+  task=$1
   case "$task" in
     a | b | *.toml | *.json) ;;
     *)
@@ -102,6 +105,12 @@ launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
       task=shards/$task
       ;;
   esac
+}
+
+launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
+  local module=$1 task flag plan config processes settings
+  find_task "$2"
+  shift 2
   plan=$(python -m cxrdist.doctor --plan)
   IFS=$'\t' read -r config processes settings <<< "$plan"
   [ -z "$settings" ] || export $settings
@@ -140,6 +149,12 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     shift
     setup core
     launch "cxrdist.$command" "$task" "$@"
+    ;;
+  folds) # starts accelerate itself, for every training and inference
+    find_task "${1:?"say which task: ./launch.sh folds b"}"
+    shift
+    setup core
+    python -m cxrdist.folds "$flag" "$task" "$@"
     ;;
   format)
     setup dev

@@ -3,6 +3,7 @@
 #   sbatch --nodes=2 accel_configs/slurm.sh train --task b
 #   sbatch --nodes=2 accel_configs/slurm.sh train --task b --model chexfound --set global_batch_size=128
 #   sbatch --nodes=1 accel_configs/slurm.sh infer --task b
+#   sbatch --nodes=1 --array=0-4 accel_configs/slurm.sh folds --task b --model chexfound --folds 5     a fold a task
 # Before the time limit and on preemption, training writes a checkpoint; the job is then queued again and continues.
 #SBATCH --job-name=cxrdist
 #SBATCH --nodes=2
@@ -23,7 +24,10 @@ shift
 case "$entry" in
   train) set -- "$@" --resume ;; # a first start finds no checkpoint and begins
   infer) ;;
-  *) echo "error: '$entry' is not train or infer" >&2; exit 2 ;;
+  folds) # starts accelerate itself, on its own node; finished and interrupted folds are known without a flag
+    [ "$SLURM_NNODES" = 1 ] || { echo "error: a fold is trained on one node: sbatch --nodes=1 --array=0-4" >&2; exit 2; }
+    ;;
+  *) echo "error: '$entry' is not train, infer or folds" >&2; exit 2 ;;
 esac
 
 python=${CXRDIST_PYTHON:-.venv/bin/python}
@@ -40,10 +44,14 @@ if grep -q '^use_cpu: true' "$CONFIG"; then export ACCELERATE_USE_CPU=true; fi #
 stopped=
 trap 'stopped=yes; kill -TERM "$job" 2> /dev/null || true' USR1 TERM
 
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
-  exec "$0" -m accelerate.commands.launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
-    --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_NODE" --main_process_port "$PORT" \
-    --num_processes "$PROCESSES" -m "$@" --expect-processes "$PROCESSES"' "$python" "cxrdist.$entry" "$@" &
+if [ "$entry" = folds ]; then
+  srun --ntasks=1 "$python" -m cxrdist.folds "$@" &
+else
+  srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
+    exec "$0" -m accelerate.commands.launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
+      --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_NODE" --main_process_port "$PORT" \
+      --num_processes "$PROCESSES" -m "$@" --expect-processes "$PROCESSES"' "$python" "cxrdist.$entry" "$@" &
+fi
 job=$!
 code=0
 wait "$job" || code=$?

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from cxrdist.cli import Parser
 
-MODULES = {
-    name: name
-    for name in ("preprocess", "verify", "train", "infer", "ensemble", "evaluate", "average", "doctor", "demo", "bench")
-} | {"recipes": "recipe_list"}  # recipes.py holds the recipes themselves
+SAME = ("preprocess", "verify", "train", "folds", "infer", "ensemble", "evaluate", "average", "doctor", "demo", "bench")
+MODULES = {name: name for name in SAME} | {"recipes": "recipe_list"}  # recipes.py holds the recipes themselves
 
 
 def about(module: str) -> str:

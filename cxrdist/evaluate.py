@@ -3,7 +3,8 @@
   python -m cxrdist.evaluate --scores OUT/scores/*.csv --csv labels.csv --out report
   ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps
 
-Tables are averaged into an ensemble, which comes first. AUROC and average precision per label, intervals from resampled
+Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
+others, it is taken as it is. AUROC and average precision per label, intervals from resampled
 patients, paired comparisons, calibration, subgroups by view, sex and age.
 """
 
@@ -22,17 +23,16 @@ from cxrdist.data.loader import Loader
 from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
-from cxrdist.published import read_labels
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
 from cxrdist.report.page import Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
-from cxrdist.scoring.tables import ScoreTable, align, average_tables, check_shards, read_members, task_of
-from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
+from cxrdist.shards.index import open_index
 from cxrdist.tables import LabelTable
-from cxrdist.task import Task
+from cxrdist.truth import open_scored, read_truth
 
 DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
 
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     more = {"allow_missing": args.allow_missing}
     tables, weights = read_members(args.scores, args.task, args.weights, **more)
     if len(tables) > 1:
-        tables = [average_tables(tables, weights, args.average, **more), *align(tables, **more)]
+        tables = with_ensemble(tables, weights, args, **more)
     task = with_readings(task_of(tables[0], args.task), args)
-    labelled, source = read_truth(args, task, tables)
+    labelled, source = read_truth(args.csv, args.shards, task, tables)
     unscored = check_rows(tables[0], labelled, source, allow_missing=args.allow_missing)
     truth = match_labels(tables[0], labelled, source)
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
@@ -86,26 +86,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
 
 
-def read_truth(args: argparse.Namespace, task: Task, tables: Sequence[ScoreTable]) -> tuple[LabelTable, Path]:
-    """The labels of --csv, or else those in the shard set, and where they are from."""
-    if args.csv is not None:
-        truth = read_labels(args.csv, task)
-        print("".join(f"{note}\n" for note in truth.notes), end="")
-        return truth, args.csv
-    if args.shards is None:
-        raise UserError("give --csv FILE with the labels of the scored images, or --shards DIR that holds them")
-    index = open_scored(args, tables, task)
-    if index.targets is None:
-        raise UserError(f"{args.shards}: split {index.split!r} has no labels; give --csv FILE")
-    return LabelTable(index.about().assign(split=index.split), index.targets), args.shards
-
-
-def open_scored(args: argparse.Namespace, tables: Sequence[ScoreTable], task: Task | None) -> ShardIndex:
-    """The split of --shards that was scored; UserError where it is known to be of another shard set."""
-    index = open_index(args.shards, next((table.meta.split for table in tables if table.meta.split), "test"), task)
-    for table in tables:
-        check_shards(table, index.fingerprint, args.shards)
-    return index
+def with_ensemble(
+    tables: list[ScoreTable], weights: list[float], args: argparse.Namespace, *, allow_missing: bool
+) -> list[ScoreTable]:
+    """The tables over the same images, an ensemble of them first: the one that says it is of all others, else made."""
+    names = {table.name for table in tables}
+    made = [table for table in tables if table.meta.members and {*table.meta.members, table.name} == names]
+    if len(made) == 1 and args.weights is None:
+        return align([*made, *(table for table in tables if table is not made[0])], allow_missing=allow_missing)
+    together = average_tables(tables, weights, args.average, allow_missing=allow_missing)
+    return [together, *align(tables, allow_missing=allow_missing)]
 
 
 def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_missing: bool) -> list[str]:
@@ -229,7 +219,7 @@ def picture_sections(
     if args.run and (args.shards / "train.json").is_file():
         with Loader(open_index(args.shards, "train", task), num_threads=1) as loader:
             yield saliency.augmented_section(loader, read_recipe(args.run[0]))
-    index = open_scored(args, tables, task)
+    index = open_scored(args.shards, tables, task)
     examples = saliency.choose_examples(args.show, table, targets, result)
     names = np.array([example.image_name for example in examples], dtype=object)
     rows = index.rows_of(names)

@@ -27,6 +27,7 @@ MAX_INITIAL_SHARE = 0.1  # of the EMA, at the end of a run
 PUBLISHED_BATCH = 64  # images per optimizer step of both published runs
 View = Literal["plain", "hflip", "center1.0", "center1.1", "bright0.95", "bright1.05"]
 PUBLISHED_VIEWS: tuple[View, ...] = get_args(View)
+Rule = Literal["none", "sqrt", "linear"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 ModelName = Annotated[str, Field(pattern=r"^([a-z]+:)?[A-Za-z0-9][\w.-]*$")]
 Count = Annotated[int, Field(ge=1, le=10**6)]
@@ -405,7 +406,7 @@ def ema_warning(recipe: Recipe, num_steps: int) -> str:
     return f"after {num_steps:,} steps {ema}: train longer, or --set ema_ramp=true with a smaller ema_decay"
 
 
-def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Literal["none", "sqrt", "linear"]) -> Recipe:
+def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Rule) -> Recipe:
     """The recipe with its learning rates times `ratio` (of global batches) or its root; unchanged for "none"."""
     if rule == "none" or ratio == 1.0:
         return recipe

@@ -111,11 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.shards_url and not args.dry_run and validates_on_split(args, task):
         fetch_shards(args.shards_url, shards, "valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
-    own = args.recipe and args.recipe.build(task.name)  # not fitted to the set: its numbers are its author's
-    published = own or recipe_for(args.model, task.name, num_images)
-    edits = [f"augment={edit}" for edit in args.augment] + ([f"train={args.train}"] if args.train else [])
-    recipe = recipes.with_overrides(published, args.overrides + edits)
-    recipe = recipes.with_scaled_lrs(recipe, recipe.global_batch_size / published.global_batch_size, args.scale_lr)
+    published, recipe = asked_for(args, task.name, num_images)
     architecture_of(recipe.model)  # an unknown name ends here
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
     if args.dry_run:
@@ -129,6 +125,16 @@ def main(argv: list[str] | None = None) -> None:
             changed = "; ".join(recipes.differences(published, recipe))
             ranks.say(f"another global batch than the recipe's (learning rates: --scale-lr {args.scale_lr}): {changed}")
         train(args, recipe, task, shards, run, ranks, stack)
+
+
+def asked_for(args: Namespace, task: str, num_images: int | None) -> tuple[Recipe, Recipe]:
+    """The recipe that the flags name, and what they make of it. UserError for a flag that no recipe can follow."""
+    own = args.recipe and args.recipe.build(task)  # not fitted to the set: its numbers are its author's
+    published: Recipe = own or recipe_for(args.model, task, num_images)
+    edits = [f"augment={edit}" for edit in args.augment] + ([f"train={args.train}"] if args.train else [])
+    recipe = recipes.with_overrides(published, args.overrides + edits)
+    ratio = recipe.global_batch_size / published.global_batch_size
+    return published, recipes.with_scaled_lrs(recipe, ratio, args.scale_lr)
 
 
 def train(
@@ -163,8 +169,7 @@ def train(
     with ranks.agree():
         model, frozen, report = start.build(recipe, task, args.init, run, begin, args.backbone)
         groups = groups_of(architecture, model, recipe)
-        who = (ranks.rank, ranks.world_size)
-        norms = BatchNorms(model, sync=recipe.sync_bn, place=who, total=ranks.sum_with_gradient)
+        norms = BatchNorms(model, recipe.sync_bn, (ranks.rank, ranks.world_size), ranks.sum_with_gradient)
         augmented = functools.partial(TrainingAugment, recipe.image_size, seed=recipe.seed, stats=architecture.stats)
         augment = augmented(recipe.augment, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)

@@ -95,6 +95,9 @@ def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
     )
     called = "5 true -m accelerate.commands.launch --quiet --config_file my folder/cpu.yaml --num_processes 3"
     assert done.stdout == f"{called} -m cxrdist.train --task b --expect-processes 3 --seed 7\n", done.stderr
+    call = [PROJECT / "launch.sh", "folds", "b", "--model", "chexfound", "--only", "1"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    assert done.stdout == "5  -m cxrdist.folds --task b --model chexfound --only 1\n", done.stderr
     done = subprocess.run([PROJECT / "launch.sh", "train", "c"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'c' is not a, b or a .toml file, and there is no shard set shards/c")

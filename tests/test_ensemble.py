@@ -1,15 +1,19 @@
 """`python -m cxrdist.ensemble`: from tables to a submission, without images or models."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from cxrdist import ensemble
+from cxrdist import ensemble, evaluate
 from cxrdist.errors import UserError
+from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, TableMeta, average, read_table, write_table
+from cxrdist.scoring.weights import Fit
 from cxrdist.shards.index import open_index
+from cxrdist.tables import read_label_csv
 from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
@@ -69,33 +73,64 @@ def test_members_keep_the_weights_they_were_scored_with(tables, tmp_path):
     np.testing.assert_array_equal(read_table(out).probs, average([tables["good"].probs, tables["poor"].probs], [3, 1]))
 
 
-def test_weights_are_searched_on_joined_out_of_fold_tables_only(tables, tmp_path, capsys):
-    folds = [str(tmp_path / f"{member}_fold{part}.csv") for member in ("good", "poor") for part in (0, 1)]
+def fold_tables(folder):
+    return [str(folder / f"{member}_fold{part}.csv") for member in ("good", "poor") for part in (0, 1)]
+
+
+def test_weights_are_fitted_on_joined_out_of_fold_tables_only_and_applied_by_name(tables, tmp_path, capsys):
+    folds = fold_tables(tmp_path)
     out = ("--csv", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "final.csv"))
-    ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
+    ensemble.main(arguments(tmp_path, "--fit", *reversed(folds), *out))
     printed = capsys.readouterr().out
-    assert "weights searched on 80 out-of-fold images" in printed
+    assert "weights fitted on 80 out-of-fold images of 80 patients" in printed
+    assert "over equal weights: +" in printed
     weights = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines() if " weight " in line}
+    assert list(weights) == ["good", "poor"]
     assert weights["good"] > 0.8
+    found = read_table(tmp_path / "final.csv")
+    assert len(found.image_names) == 40
+    np.testing.assert_array_equal(
+        found.probs, average([tables["good"].probs, tables["poor"].probs], list(found.meta.members.values()))
+    )
+    with pytest.raises(UserError, match="same members only"):
+        ensemble.main(["--scores", str(tmp_path / "good.csv"), "--fit", *folds, *out])
     table = read_table(tmp_path / "poor_fold1.csv")
     write_table(
         tmp_path / "poor_fold1.csv", dataclasses.replace(table, meta=dataclasses.replace(table.meta, out_of_fold=False))
     )
     with pytest.raises(UserError, match="'poor' is not out-of-fold"):
-        ensemble.main(arguments(tmp_path, "--search-with", *folds, *out))
-    with pytest.raises(UserError, match="same members only"):
-        ensemble.main(arguments(tmp_path, "--search-with", folds[0], *out))
+        ensemble.main(arguments(tmp_path, "--fit", *folds, *out))
+
+
+def test_a_fit_alone_writes_the_out_of_fold_table_of_the_ensemble_and_its_weights(tables, tmp_path):
+    out, doc = tmp_path / "oof.csv", tmp_path / "fit.json"
+    truth = ("--csv", str(tmp_path / "labels.csv"))
+    ensemble.main(["--fit", *fold_tables(tmp_path), *truth, "--out", str(out), "--json", str(doc)])
+    table, fitted = read_table(out), Fit.read(doc)
+    assert (len(table.image_names), table.meta.out_of_fold, table.meta.members) == (80, True, fitted.weights)
+    report = tmp_path / "report"
+    parts = fold_tables(tmp_path)
+    evaluate.main(["--scores", *parts, str(out), *truth, "--out", str(report), "--resamples", "20"])
+    numbers = json.loads((report / "metrics.json").read_text())
+    assert [score["name"] for score in numbers["scores"]] == ["ensemble", "good", "poor"]  # not averaged once more
+    wanted = macro_auroc(read_label_csv(tmp_path / "labels.csv", TASK).targets, table.probs)[0]
+    assert numbers["scores"][0]["macro_auroc"] == pytest.approx(wanted)
 
 
 def test_wrong_counts_and_combinations_are_named_and_nothing_is_written(tables, tmp_path):
     out = tmp_path / "final.csv"
     for more, message in (
         (("--weights", "1"), "1 numbers for 2 members"),
-        (("--search-with", "x.csv"), "go together"),
-        (("--search-with", "x.csv", "--weights", "1", "1", "--csv", "y.csv"), "exclude each other"),
+        (("--fit", *fold_tables(tmp_path)), "give --csv FILE with the labels"),
+        (("--csv", "y.csv"), "go with --fit"),
+        (("--fit", "x.csv", "--weights", "1", "1", "--csv", "y.csv"), "exclude each other"),
     ):
         with pytest.raises(UserError, match=message):
             ensemble.main(arguments(tmp_path, *more, "--out", str(out)))
+    with pytest.raises(UserError, match="give --scores FILES to average, or --fit"):
+        ensemble.main(["--out", str(out)])
+    with pytest.raises(UserError, match="--template goes with --scores"):
+        ensemble.main(["--fit", "x.csv", "--template", str(tmp_path / "template.csv"), "--out", str(out)])
     assert not out.exists()
 
 

@@ -1,7 +1,9 @@
-"""All steps on a small division: images and labels -> shards -> two trained models -> submission and report.
+"""All steps on a small division: images and labels -> shards -> trained models -> submission and report.
 
   python -m cxrdist.demo                              draws its own division (chest X-ray phantoms)
   python -m cxrdist.demo --images DIR --csv FILE      takes yours; a fifth of the patients is held out
+  python -m cxrdist.demo --folds                      trains each model fold by fold: out-of-fold tables -> weights of
+                                                      the ensemble -> the ensemble and its members on the held-out fifth
 
 Every step is a command that you could type, and is printed before it runs. A finished step leaves a stamp; the same
 command later reuses it, and an interrupted one resumes where it stopped.
@@ -11,30 +13,32 @@ import argparse
 import functools
 import json
 import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cxrdist import recipes
-from cxrdist.cli import Parser, add_flags, run_entry, with_readings
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
 from cxrdist.data.folds import assign_folds
 from cxrdist.demo.phantoms import write_division
-from cxrdist.demo.steps import Step, run_steps
 from cxrdist.distributed.plan import LaunchPlan, plan_launch
 from cxrdist.errors import UserError
+from cxrdist.files import with_json
 from cxrdist.published import read_labels
 from cxrdist.runs.checkpoint import epoch_folder
+from cxrdist.scoring.weights import Fit
 from cxrdist.shards.index import Texts, read_meta
+from cxrdist.steps import Step, run_steps, stop_as_interrupted
 from cxrdist.task import Task, load_task
 
 NUM_PATIENTS = 250
 NUM_FOLDS = 5  # one fold of the patients is the held-out test split
 PYTHON = ("python", "-m")
+FOLD_EPOCHS = 3  # with --folds, a training has this part of its epochs: nine trainings in a quarter of an hour
 MEMBERS = {"eva_x": "demo_eva_x", "chexfound": "demo_chexfound"}
+FOLD_MEMBERS = MEMBERS | {"convnet": "demo_convnet"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,8 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         default=[],
         metavar="FIELD=VALUE",
         dest="overrides",
-        help="override a field of both demo recipes, e.g. --set epochs=2 --set member_epochs=1,2 for a look",
+        help="override a field of all demo recipes, e.g. --set epochs=2 --set member_epochs=1,2 for a look",
     )
+    folds = "train by N folds of the patients, default 3, with a third of the epochs, and fit the ensemble's weights"
+    parser.add_argument("--folds", **flag(at_least(2), "N", folds, nargs="?", const=3))
     args = parser.parse_args(argv)
     if (args.images is None) != (args.csv is None):
         raise UserError("--images DIR and --csv FILE go together; without both the demo draws its own division")
@@ -63,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     check_input(args.images, args.csv, task)
     plan = plan_launch()
     print(f"cxrdist demo: results go to {out}/; {plan.reason}", flush=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_as_interrupted()
     steps = make_steps(args, task, out, plan)
     seconds = run_steps(steps, out, plan.environment)
-    print(summary(task, out, seconds))
+    print(summary(Files.below(out, task, args.folds), task, seconds))
     if args.images is not None:
         print("The demo's models start from random weights; real images need the official ones (README, 'Weights').")
 
@@ -97,18 +103,35 @@ class Files:
     runs: Path
     prediction: Path
     report: Path
+    members: dict[str, str]  # recipe by name
+
+    @property
+    def tables(self) -> list[Path]:
+        """The members' score tables of the held-out patients."""
+        return [self.prediction / "scores" / f"{member}.csv" for member in self.members]
+
+    @property
+    def ensemble(self) -> Path:
+        """With folds: the average with fitted weights, of the same patients."""
+        return self.prediction / "ensemble.csv"
+
+    @property
+    def weights(self) -> Path:
+        return self.prediction / "weights.json"
 
     @classmethod
-    def below(cls, out: Path, task: Task) -> "Files":
+    def below(cls, out: Path, task: Task, folds: int | None = None) -> "Files":
+        """folds: with them models and results lie in a folder of their own, beside those without."""
         tables = (out / "division" / name for name in ("train.csv", "sample_submission.csv", "test_labels.csv"))
         train_csv, template, truth = tables
-        shards = out / "shards" / task.folder
-        return cls(shards, train_csv, template, truth, out / "runs", out / "prediction", out / "report")
+        shards, made = out / "shards" / task.folder, out if folds is None else out / "folds"
+        results = (made / "runs", made / "prediction", made / "report")
+        return cls(shards, train_csv, template, truth, *results, MEMBERS if folds is None else FOLD_MEMBERS)
 
 
 def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan) -> list[Step]:
     """The demo's steps in order; paths are spelt as the user would type them."""
-    files = Files.below(out, task)
+    files = Files.below(out, task, args.folds)
     real = args.images is not None
     images, csv = (args.images, args.csv) if real else (out / "division" / "images", out / "division" / "labels.csv")
     readings = tuple(
@@ -148,7 +171,11 @@ def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan
             results=(),
         )
     )
-    return [*steps, *model_steps(args, task, files, plan), evaluate_step(args, task, files, readings)]
+    if args.folds is not None:
+        return [*steps, *fold_steps(args, task, files, plan, readings)]
+    pictures = [files.runs / f"{model}_{task.name}" for model in files.members.values()]
+    evaluate = evaluate_step(args, files, readings, files.tables, pictures, after="infer")
+    return [*steps, *model_steps(args, task, files, plan), evaluate]
 
 
 def draw_step(images: Path, csv: Path, num_patients: int, seed: int) -> Step:
@@ -162,19 +189,18 @@ def draw_step(images: Path, csv: Path, num_patients: int, seed: int) -> Step:
 
 def model_steps(args: argparse.Namespace, task: Task, files: Files, plan: LaunchPlan) -> list[Step]:
     """A training of each member, and the inference of all."""
-    launch = ("accelerate", "launch", "--config_file", plan.config, "--num_processes", str(plan.num_processes), "-m")
-    common = ("--shards", str(files.shards), "--expect-processes", str(plan.num_processes))
+    shards = ("--shards", str(files.shards))
     settings = tuple(word for text in args.overrides for word in ("--set", text))
     steps, members = [], []
-    for member, model in MEMBERS.items():
+    for member, model in files.members.items():
         recipe = recipes.with_overrides(recipes.recipe_for(model, task.name), args.overrides)
         run, epochs = files.runs / f"{model}_{task.name}", recipe.inference.member_epochs
         members += ["--member", f"{member}={run}@{','.join(map(str, epochs))}:tta"]
-        words = ("cxrdist.train", *common, "--model", model, "--out", str(run), "--init", "random", *settings)
+        words = (*shards, "--model", model, "--out", str(run), "--init", "random", *settings)
         steps.append(
             Step(
                 name=f"train {member}",
-                words=(*launch, *words),
+                words=(*plan.command("cxrdist.train"), *words),
                 needs=("preprocess train",),
                 inputs=(recipes.to_json(recipe),),
                 results=tuple(epoch_folder(run, epoch) / "manifest.json" for epoch in epochs),
@@ -182,27 +208,72 @@ def model_steps(args: argparse.Namespace, task: Task, files: Files, plan: Launch
                 resume=True,
             )
         )
-    words = ("cxrdist.infer", *common, *members, "--template", str(files.template), "--out", str(files.prediction))
-    infer = Step(
-        name="infer",
-        words=(*launch, *words),
-        needs=("preprocess test", *(step.name for step in steps)),
-        results=(files.prediction / "submission.csv", *tables_of(files)),
+    return [*steps, infer_step("infer", files, plan, members, steps)]
+
+
+def infer_step(name: str, files: Files, plan: LaunchPlan, members: list[str], after: list[Step]) -> Step:
+    words = ("--shards", str(files.shards), *members, "--template", str(files.template), "--out", str(files.prediction))
+    return Step(
+        name=name,
+        words=(*plan.command("cxrdist.infer"), *words),
+        needs=("preprocess test", *(step.name for step in after)),
+        results=(files.prediction / "submission.csv", *files.tables),
         folder=files.prediction,
     )
-    return [*steps, infer]
 
 
-def tables_of(files: Files) -> list[Path]:
-    return [files.prediction / "scores" / f"{member}.csv" for member in MEMBERS]
+def fold_steps(
+    args: argparse.Namespace, task: Task, files: Files, plan: LaunchPlan, readings: tuple[str, ...]
+) -> list[Step]:
+    """The folds of each member, the held-out patients by all its folds, the fitted ensemble, and the report."""
+    shards = ("--shards", str(files.shards))
+    steps, members, tables, pictures = [], [], [], []
+    for member, model in files.members.items():
+        usual = recipes.recipe_for(model, task.name)
+        settings = [f"epochs={-(-usual.epochs // FOLD_EPOCHS)}", *args.overrides]
+        recipe, out = recipes.with_overrides(usual, settings), files.runs / f"{model}_{task.name}_folds"
+        print(f"{member}: {args.folds} folds, epochs={recipe.epochs} each ({usual.epochs} without --folds)", flush=True)
+        words = ["cxrdist.folds", *shards, "--model", model, "--member", member]
+        words += ["--folds", str(args.folds), "--only", "all"]
+        words += ["--out", str(out), "--init", "random", *(word for text in settings for word in ("--set", text))]
+        tables.append(out / f"{member}.csv")
+        results = tuple(with_json(tables[-1:]))
+        steps.append(
+            Step(name=f"folds of {member}", words=(*PYTHON, *words), needs=("preprocess train",), results=results)
+        )
+        runs = [out / f"{recipe.name}_{task.name}_fold{fold}" for fold in range(args.folds)]
+        epochs = ",".join(map(str, recipe.inference.member_epochs))
+        members += [word for run in runs for word in ("--member", f"{member}={run}@{epochs}")]
+        pictures.append(runs[0])
+    infer = infer_step("infer by all folds", files, plan, members, steps)
+    fit = ("cxrdist.ensemble", "--fit", *map(str, tables), *shards, "--scores", *map(str, files.tables))
+    ensemble = Step(
+        name="fit the ensemble",
+        words=(*PYTHON, *fit, "--out", str(files.ensemble), "--json", str(files.weights)),
+        needs=(infer.name,),
+        results=(*with_json([files.ensemble]), files.weights),
+    )
+    scores = [files.ensemble, *files.tables]
+    report = evaluate_step(args, files, readings, scores, pictures, after=ensemble.name)
+    return [*steps, infer, ensemble, report]
 
 
-def evaluate_step(args: argparse.Namespace, task: Task, files: Files, readings: tuple[str, ...]) -> Step:
-    pictures = [word for model in MEMBERS.values() for word in ("--run", str(files.runs / f"{model}_{task.name}"))]
-    words = ("cxrdist.evaluate", "--scores", *map(str, tables_of(files)), "--csv", str(files.truth), *readings)
-    words += ("--task", args.task, "--shards", str(files.shards), *pictures, "--out", str(files.report))
+def evaluate_step(
+    args: argparse.Namespace,
+    files: Files,
+    readings: tuple[str, ...],
+    scores: list[Path],
+    pictures: list[Path],
+    *,
+    after: str,
+) -> Step:
+    """The report on score tables of the held-out patients; pictures: the runs to show."""
+    runs = [word for run in pictures for word in ("--run", str(run))]
+    words = ("cxrdist.evaluate", "--scores", *map(str, scores), "--csv", str(files.truth), *readings)
+    words += ("--task", args.task, "--shards", str(files.shards), *runs, "--out", str(files.report))
     results = (files.report / "report.html", files.report / "metrics.json")
-    return Step(name="evaluate", words=(*PYTHON, *words), needs=("infer",), results=results)
+    name = "evaluate" if args.folds is None else "evaluate the ensemble"
+    return Step(name=name, words=(*PYTHON, *words), needs=(after,), results=results)
 
 
 def hold_out(csv: Path, files: Files, task: Task, seed: int) -> None:
@@ -231,13 +302,8 @@ def folder_listing(folder: Path) -> str:
     return json.dumps(entries)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def summary(task: Task, out: Path, seconds: dict[str, tuple[float, bool]]) -> str:
+def summary(files: Files, task: Task, seconds: dict[str, tuple[float, bool]]) -> str:
     """Where everything lies, how long each step took, and the scores on the held-out patients."""
-    files = Files.below(out, task)
     lines = ["", "step                     seconds"]
     for name, (took, reused) in seconds.items():
         lines.append(f"{name:<24} {took:>7.0f}{'  (reused)' if reused else ''}")
@@ -248,8 +314,11 @@ def summary(task: Task, out: Path, seconds: dict[str, tuple[float, bool]]) -> st
         left_out = [f"{item.image_name} ({item.reason})" for item in meta.left_out]
         lines.append(f"{split} images: {meta.counts.images} used, {len(left_out)} left out {'; '.join(left_out)}")
     lines += ["", score_lines(files.report / "metrics.json", task), ""]
+    fitted = files.weights.exists()
+    if fitted:
+        lines += [str(Fit.read(files.weights)), ""]
     for title, path in {
-        "submission": files.prediction / "submission.csv",
+        "ensemble" if fitted else "submission": files.ensemble if fitted else files.prediction / "submission.csv",
         "report": files.report / "report.html",
         "scores": files.prediction / "scores",
         "models": files.runs,

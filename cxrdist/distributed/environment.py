@@ -39,6 +39,12 @@ def _from_launcher(name: str, without: int, least: int) -> int:
     return int(text)
 
 
+def array_task() -> int | None:
+    """The number of this task in a Slurm array; None outside one."""
+    text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    return int(text) if text.isdecimal() else None
+
+
 def cpu_wanted() -> bool:
     """Whether accelerate was told to use the CPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

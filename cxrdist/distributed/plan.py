@@ -21,6 +21,12 @@ class LaunchPlan:
     environment: dict[str, str] = field(hash=False)  # variables to set unless the user has
     reason: str
 
+    def command(self, module: str) -> tuple[str, ...]:
+        """The words that start a module on this machine, before its own flags."""
+        processes = str(self.num_processes)
+        launch = ("accelerate", "launch", "--config_file", self.config, "--num_processes", processes)
+        return (*launch, "-m", module, "--expect-processes", processes)
+
 
 def plan_launch() -> LaunchPlan:
     """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""

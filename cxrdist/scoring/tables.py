@@ -12,7 +12,7 @@ import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
 from cxrdist.files import read_bytes, write_output
-from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
@@ -222,12 +221,17 @@ def average(probs: Sequence[Probs], weights: Weights = None, how: Average = "pro
     """
     total = np.zeros_like(probs[0])
     for share, table in zip(shares([1.0] * len(probs) if weights is None else weights), probs, strict=True):
-        if how == "logit":
-            table = logit(table)
-        elif how == "rank":  # equal probs share the middle of their places
-            table = ((pd.DataFrame(table).rank().to_numpy() - 0.5) / len(table)).astype(np.float32)
-        total += np.float32(share) * table
+        total += np.float32(share) * summand(table, how)
     return np.clip(sigmoid(total) if how == "logit" else total, 0.0, 1.0)
+
+
+def summand(probs: Probs, how: Average) -> Probs:
+    """What `average` takes the mean of: (N, K) probabilities, their logits or their ranks."""
+    if how == "logit":
+        return logit(probs)
+    if how == "rank":  # equal probs share the middle of their places
+        return ((pd.DataFrame(probs).rank().to_numpy() - 0.5) / len(probs)).astype(np.float32)
+    return probs
 
 
 def sigmoid(logits: NDArray[np.float32]) -> Probs:
@@ -309,7 +313,9 @@ def join_parts(tables: Sequence[ScoreTable], *, allow_missing: bool = False) -> 
             remedy = "give their JSON, or other file names, or --allow-missing to go on"
             raise UserError(f"{told}, so nothing says that they are parts of one; {remedy}")
         asked = [part.meta.asked for part in parts]
-        meta = dataclasses.replace(parts[0].meta, asked=sum(asked) if all(asked) else 0)
+        behind = {item.sha256: item for part in parts for item in part.meta.checkpoints}
+        total = sum(asked) if all(asked) else 0
+        meta = dataclasses.replace(parts[0].meta, asked=total, checkpoints=tuple(behind.values()))
         meta = _together(parts, meta)
         joined.append(ScoreTable(names, np.concatenate([part.probs for part in parts]), meta))
     return joined
@@ -372,26 +378,6 @@ def average_studies(table: ScoreTable, studies: Sequence[Hashable | None]) -> Sc
     np.add.at(sums, ids, table.probs)
     means = (sums / np.bincount(ids)[:, None]).astype(np.float32)
     return ScoreTable(table.image_names, means[ids], dataclasses.replace(table.meta, study_averaged=True))
-
-
-def search_weights(tables: Sequence[ScoreTable], targets: NDArray[Any], *, rounds: int = 50) -> list[float]:
-    """Weights (sum 1) that raise the macro AUROC of the probability average, chosen on out-of-fold tables.
-
-    Ensemble selection (Caruana et al. 2004): from nothing, `rounds` times add the member that helps most, the earlier
-    one of equals; its weight is its share of the picks. Coarse on purpose: a fine search fits the sample.
-    Args: targets (N, K) in the first table's row order.
-    Raises UserError for a table that is not out-of-fold: on images that a model has seen, overfitting would win.
-    """
-    if seen := [table.name for table in tables if not table.meta.out_of_fold]:
-        remedy = "make it with `cxrdist.infer --split train --fold K` from runs with --validate-fold K"
-        raise UserError(f"table {seen[0]!r} is not out-of-fold: its models may have seen its patients; {remedy}")
-    aligned = [table.probs for table in align(tables)]
-    picks, total = np.zeros(len(tables)), np.zeros_like(aligned[0], dtype=np.float64)
-    for _ in range(rounds):
-        best = int(np.argmax([macro_auroc(targets, total + probs)[0] for probs in aligned]))
-        picks[best] += 1
-        total += aligned[best]
-    return [float(share) for share in picks / picks.sum()]
 
 
 def _check_header(path: Path, header: list[str], task: Task | None, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ class BatchNorms:
     checkpointing makes, nor by a placeholder; a skipped step leaves them as they were.
     """
 
-    def __init__(self, model: nn.Module, *, sync: bool, place: tuple[int, int], total: Sum) -> None:
+    def __init__(self, model: nn.Module, sync: bool, place: tuple[int, int], total: Sum) -> None:
         """sync: statistics over ranks. place: (rank, number of ranks). total: sums over ranks, with a gradient.
 
         UserError where the model has none, or some of a kind that cannot be synced.

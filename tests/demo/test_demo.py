@@ -1,132 +1,27 @@
-"""The demo's bookkeeping: what is reused, what is resumed, what is made again, and how patients are held out."""
+"""The demo: how patients are held out, what it refuses, and the folds from phantoms to a report."""
 
 import csv
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cxrdist.demo import __main__ as demo
-from cxrdist.demo import steps as demo_steps
-from cxrdist.demo.__main__ import Files, hold_out
+from cxrdist.demo.__main__ import MEMBERS, Files, hold_out
 from cxrdist.demo.phantoms import CSV_COLUMNS
-from cxrdist.demo.steps import Step, run_command, run_steps
 from cxrdist.errors import UserError
+from cxrdist.scoring.tables import read_table
+from cxrdist.scoring.weights import Fit
 from cxrdist.tables import read_label_csv, read_template
 from cxrdist.task import TASKS
 
-pytestmark = pytest.mark.fast
+REPOSITORY = Path(__file__).parents[2]
 
 
-class Workshop:
-    """Three steps in a row that copy and count; `calls` says which of them ran."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.calls: list[str] = []
-        self.source = folder / "source.txt"
-        self.source.write_text("one")
-        self.break_at = ""
-
-    def steps(self) -> list[Step]:
-        def call(name: str, before: Path) -> Callable[[], None]:
-            def run() -> None:
-                self.calls.append(name)
-                if name == self.break_at:
-                    raise KeyboardInterrupt
-                (self.folder / name).write_text(before.read_text() + name)
-
-            return run
-
-        names = ("first", "second", "third")
-        before = (self.source, self.folder / "first", self.folder / "second")
-        return [
-            Step(
-                name=name,
-                words=(),
-                call=call(name, path),
-                needs=names[:number][-1:],
-                inputs=(self.source,) if number == 0 else (),
-                results=(self.folder / name,),
-            )
-            for number, (name, path) in enumerate(zip(names, before, strict=True))
-        ]
-
-    def run(self) -> list[str]:
-        self.calls.clear()
-        run_steps(self.steps(), self.folder, {})
-        return list(self.calls)
-
-
-def test_second_run_reuses_finished_steps_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    workshop = Workshop(tmp_path)
-    assert workshop.run() == ["first", "second", "third"]
-    assert workshop.run() == []
-    assert capsys.readouterr().out.count("reused") == 3
-
-
-def test_interrupted_run_resumes_at_the_step_that_was_interrupted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    workshop = Workshop(tmp_path)
-    workshop.break_at = "second"
-    with pytest.raises(KeyboardInterrupt):
-        workshop.run()
-    workshop.break_at = ""
-    assert workshop.run() == ["second", "third"]
-    assert "second: interrupted before, resumed" in capsys.readouterr().out
-
-
-def test_changed_input_repeats_what_depends_on_it(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path)
-    workshop.run()
-    workshop.source.write_text("two")
-    assert workshop.run() == ["first", "second", "third"]
-    assert (tmp_path / "third").read_text() == "twofirstsecondthird"
-
-
-def test_lost_result_or_damaged_stamp_repeats_the_step(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path)
-    workshop.run()
-    (tmp_path / "second").unlink()
-    assert workshop.run() == ["second", "third"]
-    (tmp_path / "steps" / "third.json").write_text("{")
-    assert workshop.run() == ["third"]
-
-
-def test_failed_command_is_named_with_its_exit_code() -> None:
-    with pytest.raises(UserError, match="step 'look' ended with exit code 2"):
-        run_command("look", ["python", "-c", "raise SystemExit(2)"], {})
-
-
-def test_training_is_resumed_only_when_the_same_training_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
-
-    def fail_once(name: str, words: list[str], environment: dict[str, str]) -> None:
-        commands.append(words)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        if len(commands) == 1:
-            raise UserError("killed")
-        (tmp_path / "run" / "done").touch()
-
-    monkeypatch.setattr(demo_steps, "run_command", fail_once)
-
-    def step(recipe: str) -> Step:
-        run = tmp_path / "run"
-        return Step(name="train", words=("train",), inputs=(recipe,), results=(run / "done",), folder=run, resume=True)
-
-    with pytest.raises(UserError):
-        run_steps([step("a")], tmp_path, {})
-    run_steps([step("a")], tmp_path, {})
-    (tmp_path / "run" / "old").touch()
-    run_steps([step("b")], tmp_path, {})
-    assert commands == [["train"], ["train", "--resume"], ["train"]]
-    assert not (tmp_path / "run" / "old").exists()
-
-
+@pytest.mark.fast
 def test_held_out_patients_are_disjoint_and_nothing_is_lost(tmp_path: Path) -> None:
     rows = [
         [f"{patient:08d}_001_{image:03d}.jpg", patient, 1, "", "", "Frontal", "PA"]
@@ -148,6 +43,7 @@ def test_held_out_patients_are_disjoint_and_nothing_is_lost(tmp_path: Path) -> N
     assert names != sorted(names)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -172,8 +68,25 @@ def test_mistake_is_named_before_anything_is_written(
     assert not (tmp_path / "demo").exists()
 
 
-def test_stamp_keeps_the_command_for_the_reader(tmp_path: Path) -> None:
-    Workshop(tmp_path).run()
-    stamp = json.loads((tmp_path / "steps" / "first.json").read_text())
-    assert stamp["finished"] > 0
-    assert {"command", "seconds", "key"} <= set(stamp)
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_folds_of_every_member_end_in_one_report_of_ensemble_and_members_and_are_reused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cxrdist.demo", "--folds", "2", "--patients", "30", "--set", "epochs=1"]
+    command += ["--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = Files.below(tmp_path / "demo", TASKS["b"], 2)
+    fitted = Fit.read(files.weights)
+    assert list(fitted.weights) == list(MEMBERS)
+    assert sum(fitted.weights.values()) == pytest.approx(1)
+    assert read_table(files.ensemble).meta.members == fitted.weights
+    metrics = json.loads((files.report / "metrics.json").read_text())
+    assert [score["name"] for score in metrics["scores"]] == ["ensemble", *MEMBERS]
+    paired = [(pair["one"], pair["other"]) for pair in metrics["comparisons"]]
+    assert [("ensemble", member) for member in MEMBERS] == paired[: len(MEMBERS)]
+    for member, model in MEMBERS.items():
+        assert f"{member}: 2 folds, epochs=1 each" in done.stdout
+        table = read_table(files.runs / f"{model}_b_folds" / f"{member}.csv")
+        assert (len(table.image_names), table.meta.out_of_fold) == (fitted.num_images, True)
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+    assert again.stdout.count("reused\n") == len(MEMBERS) + 8, again.stdout

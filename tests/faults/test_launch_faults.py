@@ -453,3 +453,37 @@ def test_slurm_script_starts_a_launcher_a_node_checkpoints_on_the_signal_and_req
     assert again.wait(120) == 0, again.output()
     assert "2 processes on cpu" in again.output()
     assert_equal_runs(run, undisturbed)
+
+
+def test_slurm_array_task_of_folds_starts_one_process_passes_the_signal_on_and_requeues(
+    start: Any, tmp_path: Path
+) -> None:
+    """A stand-in python notes how it is called, and ends as cxrdist.folds does on SIGTERM."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    python = '#!/usr/bin/env bash\ntrap "exit 130" TERM\necho "$@"\nfor i in $(seq 600); do sleep 0.1; done\n'
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    requeued = tmp_path / "requeued"
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node0",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "CXRDIST_PYTHON": str(folder / "python"),
+        "CXRDIST_PROCESSES_PER_NODE": "1",
+        "REQUEUED": str(requeued),
+    }
+    words = ["bash", "accel_configs/slurm.sh", "folds", "--task", "b", "--folds", "5"]
+    job = start(words, **environment)
+    for _ in range(200):
+        if "cxrdist.folds" in job.output():
+            break
+        time.sleep(0.1)
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 130
+    assert "-m cxrdist.folds --task b --folds 5\n" in job.output()
+    assert requeued.read_text().split() == ["requeue", "17"]
+    assert start(words, **environment | {"SLURM_NNODES": "2"}).wait(60) == 2

@@ -11,13 +11,13 @@ import torch
 
 from cxrdist import average, ensemble, evaluate, files, preprocess, verify
 from cxrdist.bench import __main__ as bench
-from cxrdist.demo.steps import Step, run_steps
 from cxrdist.errors import UserError
 from cxrdist.inference.score import check_folder
 from cxrdist.models import convert
 from cxrdist.models.weights.safetensors import write_safetensors
 from cxrdist.scoring.tables import ScoreTable, TableMeta, write_table
 from cxrdist.shards.index import open_index
+from cxrdist.steps import Step, run_steps
 from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
@@ -62,10 +62,10 @@ def test_an_ensemble_is_not_written_over_its_inputs(tables: Path, out: str, temp
     assert everything(tables) == before
 
 
-def test_the_labels_of_a_search_are_an_input(tables: Path) -> None:
-    searched = ["--search-with", str(tables / "a.csv"), str(tables / "b.csv"), "--csv", str(tables / "truth.csv")]
+def test_the_labels_of_a_fit_are_an_input(tables: Path) -> None:
+    fitted = ["--fit", str(tables / "a.csv"), str(tables / "b.csv"), "--csv", str(tables / "truth.csv")]
     with pytest.raises(UserError, match=r"truth\.csv: is an input"):
-        ensemble.main(flags_of(tables, *searched, "--out", str(tables / "truth.csv")))
+        ensemble.main(flags_of(tables, *fitted, "--out", str(tables / "truth.csv")))
 
 
 def test_what_cxrdist_wrote_is_replaced_and_what_was_changed_since_is_not(tables: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_demo_removes_and_replaces_only_what_its_stamps_say(tmp_path: Path) 
 
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").touch()
-    with pytest.raises(UserError, match=r"no .* says that the demo made it"):
+    with pytest.raises(UserError, match=r"no .* says that this command made it"):
         run_steps(step("one"), tmp_path, {})
     (tmp_path / "runs").rename(tmp_path / "kept")
     run_steps(step("one"), tmp_path, {})

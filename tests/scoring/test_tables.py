@@ -12,7 +12,6 @@ import pytest
 
 from cxrdist.errors import UserError
 from cxrdist.scoring import tables as ensemble
-from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.submission import check_template, template_of, write_submission
 from cxrdist.scoring.tables import ScoreTable, TableMeta
 from cxrdist.tables import read_template
@@ -124,20 +123,6 @@ def test_study_average_gives_all_images_of_a_study_their_mean():
     one = ScoreTable(np.array(["scan.jpg"], dtype=object), table.probs[:1], table.meta)
     with pytest.raises(UserError, match=r"study of image 'scan\.jpg' is not known"):
         ensemble.average_studies(one, studies_of(one))
-
-
-def test_weight_search_finds_the_better_member_and_refuses_tables_that_are_not_out_of_fold():
-    rng = np.random.default_rng(0)
-    truth = (rng.random((300, 14)) < 0.3).astype(np.float32)
-    good, poor = make_table(300, 0, out_of_fold=True), make_table(300, 1, out_of_fold=True)
-    good.probs[:] = np.clip(0.3 * truth + 0.5 * rng.random(truth.shape), 0, 1)
-    weights = ensemble.search_weights([poor, good], truth)
-    assert sum(weights) == pytest.approx(1)
-    assert weights[1] > 0.8
-    searched = ensemble.average_tables([poor, good], weights).probs
-    assert macro_auroc(truth, searched)[0] >= macro_auroc(truth, ensemble.average_tables([poor, good]).probs)[0]
-    with pytest.raises(UserError, match="'m2' is not out-of-fold"):
-        ensemble.search_weights([good, make_table(300, 2)], truth)
 
 
 def test_out_of_fold_parts_of_a_member_join_and_overlapping_ones_do_not():

@@ -1,4 +1,4 @@
-"""The demo's steps: commands that a person could type, each with a stamp, so that what is finished is reused."""
+"""Steps: commands that a person could type, each with a stamp, so that what is finished is reused."""
 
 import hashlib
 import json
@@ -12,25 +12,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
-from cxrdist.files import refuse_input, refuse_links, write_atomically
+from cxrdist.files import open_to_read, refuse_input, refuse_links, write_atomically
 
 GRACE_S = 60  # a stopped training writes its checkpoint within this time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One command of the demo. `needs` names the steps whose results it reads; `inputs` are further files and texts."""
+    """One command. `needs` names the steps whose results it reads; `inputs` are further files and texts."""
 
     name: str
-    words: tuple[str, ...]  # the command as a person types it; empty for a step of the demo's own
+    words: tuple[str, ...]  # the command as a person types it; empty for a step that is no command
+    identity: tuple[str, ...] | None = None  # what counts of the words when they are compared; None: all
     call: Callable[[], None] | None = None
     needs: tuple[str, ...] = ()
     inputs: tuple[Path | str, ...] = ()
     results: tuple[Path, ...]
     folder: Path | None = None  # what to remove when the step must start again; None: it overwrites its results
+    keep: bool = False  # such a folder is not removed but renamed
     resume: bool = False  # the command takes --resume when the same step was interrupted
 
 
@@ -50,20 +53,15 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
     A step's stamp holds a hash of its command, its inputs and when the steps that it needs were finished, so whatever
     changes or is done again repeats everything that depends on it, and nothing else.
     """
-    stamps = out / "steps"
-    stamps.mkdir(parents=True, exist_ok=True)
     finished: dict[str, int] = {}
     seconds: dict[str, tuple[float, bool]] = {}
     for number, step in enumerate(steps, 1):
-        contents = [path_hash(item) if isinstance(item, Path) else item for item in step.inputs]
-        identity = json.dumps([step.name, step.words, contents, [finished[need] for need in step.needs]])
-        key = hashlib.sha256(identity.encode()).hexdigest()
-        stamp = stamps / f"{step.name.replace(' ', '_')}.json"
+        key, stamp = key_of(step, finished), stamp_path(step, out)
         before = read_stamp(stamp)
         check_results(step, out, stamp)
         title = f"[{number}/{len(steps)}] {step.name}"
         same = before.key == key
-        if same and before.finished and all(path.exists() for path in step.results):
+        if is_finished(step, key, before):
             print(f"{title}: finished before in {before.seconds:.0f} s, reused", flush=True)
             seconds[step.name] = (before.seconds, True)
             finished[step.name] = before.finished
@@ -76,9 +74,7 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
             spent = before.seconds
         else:
             print(title, flush=True)
-            if step.folder is not None and step.folder.exists():
-                print(f"  {step.folder} is of another input or command: it is made again", flush=True)
-                shutil.rmtree(step.folder)
+            make_room(step)
         begun = time.monotonic()
         command = shlex.join(words)
         write_atomically(stamp, Stamp(key=key, seconds=spent, command=command).to_json())
@@ -101,19 +97,61 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
     return seconds
 
 
+def unfinished(steps: list[Step], out: Path) -> list[str]:
+    """The names of the steps that `run_steps` would run."""
+    finished: dict[str, int] = {}
+    for step in steps:
+        stamp = read_stamp(stamp_path(step, out))
+        if finished.keys() >= set(step.needs) and is_finished(step, key_of(step, finished), stamp):
+            finished[step.name] = stamp.finished
+    return [step.name for step in steps if step.name not in finished]
+
+
+def stamp_path(step: Step, out: Path) -> Path:
+    return out / "steps" / f"{step.name.replace(' ', '_')}.json"
+
+
+def key_of(step: Step, finished: dict[str, int]) -> str:
+    """The hash of all that a step depends on; finished: when each step that it needs was."""
+    contents = [path_hash(item) if isinstance(item, Path) else item for item in step.inputs]
+    words = step.words if step.identity is None else step.identity
+    identity = json.dumps([step.name, words, contents, [finished[need] for need in step.needs]])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def is_finished(step: Step, key: str, stamp: Stamp) -> bool:
+    return stamp.key == key and stamp.finished > 0 and all(path.exists() for path in step.results)
+
+
+def make_room(step: Step) -> None:
+    """Remove or rename the step's folder, which is of another input or command."""
+    if step.folder is None or not step.folder.exists():
+        return
+    told = f"  {step.folder} is of another input or command: it is made again"
+    if step.keep:
+        aside = step.folder.with_name(f"{step.folder.name}_until_{time.strftime('%Y%m%dT%H%M%S')}")
+        print(f"{told}, the earlier one is {aside}", flush=True)
+        step.folder.rename(aside)
+    else:
+        print(told, flush=True)
+        shutil.rmtree(step.folder)
+
+
 def check_results(step: Step, out: Path, stamp: Path) -> None:
-    """UserError where the step would write over an input, through a link, or over what no stamp says the demo made."""
+    """UserError where the step would write over an input, through a link, or over what no stamp says it made."""
     for path in (*step.results, *filter(None, [step.folder])):
         refuse_links(path, out)
         for source in step.inputs:
             if isinstance(source, Path):
                 refuse_input(path, source)
         if path.exists() and not stamp.exists():
-            raise UserError(f"{path}: is there, and no {stamp} says that the demo made it; give another --out")
+            raise UserError(f"{path}: is there, and no {stamp} says that this command made it; give another --out")
 
 
 def path_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The SHA-256 of a file; UserError when it cannot be read."""
+    with open_to_read(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_stamp(path: Path) -> Stamp:
@@ -133,11 +171,25 @@ def run_command(name: str, words: list[str], environment: dict[str, str]) -> Non
         code = process.wait()
     except KeyboardInterrupt:
         print(f"\nstopping {name!r}: it saves what it has", file=sys.stderr, flush=True)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a step that runs steps gets Ctrl-C, and then this
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             process.kill()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         raise
     if code != 0:
-        raise UserError(f"step {name!r} ended with exit code {code}: see its message above; then run the demo again")
+        raise UserError(
+            f"step {name!r} ended with exit code {code}: see its message above; then run the same command again"
+        )
+
+
+def stop_as_interrupted() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does: a running command saves what it has."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt

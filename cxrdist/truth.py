@@ -1,0 +1,35 @@
+"""The labels of scored images: from a label CSV, or from the shard set that was scored."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cxrdist.errors import UserError
+from cxrdist.published import read_labels
+from cxrdist.scoring.tables import ScoreTable, check_shards
+from cxrdist.shards.index import ShardIndex, open_index
+from cxrdist.tables import LabelTable
+from cxrdist.task import Task
+
+
+def read_truth(
+    csv: Path | None, shards: Path | None, task: Task, tables: Sequence[ScoreTable]
+) -> tuple[LabelTable, Path]:
+    """The labels in `csv`, or else those in the shard set, and which it was. UserError where neither has any."""
+    if csv is not None:
+        truth = read_labels(csv, task)
+        print("".join(f"{note}\n" for note in truth.notes), end="")
+        return truth, csv
+    if shards is None:
+        raise UserError("give --csv FILE with the labels of the scored images, or --shards DIR that holds them")
+    index = open_scored(shards, tables, task)
+    if index.targets is None:
+        raise UserError(f"{shards}: split {index.split!r} has no labels; give --csv FILE")
+    return LabelTable(index.about().assign(split=index.split), index.targets), shards
+
+
+def open_scored(shards: Path, tables: Sequence[ScoreTable], task: Task | None) -> ShardIndex:
+    """The split of the shard set that was scored; UserError where it is known to be of another shard set."""
+    index = open_index(shards, next((table.meta.split for table in tables if table.meta.split), "test"), task)
+    for table in tables:
+        check_shards(table, index.fingerprint, shards)
+    return index
