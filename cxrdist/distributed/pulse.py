@@ -7,6 +7,7 @@ the ranks meet in the store, for as long as it takes, and only a rank that is mi
 import contextlib
 import datetime
 import os
+import queue
 import sys
 import threading
 import time
@@ -37,7 +38,7 @@ class Pulse:
         self._rank, self._world_size, self._silence_s = rank, world_size, silence_s
         self._beats, self._meetings, self._doing, self._since = 1, 0, "", 0.0
         self._stop = threading.Event()
-        self._store = _connect(rank, silence_s)
+        self._store = AnsweringStore(_connect(rank, silence_s), silence_s)
         self._store.set(f"process/{rank}", f"{os.getpid()} {_machine()}")
         self._thread = threading.Thread(target=self._publish, name="pulse", daemon=True)
         self._thread.start()
@@ -136,6 +137,57 @@ class Pulse:
                 self._store.set(f"pulse/{self._rank}", f"{published} {self._doing}")
             except RuntimeError:  # the store is gone: the main thread meets that, too, and names it
                 return
+
+
+class AnsweringStore:
+    """torch's store, whose client waits without end for a server behind a cut link: here each answer has a deadline.
+
+    The calls are made in a thread of their own, one at a time. After a missed deadline nothing is asked any more.
+    """
+
+    def __init__(self, store: Any, timeout_s: float) -> None:
+        self._store, self._timeout_s, self._silent = store, timeout_s, False
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._answer, name="store", daemon=True).start()
+
+    def set(self, key: str, value: str) -> None:
+        """As the store's. Like the others: LostRankError after the deadline, RuntimeError as from the store itself."""
+        self._ask("set", key, value)
+
+    def get(self, key: str) -> bytes:
+        """As the store's."""
+        found: bytes = self._ask("get", key)
+        return found
+
+    def check(self, keys: list[str]) -> bool:
+        """As the store's."""
+        return bool(self._ask("check", keys))
+
+    def delete_key(self, key: str) -> None:
+        """As the store's."""
+        self._ask("delete_key", key)
+
+    def _ask(self, name: str, *args: Any) -> Any:
+        reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        if not self._silent:
+            self._calls.put((name, args, reply))
+        try:
+            value, error = reply.get(timeout=0 if self._silent else self._timeout_s)
+        except queue.Empty:
+            self._silent = True
+            what = f"the machine of rank 0 did not answer for {self._timeout_s:.0f} s, see --timeout-s"
+            raise LostRankError(f"{what}: its processes ended, or the network between the machines is cut") from None
+        if error is not None:
+            raise error
+        return value
+
+    def _answer(self) -> None:
+        while True:
+            name, args, reply = self._calls.get()
+            try:
+                reply.put((getattr(self._store, name)(*args), None))
+            except Exception as error:
+                reply.put((None, error))
 
 
 def _machine() -> str:

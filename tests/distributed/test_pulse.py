@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from cxrdist.distributed import pulse
 from cxrdist.distributed.ends import LostRankError
-from cxrdist.distributed.pulse import Pulse
+from cxrdist.distributed.pulse import AnsweringStore, Pulse
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of lost ranks
 
@@ -109,3 +109,29 @@ def test_many_meetings_in_a_row_part_nobody_and_leave_no_keys(pulses):
         thread.join(20)
         assert not thread.is_alive()
     assert ranks[0]._store.num_keys() <= 3 + 3 + 3  # pulses, the last meeting, and one that is being left
+
+
+def test_a_store_that_does_not_answer_is_lost_and_is_not_asked_again() -> None:
+    """The client of torch's store waits without end where a link is cut between two looks."""
+
+    class Cut:
+        asked = 0
+
+        def check(self, keys: list[str]) -> bool:
+            self.asked += 1
+            time.sleep(60)
+            return True
+
+        def get(self, key: str) -> bytes:
+            raise RuntimeError("no such key")
+
+    behind = Cut()
+    store = AnsweringStore(behind, 0.3)
+    with pytest.raises(RuntimeError, match="no such key"):
+        store.get("a")
+    for most in (1.0, 0.1):
+        begun = time.monotonic()
+        with pytest.raises(LostRankError, match="the machine of rank 0 did not answer"):
+            store.check(["a"])
+        assert time.monotonic() - begun < most
+    assert behind.asked == 1
