@@ -30,6 +30,7 @@ from cxrdist.inference.passes import Member, plan_passes
 from cxrdist.inference.score import run_passes
 from cxrdist.models import ARCHITECTURES, architecture_of
 from cxrdist.scoring.tables import Checkpoint
+from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import LoopState
 from cxrdist.training.losses import LOSSES
@@ -39,10 +40,13 @@ from cxrdist.training.optim import GuardedAdamW, groups_of, lr_factors
 pytestmark = pytest.mark.fake_cuda
 
 GPU = torch.device("cuda:0")
-SIZE, NUM_LABELS, KEYS = 32, 5, np.arange(4)
+SIZE, NUM_LABELS, KEYS = 112, 5, np.arange(4)  # px: a multiple of every patch
 SIZES = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 MODELS = {name: SIZES | {"depth": 1} for name in ARCHITECTURES if name.startswith("eva_x")} | {
-    "chexfound": {**SIZES, "decoder_dim": 16, "num_queries": 8}
+    "chexfound": {**SIZES, "decoder_dim": 16, "num_queries": 8},
+    "rad_dino": {**SIZES, "decoder_dim": 16},
+    "timm:test_resnet": {},
+    "timm:swin_tiny_patch4_window7_224": {"embed_dim": 24},
 }
 
 
@@ -154,7 +158,22 @@ def test_forward(detector, name, precision):
 
 
 def test_every_architecture_is_among_them():
-    assert set(MODELS) == set(ARCHITECTURES)
+    assert set(MODELS) >= set(ARCHITECTURES)
+
+
+def test_batch_norm_over_ranks(detector):
+    model = fake_model("timm:test_resnet")
+    norms = BatchNorms(model, True, (0, 2), lambda rows: rows + rows)
+    images = torch.empty(len(KEYS), 3, SIZE, SIZE, device=GPU)
+
+    def forward() -> torch.Tensor:
+        norms.begin(first=True, counted=True)
+        logits = model(images)
+        norms.end()
+        norms.close_step(torch.zeros((), device=GPU))
+        return logits
+
+    assert steady(detector, forward).device == GPU
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -237,7 +256,7 @@ PLANTS = {
 def test_a_planted_wait_is_found(detector, monkeypatch, plant):
     """In the middle of the views, where they are normalised."""
     steady(detector, lambda: list(make_views(pixels(), VIEWS, SIZE)))
-    monkeypatch.setattr(views, "normalise", PLANTS[plant])
+    monkeypatch.setattr(views, "normalise", lambda images, out=None, stats=None: PLANTS[plant](images))
     waits = (HostSyncError, DataDependentOutputException, DynamicOutputShapeException)
     found = pytest.raises((*waits, RuntimeError), match="(?s)cuda:0.*cpu" if plant == "CPU constant" else None)
     with found as caught, detector:
