@@ -1,5 +1,6 @@
 """What is fuzzed: undamaged files of every kind, how they are damaged, and how the entries read them."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -526,14 +528,19 @@ def read_weight_file(name: str) -> Callable[[Path], object]:
 BACKBONES = {"vit.safetensors": "timm:test_vit", "frozen.safetensors": "glori:test_vit"}
 
 
-def make_backbones(base: Path, folder: Path) -> None:
+def make_backbones(world: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from cxrdist.models import architecture_of
 
-    for name, model in BACKBONES.items():
-        state = architecture_of(model).build(64, 14).state_dict()
-        save_file({key: tensor for key, tensor in state.items() if "running" not in key}, folder / name)
+    made = world / "backbones"
+    if not made.exists():  # several processes share the world
+        own = Path(tempfile.mkdtemp(dir=world))
+        for name, model in BACKBONES.items():
+            save_file(architecture_of(model).build(64, 14).state_dict(), own / name)
+        with contextlib.suppress(OSError):
+            own.rename(made)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def read_backbones(folder: Path) -> object:
