@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import cast
 
 import cxrdist.bench
-from cxrdist.bench.timing import Row, as_json, table
+from cxrdist.bench.timing import FAILED, Row, as_json, table
 from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, write_output
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     if args.json is not None:
         write_output(args.json, json.dumps(as_json(rows), indent=1) + "\n")
+    if failed := [row.variant for row in rows if row.stage == FAILED]:
+        raise UserError(f"{', '.join(failed)}: failed, see the table")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 
 from cxrdist import recipes
 from cxrdist.bench.step import TASK, learning, write_shards
-from cxrdist.bench.timing import Row
+from cxrdist.bench.timing import FAILED, Row
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import eval_batches
 from cxrdist.distributed.bandwidth import all_reduce_bandwidth
@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows = [Row("machine", hardware_of(device).name, None, note=f"{len(gpus)} GPUs; {precision} ({why})")]
     rows += gpu_tests() if gpus else [Row("skipped", "tests that need a GPU, memory", None, note="no GPU here")]
     if len(gpus) > 1:
-        rows.append(
-            Row("all-reduce", f"{len(gpus)} GPUs", None, note=f"{all_reduce_bandwidth(len(gpus)) / GB:.3g} GB/s")
-        )
+        rows.append(all_reduce_row(len(gpus)))
     else:
         rows.append(Row("skipped", "all-reduce", None, note="fewer than two GPUs here"))
     models = (recipes.eva_x, recipes.chexfound) if gpus else (recipes.demo_eva_x, recipes.demo_chexfound)
@@ -78,7 +76,17 @@ def gpu_tests() -> list[Row]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
     if done.returncode:
         print(done.stdout[-4000:])
-    return [Row("tests", "that need a GPU", None, note=(done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1])]
+    last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
+    return [Row(FAILED if done.returncode else "tests", "tests that need a GPU", None, note=last)]
+
+
+def all_reduce_row(num_gpus: int) -> Row:
+    """The bandwidth between the GPUs; what fails there leaves the rest of the check to be run."""
+    try:
+        return Row("all-reduce", f"{num_gpus} GPUs", None, note=f"{all_reduce_bandwidth(num_gpus) / GB:.3g} GB/s")
+    except Exception as error:  # NCCL's, or a process's of its own
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return Row(FAILED, f"all-reduce over {num_gpus} GPUs", None, note=f"{last}: see its lines above")
 
 
 def model_rows(recipe: Recipe, index: ShardIndex, device: torch.device, precision: str, *, compiled: bool) -> list[Row]:

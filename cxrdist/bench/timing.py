@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FAILED = "failed"  # stage of a row that says what could not be done: the command then ends with 1
+
 
 @dataclass(frozen=True)
 class Row:

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from cxrdist.bench import gpu
+from cxrdist.bench.__main__ import main
+from cxrdist.bench.timing import Row
+from cxrdist.errors import UserError
 
 
 @pytest.mark.slow
@@ -18,3 +21,16 @@ def test_gpu_check_runs_its_cpu_part_and_says_what_it_skipped(monkeypatch):
         "--model demo_chexfound",
     ]
     assert rows[-1].stage == "resume"
+
+
+def test_a_part_that_fails_leaves_the_others_and_fails_the_command(monkeypatch, capsys):
+    def broken(num_gpus):
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    monkeypatch.setattr(gpu, "all_reduce_bandwidth", broken)
+    monkeypatch.setattr(gpu, "run", lambda args: [gpu.all_reduce_row(2), Row("use", "", None, note="--model eva_x")])
+    with pytest.raises(UserError, match="all-reduce over 2 GPUs: failed, see the table"):
+        main(["gpu"])
+    shown = capsys.readouterr().out
+    assert "NCCL error: unhandled system error" in shown
+    assert "--model eva_x" in shown
