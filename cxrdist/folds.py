@@ -130,8 +130,8 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
 def identity_of(given: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
     """All of training's flags that its result depends on: neither the device batch nor threads, logs and saving."""
     learned = recipes.to_json(dataclasses.replace(recipe, inference=Inference(member_epochs=(1,))))
-    if given.init == "random":
-        weights = ["random"]
+    if given.init in ("random", "timm"):
+        weights = [given.init]
     else:
         init = None if given.init is None else Path(given.init)
         weights = [path_hash(file) for file in init_files(architecture_of(recipe.model), init)]

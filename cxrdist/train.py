@@ -370,7 +370,7 @@ def restore(
         learner.restore(functools.partial(checkpoint.read_tensors, begin.folder), begin.folder, ranks)
         state.epoch, state.step, state.global_step = begin.state.epoch, begin.state.step, begin.state.global_step
     elif args.continue_init:
-        if args.init in (None, "random"):
+        if args.init in (None, "random", "timm"):
             raise UserError("--continue-init goes with --init FILE, the file to continue from")
         files = fit.init_files(learner.architecture, Path(args.init))
         found = layouts.read_weights(*files, architecture=learner.architecture)

@@ -150,7 +150,7 @@ def build(
     architecture, model = architecture_of(recipe.model), member.build_model(recipe, task)
     if start.state is not None:
         if start.state.frozen is not None:
-            named = [Path(part) for part in (init or "").split(",") if part not in ("", "random")]
+            named = [Path(part) for part in (init or "").split(",") if part not in ("", "random", "timm")]
             member.load_frozen(architecture, model, run, start.state.frozen, backbone, *named)
         return model, start.state.frozen, f"weights of {start.folder}"
     if init == "random":
