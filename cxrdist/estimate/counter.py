@@ -28,6 +28,17 @@ FORMULAS: dict[Any, Any] = flop_registry | {  # torch has these for its GPU kern
 }
 
 
+def _convolution_backward(grad: Tensor, images: Tensor, weight: Tensor, *more: Any, out_val: Any) -> int:
+    """A forward pass for each of the two gradients that are asked for; torch's forgets that channels have groups."""
+    transposed, mask = more[4], more[-1]
+    places = (images if transposed else grad).shape[2:]
+    flops: int = 2 * len(images) * math.prod(places) * weight.numel() * sum(mask[:2])
+    return flops
+
+
+FORMULAS[torch.ops.aten.convolution_backward] = _convolution_backward
+
+
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators inside: FLOPs, and by kind kernels, bytes read and written, and bytes alive and their peak.
 

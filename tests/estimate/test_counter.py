@@ -1,6 +1,8 @@
 """The count of kernels and bytes, by hand on a few operators."""
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cxrdist.estimate.counter import CAST, MATMUL, OTHER, WEIGHT_CAST, Counter
 
@@ -50,3 +52,15 @@ def test_casts_of_weights_are_counted_apart_in_traffic_and_memory():
 def test_the_peak_is_of_what_is_alive_at_a_time():
     x = torch.empty(MB)
     assert counted(lambda: [(x + 1) + 1 for _ in range(3)] and None).peaks[False] == 16 * MB
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_a_convolution_costs_twice_as_much_back_whatever_its_groups(groups):
+    with FakeTensorMode(), Counter() as counter:
+        images = torch.empty(2, 16, 9, 9, requires_grad=True)
+        weight = torch.empty(32, 16 // groups, 3, 3, requires_grad=True)
+        out = torch.nn.functional.conv2d(images, weight, padding=1, groups=groups)
+        forward = counter.flops
+        out.sum().backward()
+    assert forward == 2 * 2 * 32 * 81 * (16 // groups) * 9
+    assert counter.flops == 3 * forward
