@@ -187,8 +187,8 @@ def train(
         f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(rows.train):,} images, "
         f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
     )
-    ranks.say(f"parameters: {architecture.count_parameters(model)}\n{rates_table(groups)}")
-    ranks.say(norms.note(device_batch_size))
+    counts = f"parameters: {architecture.count_parameters(model)}"
+    ranks.say("\n".join([counts, rates_table(groups), *norms.notes(device_batch_size)]))
     if args.compile:
         model.compile()
         stack.enter_context(graphs_told(ranks.say))

@@ -135,7 +135,10 @@ class Ranks:
         with warnings.catch_warnings():
             # torch 2.14 renames DDP's broadcast_buffers; accelerate and older torch know only this name
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return model if self._parallel is None else self._parallel(model)
+            prepared = model if self._parallel is None else self._parallel(model)
+        # of 1 x 1 convolutions, whose strides have two names; each backward pass would say so
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        return prepared
 
     def accumulating(self, model: nn.Module, *, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients in this backward pass only if `sync`."""

@@ -106,16 +106,16 @@ class BatchNorms:
         for norm in () if self.sync else self.norms:
             norm.eval()
 
-    def note(self, device_batch_size: int) -> str:
-        """What to know of the statistics, in a line."""
+    def notes(self, device_batch_size: int) -> list[str]:
+        """What to know of the statistics, in a line; nothing where there are none."""
         if not self.norms:
-            return "BatchNorm: none"
+            return []
         if not self.sync:
             began = not any(bool(norm.running_mean.any()) for norm in self.norms if norm.running_mean is not None)
             how = "they began: mean 0, deviation 1, of no image" if began else "the weights brought them"
-            return f"BatchNorm: its statistics stay as {how} (--set sync_bn=true moves them)"
+            return [f"BatchNorm: its statistics stay as {how} (--set sync_bn=true moves them)"]
         images = f"up to {device_batch_size * self.num_ranks} images, those of a pass"
-        return f"BatchNorm: by {images}; another --device-batch-size or number of processes learns something else"
+        return [f"BatchNorm: by {images}; another --device-batch-size or number of processes learns something else"]
 
     def begin(self, *, first: bool, counted: bool) -> None:
         """Before a forward pass; first: of its step. counted: whether this rank has an image, not a placeholder."""

@@ -118,9 +118,9 @@ def test_unless_synced_the_statistics_are_the_weights_own_and_weights_are_traine
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(buffer.equal(before[name]) for name, buffer in model.named_buffers())
     assert model.bn1.weight.grad is not None
-    assert "stay as they began: mean 0, deviation 1" in norms.note(8)
+    assert "stay as they began: mean 0, deviation 1" in norms.notes(8)[0]
     nn.init.ones_(model.bn1.running_mean)
-    assert "stay as the weights brought them" in norms.note(8)
+    assert "stay as the weights brought them" in norms.notes(8)[0]
 
 
 def test_what_cannot_be_synced_is_named() -> None:
@@ -131,4 +131,4 @@ def test_what_cannot_be_synced_is_named() -> None:
         make(nn.Linear(2, 2))
     with pytest.raises(UserError, match="0 is a BatchNorm1d, which cannot be synced"):
         make(nn.BatchNorm1d(2))
-    assert "up to 16 images" in make(nn.BatchNorm2d(2)).note(8)
+    assert "up to 16 images" in make(nn.BatchNorm2d(2)).notes(8)[0]
