@@ -16,6 +16,8 @@ from torch.nn import functional as F
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast computes in on the tensor's device; None where it is off."""
     kind = tensor.device.type
+    if kind == "meta":  # where shapes are tried, and autocast is not known
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

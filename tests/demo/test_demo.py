@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cxrdist.demo import __main__ as demo
-from cxrdist.demo.__main__ import MEMBERS, Files, hold_out
+from cxrdist.demo.__main__ import FOLD_MEMBERS, Files, hold_out
 from cxrdist.demo.phantoms import CSV_COLUMNS
 from cxrdist.errors import UserError
 from cxrdist.scoring.tables import read_table
@@ -77,16 +77,16 @@ def test_folds_of_every_member_end_in_one_report_of_ensemble_and_members_and_are
     assert done.returncode == 0, done.stdout + done.stderr
     files = Files.below(tmp_path / "demo", TASKS["b"], 2)
     fitted = Fit.read(files.weights)
-    assert list(fitted.weights) == list(MEMBERS)
+    assert list(fitted.weights) == list(FOLD_MEMBERS)
     assert sum(fitted.weights.values()) == pytest.approx(1)
     assert read_table(files.ensemble).meta.members == fitted.weights
     metrics = json.loads((files.report / "metrics.json").read_text())
-    assert [score["name"] for score in metrics["scores"]] == ["ensemble", *MEMBERS]
+    assert [score["name"] for score in metrics["scores"]] == ["ensemble", *FOLD_MEMBERS]
     paired = [(pair["one"], pair["other"]) for pair in metrics["comparisons"]]
-    assert [("ensemble", member) for member in MEMBERS] == paired[: len(MEMBERS)]
-    for member, model in MEMBERS.items():
+    assert [("ensemble", member) for member in FOLD_MEMBERS] == paired[: len(FOLD_MEMBERS)]
+    for member, model in FOLD_MEMBERS.items():
         assert f"{member}: 2 folds, epochs=1 each" in done.stdout
         table = read_table(files.runs / f"{model}_b_folds" / f"{member}.csv")
         assert (len(table.image_names), table.meta.out_of_fold) == (fitted.num_images, True)
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
-    assert again.stdout.count("reused\n") == len(MEMBERS) + 8, again.stdout
+    assert again.stdout.count("reused\n") == len(FOLD_MEMBERS) + 8, again.stdout
