@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import numpy as np
 import pandas as pd
@@ -210,6 +211,10 @@ def test_wandb_records_odd_labels_as_they_are_and_neither_images_command_line_no
         tracker.images(1, "augmented samples", np.zeros((1, 4, 4), np.uint8), ["00000211_001_001.jpg"])
     assert "stopped" not in capsys.readouterr().err
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    end = time.monotonic() + 60  # wandb writes from a process of its own, which a busy machine lets wait
+    while (content := path.read_bytes()) and b"auroc" not in content and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(1.0)
     content = path.read_bytes()
     for key in row:
         assert key.encode() in content or json.dumps(key)[1:-1].encode() in content, key
