@@ -73,6 +73,9 @@ def count_cost(
     with torch.device("meta"):
         model = architecture.build_for(recipe, num_labels)
         architecture.hold_frozen(model, DTYPES[precision])
+    chosen = architecture.trained_names(model, recipe.train)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if grad_checkpointing:
         with contextlib.suppress(UserError):
             architecture.set_grad_checkpointing(model)
@@ -100,7 +103,7 @@ def count_cost(
         image_bytes=float(size_px * size_px),
         weight_bytes=float(sum(parameter.nbytes for parameter in model.parameters())),
         num_parameters=sum(counts.values()),
-        num_trained=sum(counts[name] for name in architecture.trainable_names(model)),
+        num_trained=sum(counts[name] for name in architecture.trainable_names(model) if name in chosen),
     )
 
 

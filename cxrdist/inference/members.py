@@ -14,7 +14,7 @@ from cxrdist.augment.views import distinct_views
 from cxrdist.data.folds import read_split
 from cxrdist.errors import UserError
 from cxrdist.inference.passes import Member
-from cxrdist.models import architecture_of, recipe_for
+from cxrdist.models import FAMILIES, architecture_of, recipe_for
 from cxrdist.models.weights.fit import load_init
 from cxrdist.models.weights.layouts import WeightFile, architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import tensors_sha256
@@ -27,7 +27,8 @@ from cxrdist.task import Task
 Kind = Literal["", "ema", "raw"]
 VIEW_SETS: dict[str, tuple[str, ...]] = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
 MEMBER = re.compile(
-    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|#(?P<recipe>((timm|glori):)?[A-Za-z0-9][\w.-]*))?"
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|"
+    rf"#(?P<recipe>(({'|'.join(FAMILIES)}):)?[A-Za-z0-9][\w.-]*))?"
     r"(:(?P<views>[^:/\\*]+))?(\*(?P<weight>[^*]+))?"
 )
 

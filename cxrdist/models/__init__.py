@@ -10,7 +10,7 @@ from cxrdist.models.architecture import Architecture
 from cxrdist.recipes import Recipe
 from cxrdist.task import LAYOUTS
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "recipe_for"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "architecture_of", "recipe_for"]
 ARCHITECTURES: dict[str, Architecture] = {
     each.name: each for each in (*eva_x.ARCHITECTURES, chexfound.ARCHITECTURE, rad_dino.ARCHITECTURE)
 }

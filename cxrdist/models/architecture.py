@@ -222,7 +222,7 @@ class Architecture:
             raise UserError("--grad-checkpointing: a frozen backbone keeps no activations; leave it out")
         try:
             model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError, NotImplementedError):
+        except (AttributeError, AssertionError):  # timm's models without it have no such method, or refuse so
             raise UserError(f"--grad-checkpointing: {self.name} has none; leave it out") from None
 
     def count_parameters(self, model: nn.Module) -> ParameterCounts:

@@ -142,3 +142,12 @@ def test_any_architecture_is_counted_with_its_labels_and_the_size_of_its_images(
     assert cost.num_trained == cost.num_parameters == 3 * 4 + 2 * 4 + 4 * 3 + 3
     more = memory_bytes(count_cost(recipe, 3, size_px=300), 1, "cpu", 1) - memory_bytes(cost, 1, "cpu", 1)
     assert more == 3 * (300 * 300 - 100 * 100)  # three decoded batches
+
+
+def test_what_is_not_trained_costs_no_backward_pass() -> None:
+    recipe = dataclasses.replace(demo_eva_x("b"), model_kwargs=(("depth", 4),))
+    costs = {train: count_cost(dataclasses.replace(recipe, train=train), 14) for train in ("head", "last:2", "all")}
+    assert costs["head"].num_trained == 192 * 14 + 14
+    for name in ("num_trained", "step_flops", "activation_bytes", "update_traffic"):
+        head, last, everything = (getattr(cost, name) for cost in costs.values())
+        assert head < last < everything, name
