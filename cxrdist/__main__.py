@@ -10,7 +10,22 @@ from pathlib import Path
 
 from cxrdist.cli import Parser
 
-SAME = ("preprocess", "verify", "train", "folds", "infer", "ensemble", "evaluate", "average", "doctor", "demo", "bench")
+SAME = (
+    "preprocess",
+    "verify",
+    "train",
+    "folds",
+    "infer",
+    "ensemble",
+    "evaluate",
+    "average",
+    "predict",
+    "calibrate",
+    "export",
+    "doctor",
+    "demo",
+    "bench",
+)
 MODULES = {name: name for name in SAME} | {"recipes": "recipe_list"}  # recipes.py holds the recipes themselves
 
 

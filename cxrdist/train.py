@@ -38,7 +38,7 @@ from cxrdist.models.weights import fit, layouts
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
-from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState
+from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState, StoredImages
 from cxrdist.shards.index import ShardIndex, open_index, read_meta, task_of
 from cxrdist.shards.verify import check_headers
 from cxrdist.task import LAYOUTS, Task
@@ -340,10 +340,9 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
         folds=None if fold is None else args.folds,
         validate_fold=fold,
         valid_shards="" if valid is None else valid.fingerprint,
+        stored=StoredImages(**dataclasses.asdict(index.meta.pixels), jpeg=index.meta.as_jpeg),
     )
-    before = None
-    with contextlib.suppress(UserError):  # named by find_start
-        before = start.read_facts(run) if args.resume and fold is not None else None
+    before = start.facts_before(run) if args.resume and fold is not None else None
     recorded = folds.read_split(run / "split.csv", index.task) if before == facts else None
     chosen = select(index, fold, args.folds, recipe.seed, recorded)
     if valid is not None:

@@ -66,6 +66,7 @@ class Ensemble:
     members: list[Member] = field(default_factory=list)
     models: dict[str, nn.Module] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)  # by checkpoint hash
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by checkpoint hash
     notes: list[str] = field(default_factory=list)  # to be told with the plan
 
 
@@ -107,13 +108,15 @@ def load_ensemble(specs: Sequence[MemberSpec], task: Task, backbone: Path | None
     for spec in specs:
         for origin, recipe, model in load_checkpoints(spec, task, backbone):
             item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
-            item = replace(item, weights=origin.weights, task=origin.task)
+            facts = origin.facts
+            trained_on = "" if facts is None else facts.shards
+            item = replace(item, weights=origin.weights, task=origin.task, trained_on=trained_on)
             ensemble.notes += [note for note in [raw_note(spec, item)] if note]
             if item.backbone_sha256 is not None:
                 first = backbones.setdefault((item.model, item.backbone_sha256, item.image_size), model)
                 architecture_of(item.model).share_frozen(model, first)
             ensemble.models.setdefault(item.sha256, model.eval())
-            ensemble.origins[item.sha256] = origin
+            ensemble.origins[item.sha256], ensemble.recipes[item.sha256] = origin, recipe
             checkpoints.setdefault(spec.name, []).append(item)
         weight = 1.0 if spec.weight is None else spec.weight
         if weights.setdefault(spec.name, weight) != weight:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cxrdist.files import write_output
 
 Cell = str | tuple[str, str]
-WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on this page."
+WARNING = "Research software, not a medical device and not for clinical use: no diagnosis may rest on it."
 MAX_ROWS = 60  # of a table that is shown at its full length
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --soft: #5b6776; --line: #dfe4ea; --accent: #1f3a5f; }

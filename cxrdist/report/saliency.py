@@ -1,26 +1,30 @@
 """Sections with images: what training saw, and where each model looked."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import make_views, resize
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
-from cxrdist.models.architecture import Architecture
+from cxrdist.models.architecture import Architecture, Maps
 from cxrdist.recipes import Recipe
 from cxrdist.report.page import Section, figure_html, grid, plain
 from cxrdist.scoring.evaluation import Evaluation
 from cxrdist.scoring.metrics import Floats
 from cxrdist.scoring.tables import ScoreTable
 
+MEANING = "A map shows what moved the score, not the disease."
 NUM_EXAMPLES = 6  # images with saliency maps
 NUM_AUGMENTED = 4  # training images, each in as many epochs
 NOTHING = ("no ", "normal")  # beginnings of labels that say that nothing was found, so there is nothing to look at
@@ -98,18 +102,38 @@ def saliency_section(
     for axis in axes.ravel()[2 * len(examples) :]:
         axis.axis("off")
     for pair, image, heat, example in zip(axes.reshape(-1, 2), images, maps, examples, strict=False):
-        for axis in pair:
-            _show(axis, image[:1])
-        heat = heat - heat.min()
-        heat = heat / max(float(heat.max()), 1e-12)
-        style = {"cmap": "inferno", "extent": (0, image.shape[2], image.shape[1], 0), "interpolation": "bilinear"}
-        pair[1].imshow(heat, alpha=0.25 + 0.45 * np.sqrt(heat), **style)
+        _show(pair[0], image)
+        _show(pair[1], torch.from_numpy(overlay(image.permute(1, 2, 0).numpy(), heat)).permute(2, 0, 1))
         pair[0].set_title(plain(labels[example.label]), fontsize=8.5, loc="left", fontweight="bold")
         caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
         pair[0].set_xlabel(plain(caption), fontsize=7.5, loc="left", color="#5b6776")
-    note = " Images with the finding and a high ensemble score. A map shows what moved the score, not the disease."
+    note = f" Images with the finding and a high ensemble score. {MEANING}"
     title = f"{architecture.saliency_title} of {name}"
     return Section(title, architecture.saliency_about + note, figure_html(figure, title))
+
+
+def overlay(levels: NDArray[np.uint8], heat: Maps) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8: the image (S, S, 1 or 3) under its map (h, w), scaled to its own range and stretched over it."""
+    span = heat - heat.min()
+    span = span / max(float(span.max()), 1e-12)
+    size = (levels.shape[1], levels.shape[0])
+    wide = np.asarray(Image.fromarray(span.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
+    alpha = (0.25 + 0.45 * np.sqrt(wide))[..., None]
+    colours = matplotlib.colormaps["inferno"](wide)[..., :3] * 255
+    return np.asarray(np.rint(levels * (1 - alpha) + colours * alpha), dtype=np.uint8)
+
+
+def overlay_png(levels: NDArray[np.uint8], heat: Maps, caption: str) -> bytes:
+    """The bytes of a PNG: the image, the image under its map, and a line below that says what it is."""
+    grey = np.broadcast_to(levels, (*levels.shape[:2], 3))
+    pictures = np.concatenate([grey, overlay(levels, heat)], axis=1)
+    sheet = Image.new("RGB", (pictures.shape[1], pictures.shape[0] + 44), "white")
+    sheet.paste(Image.fromarray(pictures))
+    text = f"{caption}. {MEANING}".encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
+    ImageDraw.Draw(sheet).text((12, pictures.shape[0] + 12), text, "black", ImageFont.load_default(size=17))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_images(loader: Loader, rows: NDArray[np.int64]) -> torch.Tensor:

@@ -6,7 +6,7 @@ Version 1 named its task by the division alone; `upgraded` turns its documents i
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +22,24 @@ D = TypeVar("D", bound=Document)
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredImages(Document):
+    """How the images of a shard set were made of their files: what a new image needs to be seen as they were.
+
+    jpeg: stored as JPEG before they were read; those of adopted tars were not.
+    """
+
+    size_px: int
+    fit: Literal["squash", "pad"]
+    mode: Literal["exact", "fast"]
+    jpeg: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts(Document):
-    """The data that a run is trained on: what resume and out-of-fold scoring compare."""
+    """The data that a run is trained on: what resume and out-of-fold scoring compare.
+
+    stored: None in runs of versions that did not write it; not compared, the fingerprint depends on it.
+    """
 
     task: str
     split: str
@@ -33,6 +49,7 @@ class Facts(Document):
     folds: int | None
     validate_fold: int | None
     valid_shards: str = ""  # fingerprint of the split `valid`, where that is validated on
+    stored: StoredImages | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,13 @@ def read_facts(run: Path) -> Facts:
         raise UserError(f"{error}: {run} is not a complete run folder; give another --out") from None
 
 
+def facts_before(run: Path) -> Facts | None:
+    """`read_facts`, or None where they cannot be read, which `find_start` names."""
+    with contextlib.suppress(UserError):
+        return read_facts(run)
+    return None
+
+
 def check_folder(run: Path, shards: Path) -> None:
     """UserError, before anything is written, where `run` is no place for a run: it is among the shards, holds a link
     under a name that a run uses, or such a file that is of no run.

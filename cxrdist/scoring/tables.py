@@ -41,6 +41,7 @@ class Checkpoint(Document):
     backbone_sha256: str | None  # of the frozen backbone's tensors; None when there is none to share
     weights: Literal["", "ema", "raw"] = ""  # the averaged ones or those of the last step; '' where it is not known
     task: str = ""  # that the weights were trained for; '' where their file does not say it
+    trained_on: str = ""  # fingerprint of the shards that they were trained on; '' where it is not known
     image_size: int
     views: dict[str, float]  # distinct canonical views with their shares in the mean
     num_views: int = 0  # views asked for, equal ones included

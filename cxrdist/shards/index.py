@@ -183,6 +183,16 @@ class SplitMeta(Document):
     def stored_as(self) -> str:
         return f"JPEG {self.resize.jpeg_quality}"
 
+    @property
+    def as_jpeg(self) -> bool:
+        """Whether an image was made square before it was stored, as JPEG, and not as it is read."""
+        return True
+
+    @property
+    def pixels(self) -> Pixels:
+        """How its images were, or are, made square."""
+        return Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptedMeta(SplitMeta):
@@ -201,7 +211,7 @@ class AdoptedMeta(SplitMeta):
         super().__post_init__()
         if re.search(r"[\x00-\x1f\x7f]", self.tars + self.pattern):
             raise UserError("the folder of the tars, or the pattern of their names, holds a control character")
-        Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
+        _ = self.pixels  # a size or mode that there is not
 
     @property
     def _shard_names(self) -> str:
@@ -222,8 +232,8 @@ class AdoptedMeta(SplitMeta):
         return "as adopted"
 
     @property
-    def pixels(self) -> Pixels:
-        return Pixels(as_mode(self.resize.mode), self.size_px, self.fit)
+    def as_jpeg(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, eq=False)
