@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     print(summary(fitted))
     before, after = (reliability(targets, probs).expected_error for probs in (together.probs, crossed))
     print(f"expected calibration error {before:.3f} -> {after:.3f} (each half of the patients by the other's lines)")
+    if after > before:
+        print("warning: these lines do not help other patients: more cases are needed, or no calibration")
     print(f"calibration: {out / operating.FILE}; report: {out / REPORT}")
 
 

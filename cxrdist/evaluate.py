@@ -1,6 +1,7 @@
 """Compare score tables with labels: metrics.json, and report.html, one self-contained page.
 
   python -m cxrdist.evaluate --scores OUT/scores/*.csv --csv labels.csv --out report
+  ... --calibration calibration       what the thresholds that cxrdist calibrate chose do on these images
   ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps
 
 Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
@@ -25,10 +26,12 @@ from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
+from cxrdist.report.calibrated import points_section, reliability_section
 from cxrdist.report.page import Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
+from cxrdist.scoring.operating import Calibration, identity_of, performance, read_calibration
 from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
 from cxrdist.shards.index import open_index
 from cxrdist.tables import LabelTable
@@ -39,13 +42,14 @@ DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    inputs = [*with_json(args.scores), args.csv, args.shards, args.timings]
+    inputs = [*with_json(args.scores), args.csv, args.shards, args.timings, args.calibration]
     outputs = [args.out / name for name in ("metrics.json", "report.html")]
     check_outputs(outputs, [path for path in inputs if path is not None], folder=args.out)
     more = {"allow_missing": args.allow_missing}
     tables, weights = read_members(args.scores, args.task, args.weights, **more)
     if len(tables) > 1:
         tables = with_ensemble(tables, weights, args, **more)
+    calibration = calibration_of(args.calibration, tables)
     task = with_readings(task_of(tables[0], args.task), args)
     labelled, source = read_truth(args.csv, args.shards, task, tables)
     unscored = check_rows(tables[0], labelled, source, allow_missing=args.allow_missing)
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         figures.label_section(result),
         *(figures.curves_section(kind, tables, targets, result) for kind in (figures.ROC, figures.PRECISION)),
         figures.calibration_section(tables, targets, result),
+        *operating_sections(calibration, tables, truth),
         figures.comparison_section(result),
     ]
     if args.run:
@@ -98,6 +103,26 @@ def with_ensemble(
     return [together, *align(tables, allow_missing=allow_missing)]
 
 
+def calibration_of(path: Path | None, tables: Sequence[ScoreTable]) -> Calibration | None:
+    """What --calibration names; UserError where it was not fitted on the first table's members."""
+    if path is None:
+        return None
+    given, first = read_calibration(path), tables[0].meta
+    members = [table for table in tables if table.name in first.members] or [tables[0]]
+    weights = [first.members.get(table.name, 1.0) for table in members]
+    given.require(identity_of(members, weights, first.average), path)
+    return given
+
+
+def operating_sections(given: Calibration | None, tables: Sequence[ScoreTable], truth: LabelTable) -> Iterator[Section]:
+    """What a calibration makes of the first table's probabilities, and what its thresholds do on these images."""
+    if given is None:
+        return
+    probs, targets = tables[0].probs, truth.targets.astype(np.float64)
+    yield reliability_section(targets, probs, given.apply(probs), given.task.labels)
+    yield points_section(given, performance(given, probs, targets, truth.about["patient"].to_numpy(object)))
+
+
 def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_missing: bool) -> list[str]:
     """What to tell of labelled images without a score, one line each.
 
@@ -134,6 +159,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000))
     add("--run", **flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []})
     add("--show", **flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []})
+    add("--calibration", **flag(Path, "FILE", "what cxrdist calibrate fitted to these members: thresholds at work"))
     add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
     add("--title", **flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"))
     return parser.parse_args(argv)

@@ -26,7 +26,7 @@ from cxrdist.models import architecture_of
 from cxrdist.models.architecture import Maps
 from cxrdist.runs.documents import StoredImages
 from cxrdist.runs.member import read_task
-from cxrdist.scoring.operating import FILE, Calibration, identity
+from cxrdist.scoring.operating import FILE, Calibration, identity, read_calibration
 from cxrdist.scoring.tables import Average, Probs, TableMeta, average
 from cxrdist.task import Task
 
@@ -255,11 +255,6 @@ def task_of_runs(specs: Sequence[MemberSpec]) -> Task:
 def scores_of(ensemble: Ensemble, how: Average) -> str:
     """The `identity` of what these members' average says."""
     return identity([(member.weight, member.checkpoints) for member in ensemble.members], how)
-
-
-def read_calibration(path: Path) -> Calibration:
-    """The calibration at `path`, or in that folder."""
-    return Calibration.read(path / FILE if path.is_dir() else path)
 
 
 def find_calibration(

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -131,6 +132,11 @@ class Calibration(Document):
             )
 
 
+def read_calibration(path: Path) -> Calibration:
+    """The calibration in the file `path`, or in that folder."""
+    return Calibration.read(path / FILE if path.is_dir() else path)
+
+
 def identity(members: Sequence[tuple[float, Sequence[Checkpoint]]], average: Average) -> str:
     """What the scores of an average depend on beside the images: SHA-256 (hex) of weights, views and shares.
 
@@ -205,7 +211,7 @@ def fit(
 
     Args: probs (N, K) in [0, 1]; targets (N, K) in [0, 1], nan where masked; patients (N,).
     table: whose split, shard set and kind of scores are written down.
-    Raises UserError where no label has positives and negatives.
+    Raises UserError where no label has positives and negatives, or the scores are no better than chance.
     """
     logits = logit(np.asarray(probs, np.float64))
     seen = ~np.isnan(targets)
@@ -214,6 +220,9 @@ def fit(
     if not usable.any():
         raise UserError("no label has both positives and negatives here, so nothing can be fitted")
     pooled = _fit_line(method, logits[:, usable][seen[:, usable]], targets[:, usable][seen[:, usable]])
+    if pooled[0] <= 0:
+        problem = "over all labels together these scores are no better than chance, so there is nothing to calibrate"
+        raise UserError(f"{problem}; give more images, or another model")
     distinct, ids = np.unique(np.asarray(patients).astype(str), return_inverse=True)
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=num_resamples)
@@ -339,7 +348,7 @@ def _range(low: float, high: float) -> Range | None:
 def cross_fitted(probs: Probs, targets: Floats, patients: NDArray[Any], task: Task, method: Method) -> Probs:
     """(N, K) float32 calibrated probabilities, each by lines that were fitted on the other half of the patients.
 
-    Raises UserError where a half has no label with positives and negatives.
+    Raises UserError where a half cannot be fitted, as `fit` does.
     """
     _, ids = np.unique(np.asarray(patients).astype(str), return_inverse=True)
     out = np.empty_like(probs)

@@ -179,7 +179,7 @@ def test_a_map_is_of_its_label(bundle) -> None:
 def test_the_command_writes_all_that_was_asked_for(world, bundle, scored, tmp_path, capsys) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    for file in files_of(world, scored[0])[:7]:
+    for file in files_of(world, scored[0])[:2]:
         shutil.copy(file, folder)
     out = ["--csv", str(tmp_path / "o.csv"), "--json", str(tmp_path / "found.json"), "--maps", str(tmp_path / "maps")]
     predict.main([str(folder), "--bundle", str(bundle), "--precision", "fp32", *out])
@@ -194,7 +194,7 @@ def test_the_command_writes_all_that_was_asked_for(world, bundle, scored, tmp_pa
     assert len(maps) == likely > 0
     with Image.open(maps[0]) as picture:
         assert picture.size == (1200, 644)
-    assert "7 images in" in said
+    assert "2 images in" in said
     assert "not a medical device" in said
 
 
@@ -269,12 +269,13 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_onnx_says_what_torch_says(members, tmp_path, capsys) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "bundle"
-    export.main([*members, "--out", str(out), "--onnx"])
+    one_each = [text.replace("@1,2", "@2") for text in members]
+    export.main([*one_each, "--out", str(out), "--onnx"])
     said = capsys.readouterr().out
-    assert said.count("largest difference from torch") == 4
+    assert said.count("largest difference from torch") == 2
     model = cxrdist.load(out, precision="fp32")
     rng = np.random.default_rng(1)
-    for number, size in ((0, 64), (3, 80)):
+    for number, size in ((0, 64), (1, 80)):
         session = onnxruntime.InferenceSession(out / f"checkpoint{number}.onnx")
         levels = rng.integers(0, 256, (3, 1, size, size)).astype(np.float32).repeat(3, axis=1)
         (ours,) = session.run(["logits"], {"levels": levels})
