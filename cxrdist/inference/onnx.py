@@ -28,6 +28,7 @@ MAX_DIFFERENCE = 1e-4  # of logits, from torch
 NUM_CHECKED = 5  # images, another batch than the one that is traced
 TRACED = 2  # torch.export takes a batch of 1 for a constant
 OPSET = 18
+MOST_BYTES = 2**31  # of one protobuf message
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -125,6 +126,8 @@ def export_onnx(path: Path, head: Checkpoint, model: nn.Module, task: Task, stor
     for key, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
+    if (size := proto.ByteSize()) >= MOST_BYTES:
+        raise UserError(f"{path}: {size:,} bytes, an ONNX file holds less than {MOST_BYTES:,}; leave --onnx out")
     write_output(path, proto.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     differences, seconds = [], {"onnx": 0.0, "torch": 0.0}
