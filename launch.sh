@@ -17,6 +17,8 @@ usage: ./launch.sh COMMAND [ARGUMENTS]
                                    be the name of a shard set below shards/
   folds TASK [ARGS]                train by folds, e.g. --model chexfound --folds 5 -> one out-of-fold table, on which
                                    python -m cxrdist.ensemble --fit finds weights; --only K, or a Slurm array: one fold
+  calibrate | export | predict | app [ARGS]    thresholds on unseen scores; one folder to use anywhere; X-rays in, findings
+                                   out; the same as a page. verify, ensemble, evaluate and average are there, too
   doctor [--bill]                  versions, GPUs, precision, disk, and what would be used | name, version and licence
                                    of every dependency
   recipes [NAME]                   what can be trained, and what it costs | all of one recipe, field by field
@@ -64,7 +66,7 @@ install() { # WHAT CHECKSUM: the stamps are written last, so whatever fails befo
   fi
   touch "$begun"
   echo "installing into .venv with $(.venv/bin/python --version) (a few minutes, once)"
-  [ "$what" = core ] || extras='[dev,dicom]'
+  [ "$what" = core ] || extras='[dev,dicom,onnx,app,s3]'
   [ ! -t 1 ] || quiet=
   if ! .venv/bin/python -m pip install $quiet --constraint constraints.txt --editable ".$extras"; then
     is_cut_off || rm -f "$begun" # nothing was touched: what worked before still does
@@ -130,9 +132,9 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     setup core
     python -m "cxrdist.$command" "$@"
     ;;
-  recipes)
+  recipes | verify | ensemble | evaluate | calibrate | average | predict | export | app)
     setup core
-    python -m cxrdist recipes "$@"
+    python -m cxrdist "$command" "$@"
     ;;
   gpu-check)
     setup dev
