@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of, task_type
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.folds import rows_of_fold
 from cxrdist.data.loader import Loader
@@ -35,22 +35,17 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
-from cxrdist.inference.members import Ensemble, MemberSpec, common_split, held_out, load_ensemble, parse_member
+from cxrdist.inference.members import Ensemble, common_split, held_out, load_ensemble, parse_members, task_of_models
 from cxrdist.inference.parts import Basis, Part, PartStore, Rows, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
 from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
 from cxrdist.models.compiled import graphs_told
-from cxrdist.scoring.submission import (
-    check_template,
-    check_unreadable,
-    template_of,
-    unreadable_note,
-    write_submission,
-)
+from cxrdist.scoring.submission import check_template, check_unreadable, template_of, unreadable_note, write_submission
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
 from cxrdist.shards.index import ShardIndex, open_index, task_of
 from cxrdist.shards.verify import check_headers
 from cxrdist.tables import Template, read_template
+from cxrdist.task import Task
 
 AGAIN = "run the same command again: finished scores are kept"
 SHOWN = 20  # unreadable images that are printed; the tables' JSON lists all
@@ -62,6 +57,7 @@ class Job:
 
     out: Path
     index: ShardIndex
+    task: Task  # the models'; the shards' is another one with --external
     template: Template | None
     ensemble: Ensemble
     passes: list[Pass]
@@ -116,7 +112,7 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     total, desc = sum(map(len, batches.values())), f"infer, process 1 of {ranks.world_size}"
     every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
     show = tqdm(total=total, unit=" images", desc=desc, disable=ranks.rank != 0, mininterval=every_s, maxinterval=60)
-    none = torch.zeros(len(job.basis.columns), 0, job.index.task.num_labels, device=ranks.device)
+    none = torch.zeros(len(job.basis.columns), 0, job.task.num_labels, device=ranks.device)
     with (
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
         Loader(job.index, ranks.device, on_bad="skip", max_bad=job.most_unreadable - len(job.left_out)) as loader,
@@ -134,16 +130,17 @@ def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -
     precision, _ = resolve_precision(args.precision, found)
     kind = found[0].kind
     index = open_index(shards, args.split, args.task)
-    out = args.out or Path("predictions") / index.task.folder
-    template = choose_template(args, index)
-    published = [MemberSpec(name, Path("runs") / f"{name}_{index.task.name}") for name in ("eva_x", "chexfound")]
-    specs = [parse_member(text) for text in args.member] or published
+    specs = parse_members(args.member, (args.external or index.task).name)
+    task = index.task if args.external is False else task_of_models(specs, args.external)
+    folder = index.task.folder if args.external is False else f"{index.task.folder}_by_{task.folder}"
+    out = args.out or Path("predictions") / folder
+    template = choose_template(args, index, task)
     inputs = [shards, args.template, args.backbone, *(spec.source for spec in specs if spec.source.is_file())]
     check_folder(out, [spec.name for spec in specs], inputs)
-    ensemble = load_ensemble(specs, index.task, args.backbone)
+    ensemble = load_ensemble(specs, task, args.backbone)
     rows = np.arange(len(index), dtype=np.int64)
     if args.fold is not None:
-        rows = rows_of_fold(index.patients, common_split(ensemble, index.task), args.fold)[1]
+        rows = rows_of_fold(index.patients, common_split(ensemble, task), args.fold)[1]
     left_out = index.left_out if args.fold is None else {}
     most = args.max_unreadable.of(len(rows) + len(left_out))
     check_unreadable(left_out, most, len(rows) + len(left_out))
@@ -158,16 +155,16 @@ def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -
     )
     batches = list(eval_batches(rows, basis.device_batch_size, 0, 1))
     store = PartStore(out / "parts", basis)
-    return Job(out, index, template, ensemble, passes, rows, batches, basis, store, left_out, most)
+    return Job(out, index, task, template, ensemble, passes, rows, batches, basis, store, left_out, most)
 
 
-def choose_template(args: argparse.Namespace, index: ShardIndex) -> Template | None:
+def choose_template(args: argparse.Namespace, index: ShardIndex, task: Task) -> Template | None:
     """The submission's rows: the template's, else the source CSV's own order; None where no submission is made."""
     if args.template is not None:
-        template = read_template(args.template, index.task)
+        template = read_template(args.template, dataclasses.replace(task, columns=index.task.columns))
         check_template(template, index.image_names, index.left_out, str(args.template))
         return template
-    if index.targets is not None:
+    if index.targets is not None or args.external is not False:
         return None
     by_key = [(entry.key, entry.image_name) for entry in index.meta.left_out]
     by_key += zip(index.keys.tolist(), index.image_names, strict=True)
@@ -186,7 +183,7 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
     image_names = np.array(index.image_names[kept].to_list(), dtype=object)
     check_finite(logits, job.passes, image_names, basis.precision)
     shared = TableMeta(
-        task=index.task,
+        task=job.task,
         split=args.split,
         shards=index.fingerprint,
         average="prob" if args.average == "rank" else args.average,  # ranks are taken of members only
@@ -237,7 +234,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
         timeout_s={"default": 1800.0},
     )
+    external = "the shards are of another task than the models (the runs say theirs, or TASK does): tables for evaluate"
+    parser.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
     args = parser.parse_args(argv)
+    if args.fold is not None and args.external is not False:
+        raise UserError("--fold is of the runs' own patients, and --external scores others: leave one of them out")
     if args.fold is not None and args.split != "train":
         raise UserError("--fold chooses patients of the training split: add --split train")
     return args

@@ -421,22 +421,23 @@ def _reading(text: str, start: str, labels: Iterable[str]) -> Reading | float:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`; the nearest is 'X'`, or '' where nothing is close. Case, '_' and '-' do not count."""
+    """`; the nearest is 'X'`, or '' where nothing is close; names are compared `folded`."""
     close = near(name, candidates)
     return f"; the nearest is {close!r}" if close else ""
 
 
 def near(name: str, candidates: Iterable[str]) -> str:
     """The candidate that `name` was probably meant to be; '' for none."""
-    folded: dict[str, str] = {}
+    spelt: dict[str, str] = {}
     for candidate in candidates:
-        folded.setdefault(_folded(candidate), candidate)
-    close = difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.75)
-    return folded[close[0]] if close else ""
+        spelt.setdefault(folded(candidate), candidate)
+    close = difflib.get_close_matches(folded(name), spelt, n=1, cutoff=0.75)
+    return spelt[close[0]] if close else ""
 
 
-def _folded(name: str) -> str:
-    return name.strip().lower().replace("_", " ").replace("-", " ")
+def folded(name: str) -> str:
+    """The name without regard to case, and with one space for any spaces, '_' and '-'."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 # Most names, in a third of the time: a public table has 200,000 of them.

@@ -20,7 +20,7 @@ from cxrdist.models.weights.layouts import WeightFile, architecture_of_file, rea
 from cxrdist.models.weights.safetensors import tensors_sha256
 from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe
 from cxrdist.runs.documents import Facts
-from cxrdist.runs.member import build_model, load_member, read_recipe
+from cxrdist.runs.member import build_model, load_member, read_recipe, read_task
 from cxrdist.scoring.tables import Checkpoint, shares
 from cxrdist.task import Task
 
@@ -96,6 +96,33 @@ def parse_member(text: str) -> MemberSpec:
     return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
 
 
+def parse_members(texts: Sequence[str], task: str) -> list[MemberSpec]:
+    """Each `--member`; without any the published ensemble: the two runs of the task of that name."""
+    published = [MemberSpec(name, Path("runs") / f"{name}_{task}") for name in ("eva_x", "chexfound")]
+    return [parse_member(text) for text in texts] or published
+
+
+def task_of_models(specs: Sequence[MemberSpec], given: Task | None) -> Task:
+    """The task that the members were trained for: `given`, or what their runs say.
+
+    UserError where they say different ones, or nothing says it: a weight file does not.
+    """
+    found = [("the task of --external", given)] if given is not None else []
+    found += [(str(spec.source), read_task(spec.source)) for spec in specs if spec.source.is_dir()]
+    if not found:
+        raise UserError(
+            "--external: no member is a run folder, which says its task; name it: --external TASK, or give a run"
+        )
+    first, task = found[0]
+    for source, other in found[1:]:
+        if differences := task.differences(other):
+            problem = f"{first} and {source} are of different tasks ({'; '.join(differences)})"
+            raise UserError(
+                f"--external: {problem}; score the models of each task by themselves, each with its own --out"
+            )
+    return task
+
+
 def load_ensemble(specs: Sequence[MemberSpec], task: Task, backbone: Path | None = None) -> Ensemble:
     """Load every checkpoint once, on the CPU. backbone: where to look first for a run's frozen backbone.
 
@@ -135,7 +162,7 @@ def load_checkpoints(
             loaded, label = load_member(spec.source, epoch, backbone=backbone), f"{spec.source}@{epoch}"
             if found := task.differences(loaded.task):
                 problem = f"was trained for another task than the shards' ({'; '.join(found)})"
-                raise UserError(f"{label} {problem}; use a run of that task")
+                raise UserError(f"{label} {problem}; use a run of that task, or --external to score them all the same")
             averaged_raw = loaded.meta.averaged and loaded.meta.weights == "model"
             kind: Kind = "raw" if averaged_raw else "ema"
             yield Origin(label, kind, task.name, spec.source, loaded.meta.data), loaded.recipe, loaded.model

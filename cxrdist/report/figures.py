@@ -90,7 +90,7 @@ def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[
                 points = kind.curve(targets[:, label], table.probs[:, label])
                 axis.plot(*points, color=colour, lw=1.4, label=plain(f"{score.name} {value:.2f}"))
         axis.set_title(
-            f"{_short(result.labels[label], 26)} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5
+            f"{short_label(result.labels[label], 26)} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5
         )
         ends, ticks = (-0.02, 1.02), (0, 0.5, 1)
         axis.set(xlim=ends, ylim=ends, aspect="equal", xticks=ticks, yticks=ticks)
@@ -212,7 +212,7 @@ def _forest(result: Evaluation) -> Figure:
         low, high = np.array([*(score.auroc_interval[label] for label in labels), score.macro_interval]).T
         axis.hlines(y, low, high, color=colour, lw=1.6, alpha=0.75)
         axis.plot(values, y, "o", color=colour, ms=5, label=plain(score.name))
-    names = [f"{_short(result.labels[label], 48)} ({result.positives[label]:,.5g})" for label in labels]
+    names = [f"{short_label(result.labels[label], 48)} ({result.positives[label]:,.5g})" for label in labels]
     axis.set_yticks(range(num + 1), [*names, "macro"])
     axis.axhline(num - 0.5, color="#1d2733", lw=0.8)
     axis.axvline(0.5, color=GREY, lw=1)
@@ -240,7 +240,7 @@ def _label_table(result: Evaluation) -> str:
     return html_table(["label", cases_title, *(score.name for score in result.scores), "AP"], rows, total=True)
 
 
-def _short(label: str, most: int) -> str:
+def short_label(label: str, most: int) -> str:
     """The label as a picture has room for: of a longer one both ends, since long names often differ in the last."""
     return plain(label if len(label) <= most else f"{label[: most // 2 - 1]}...{label[2 - most // 2 :]}")
 
