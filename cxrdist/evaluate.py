@@ -32,10 +32,10 @@ from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
 from cxrdist.scoring.operating import Calibration, identity_of, performance, read_calibration
-from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
+from cxrdist.scoring.tables import ScoreTable, read_members, task_of, with_ensemble
 from cxrdist.shards.index import open_index
 from cxrdist.tables import LabelTable
-from cxrdist.truth import open_scored, read_truth
+from cxrdist.truth import check_rows, open_scored, read_truth
 
 DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     more = {"allow_missing": args.allow_missing}
     tables, weights = read_members(args.scores, args.task, args.weights, **more)
     if len(tables) > 1:
-        tables = with_ensemble(tables, weights, args, **more)
+        tables = with_ensemble(tables, weights, args.average, take_made=args.weights is None, **more)
     calibration = calibration_of(args.calibration, tables)
     task = with_readings(task_of(tables[0], args.task), args)
     labelled, source = read_truth(args.csv, args.shards, task, tables)
@@ -91,18 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
 
 
-def with_ensemble(
-    tables: list[ScoreTable], weights: list[float], args: argparse.Namespace, *, allow_missing: bool
-) -> list[ScoreTable]:
-    """The tables over the same images, an ensemble of them first: the one that says it is of all others, else made."""
-    names = {table.name for table in tables}
-    made = [table for table in tables if table.meta.members and {*table.meta.members, table.name} == names]
-    if len(made) == 1 and args.weights is None:
-        return align([*made, *(table for table in tables if table is not made[0])], allow_missing=allow_missing)
-    together = average_tables(tables, weights, args.average, allow_missing=allow_missing)
-    return [together, *align(tables, allow_missing=allow_missing)]
-
-
 def calibration_of(path: Path | None, tables: Sequence[ScoreTable]) -> Calibration | None:
     """What --calibration names; UserError where it was not fitted on the first table's members."""
     if path is None:
@@ -121,27 +109,6 @@ def operating_sections(given: Calibration | None, tables: Sequence[ScoreTable], 
     probs, targets = tables[0].probs, truth.targets.astype(np.float64)
     yield reliability_section(targets, probs, given.apply(probs), given.task.labels)
     yield points_section(given, performance(given, probs, targets, truth.about["patient"].to_numpy(object)))
-
-
-def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_missing: bool) -> list[str]:
-    """What to tell of labelled images without a score, one line each.
-
-    UserError where the table lacks rows that it was to have, or does not say how many and labelled images have none.
-    """
-    splits, asked = labelled.about["split"].to_numpy(object), table.meta.asked
-    there = np.isin(splits, ("", table.meta.split)) if table.meta.split else np.ones(len(labelled), dtype=bool)
-    names = table.without_score(labelled.about["image_name"].to_numpy(object)[there])
-    lost = asked - len(table.image_names) - len(table.meta.unreadable) if asked else len(names)
-    first = f", e.g. {names[0]!r}" if names else ""
-    told = f"{lost:,} of {asked or int(there.sum()):,} images of {table.name!r} have no score{first} (labels: {source})"
-    if lost > 0 and not allow_missing:
-        raise UserError(f"{told}; score them, or --allow-missing evaluates the others")
-    if lost <= 0 and names:  # a fold, or a part of a larger CSV: all that was asked for
-        told = f"{len(table.image_names):,} of {int(there.sum()):,} images with labels in {source} were to be scored"
-    if names or lost > 0:
-        print(f"{'warning: ' if lost > 0 else ''}{told}")
-        return [f"{told}."]
-    return []
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cxrdist.errors import UserError
 from cxrdist.published import read_labels
 from cxrdist.scoring.tables import ScoreTable, check_shards
@@ -33,3 +35,24 @@ def open_scored(shards: Path, tables: Sequence[ScoreTable], task: Task | None) -
     for table in tables:
         check_shards(table, index.fingerprint, shards)
     return index
+
+
+def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_missing: bool) -> list[str]:
+    """What to tell of labelled images without a score, one line each.
+
+    UserError where the table lacks rows that it was to have, or does not say how many and labelled images have none.
+    """
+    splits, asked = labelled.about["split"].to_numpy(object), table.meta.asked
+    there = np.isin(splits, ("", table.meta.split)) if table.meta.split else np.ones(len(labelled), dtype=bool)
+    names = table.without_score(labelled.about["image_name"].to_numpy(object)[there])
+    lost = asked - len(table.image_names) - len(table.meta.unreadable) if asked else len(names)
+    first = f", e.g. {names[0]!r}" if names else ""
+    told = f"{lost:,} of {asked or int(there.sum()):,} images of {table.name!r} have no score{first} (labels: {source})"
+    if lost > 0 and not allow_missing:
+        raise UserError(f"{told}; score them, or --allow-missing evaluates the others")
+    if lost <= 0 and names:  # a fold, or a part of a larger CSV: all that was asked for
+        told = f"{len(table.image_names):,} of {int(there.sum()):,} images with labels in {source} were to be scored"
+    if names or lost > 0:
+        print(f"{'warning: ' if lost > 0 else ''}{told}")
+        return [f"{told}."]
+    return []

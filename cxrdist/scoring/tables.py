@@ -262,6 +262,21 @@ def average_tables(
     return ScoreTable(aligned[0].image_names, average([table.probs for table in aligned], given, how), meta)
 
 
+def with_ensemble(
+    tables: list[ScoreTable], weights: list[float], how: Average, *, take_made: bool, allow_missing: bool = False
+) -> list[ScoreTable]:
+    """The tables over the same images, an ensemble of them first.
+
+    take_made: it may be one of the tables, the one that says it is the average of all others. Raises as `align` does.
+    """
+    names = {table.name for table in tables}
+    made = [table for table in tables if table.meta.members and {*table.meta.members, table.name} == names]
+    if len(made) == 1 and take_made:
+        return align([*made, *(table for table in tables if table is not made[0])], allow_missing=allow_missing)
+    together = average_tables(tables, weights, how, allow_missing=allow_missing)
+    return [together, *align(tables, allow_missing=allow_missing)]
+
+
 def align(tables: Sequence[ScoreTable], *, allow_missing: bool = False) -> list[ScoreTable]:
     """Every table in the first one's row order.
 
