@@ -3,10 +3,18 @@
   python -m cxrdist.evaluate --scores OUT/scores/*.csv --csv labels.csv --out report
   ... --calibration calibration       what the thresholds that cxrdist calibrate chose do on these images
   ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps
+  cxrdist evaluate --external b=b.csv@shards/div_b --external nih=nih.csv@shards/nih --external site=s.csv@l.csv#t.toml
 
 Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
 others, it is taken as it is. AUROC and average precision per label, intervals from resampled
 patients, paired comparisons, calibration, subgroups by view, sex and age.
+
+--external NAME=SCORES@LABELS, once a set, is external validation on sets of several tasks (scores: `cxrdist infer
+--external`): AUROC and prevalence by label and set. LABELS is a shard set, or a label CSV with #TASK where that is
+another one than the scores'. Labels of equal names are compared, and what --map FILE says, in TOML:
+
+  [nih]
+  "Pleural Effusion" = "Effusion"     # label of the scores = what the set calls it; "" leaves the label out
 """
 
 import argparse
@@ -23,6 +31,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readi
 from cxrdist.data.loader import Loader
 from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
+from cxrdist.external import FORM, check_flags, evaluate_external, set_type
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
@@ -42,6 +51,9 @@ DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.external:
+        evaluate_external(args)
+        return
     inputs = [*with_json(args.scores), args.csv, args.shards, args.timings, args.calibration]
     outputs = [args.out / name for name in ("metrics.json", "report.html")]
     check_outputs(outputs, [path for path in inputs if path is not None], folder=args.out)
@@ -117,6 +129,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser,
         *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
         *("--allow-missing", "--backbone"),
+        scores={"required": False, "default": []},
         csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images: labels without --csv, and pictures"},
@@ -128,8 +141,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--show", **flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []})
     add("--calibration", **flag(Path, "FILE", "what cxrdist calibrate fitted to these members: thresholds at work"))
     add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
+    about = "a set of external validation: its scores and labels (repeatable)"
+    add("--external", **flag(set_type, FORM, about, action="append") | {"default": []})
+    add("--map", **flag(Path, "FILE", "with --external: what the sets call a label of the scores, in TOML"))
     add("--title", **flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_flags(args)
+    return args
 
 
 def notes(tables: Sequence[ScoreTable]) -> list[str]:

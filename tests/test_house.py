@@ -28,6 +28,7 @@ LAYERS = (
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},
     {"cli", "steps", "truth"},
+    {"external"},
     ENTRIES,
     {"__main__"},
 )
