@@ -31,7 +31,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readi
 from cxrdist.data.loader import Loader
 from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
-from cxrdist.external import FORM, check_flags, evaluate_external, set_type
+from cxrdist.external import FORM, check_flags, evaluate_external
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
@@ -142,7 +142,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--calibration", **flag(Path, "FILE", "what cxrdist calibrate fitted to these members: thresholds at work"))
     add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
     about = "a set of external validation: its scores and labels (repeatable)"
-    add("--external", **flag(set_type, FORM, about, action="append") | {"default": []})
+    add("--external", **flag(str, FORM, about, action="append") | {"default": []})
     add("--map", **flag(Path, "FILE", "with --external: what the sets call a label of the scores, in TOML"))
     add("--title", **flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"))
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from cxrdist import __version__
 from cxrdist.cli import with_readings
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, with_json, write_output
-from cxrdist.report.external import auroc_text, external_sections, macro_text, share_text, shared_text
+from cxrdist.report.external import STYLE, auroc_text, external_sections, macro_text, share_text, shared_text
 from cxrdist.report.figures import files_section
 from cxrdist.report.page import write_report
 from cxrdist.scoring.evaluation import match_labels
@@ -39,14 +39,14 @@ class SetSpec:
     task: Task | None
 
 
-def set_type(text: str) -> SetSpec:
-    """`NAME=SCORES.csv[,SCORES.csv]@SHARDS` or `@LABELS.csv[#TASK]` as an argparse type."""
+def parse_set(text: str) -> SetSpec:
+    """`NAME=SCORES.csv[,SCORES.csv]@SHARDS` or `@LABELS.csv[#TASK]`; UserError for another form or an unknown task."""
     if (found := SET.fullmatch(text)) is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: write {FORM}; a name has letters, digits, '.', '_', '-'")
+        raise UserError(f"--external {text}: write {FORM}; a name has letters, digits, '.', '_', '-'")
     try:
         task = None if found["task"] is None else load_task(found["task"])
     except UserError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).removeprefix('--task ')}") from None
+        raise UserError(f"--external {text}: {str(error).removeprefix('--task ')}") from None
     return SetSpec(found["name"], tuple(map(Path, found["scores"].split(","))), Path(found["labels"]), task)
 
 
@@ -60,17 +60,18 @@ def check_flags(args: argparse.Namespace) -> None:
         return
     if mixed := [name for name in OTHERS if getattr(args, name)]:
         raise UserError(f"--external says each set's scores, labels and task: leave out --{', --'.join(mixed)}")
-    names = [spec.name for spec in args.external]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--external {twice[0]} is there twice; tables of one set are given with commas between")
 
 
 def evaluate_external(args: argparse.Namespace) -> None:
     """Read every set, score it, and write OUT/metrics.json and OUT/report.html. Raises UserError, writing nothing."""
+    specs = [parse_set(text) for text in args.external]
+    names = [spec.name for spec in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--external {twice[0]} is there twice; tables of one set are given with commas between")
     outputs = [args.out / name for name in ("metrics.json", "report.html")]
-    inputs = list(chain.from_iterable([*with_json(spec.scores), spec.labels] for spec in args.external))
+    inputs = list(chain.from_iterable([*with_json(spec.scores), spec.labels] for spec in specs))
     check_outputs(outputs, inputs + ([] if args.map is None else [args.map]), folder=args.out)
-    sets = [read_set(spec, args) for spec in args.external]
+    sets = [read_set(spec, args) for spec in specs]
     given = {} if args.map is None else read_map(args.map, sets)
     result = validate(sets, given, args.resamples)
     told = list(matched(result, given))
@@ -78,13 +79,13 @@ def evaluate_external(args: argparse.Namespace) -> None:
     if len({one.models for one in sets if one.models}) > 1:
         notes.append("The sets were not all scored with the same weights: what differs is not the data alone.")
     print("\n".join([*told, *(f"note: {note}" for note in notes)]), flush=True)
-    write_output(args.out / "metrics.json", result.to_json())
     paths = {f"{kind} of {one.name}": text for one in result.sets
              for kind, text in (("scores", ", ".join(one.scores)), ("labels", one.labels))}  # fmt: skip
     paths |= {"map": str(args.map)} if args.map is not None else {}
     sections = [*external_sections(result, notes), files_section(paths | {"this report": str(args.out)}, {})]
     about = f"external validation on {', '.join(one.name for one in sets)}; cxrdist {__version__}"
-    write_report(args.out / "report.html", args.title, about, sections)
+    write_output(outputs[0], result.to_json())
+    write_report(outputs[1], args.title, about, sections, head=STYLE)
     print("\n".join(lines_of(result)))
     print(f"report: {outputs[1]}; numbers: {outputs[0]}")
 
@@ -113,18 +114,17 @@ def read_labelled(spec: SetSpec, tables: Sequence[ScoreTable], args: argparse.Na
     if spec.labels.is_dir():
         if spec.task is not None:
             raise UserError(f"--external {spec.name}: {spec.labels} is a shard set and says its task: leave out #TASK")
-        task = task_of_shards(spec.labels)
-        return read_truth(None, spec.labels, task, tables)[0], task
+        task, remedy = task_of_shards(spec.labels), f"give a label CSV: --external {spec.name}=SCORES@LABELS.csv#TASK"
+        return read_truth(None, spec.labels, task, tables, remedy=remedy)[0], task
+    behind = f"{spec.labels}#TASK, e.g. #nih or #FILE.toml"
+    task = spec.task or task_of(tables[0], None, behind)
     try:
-        task = with_readings(spec.task or task_of(tables[0], None), args)
+        task = with_readings(task, args)
         return read_truth(spec.labels, None, task, tables)[0], task
     except UserError as error:
-        own = (
-            ""
-            if spec.task
-            else f"; labels of another task than the scores': {spec.labels}#TASK, e.g. #nih or #FILE.toml"
-        )
-        raise UserError(f"--external {spec.name}: {error}{own}") from None
+        raise UserError(
+            f"--external {spec.name}: {error}{'' if spec.task else f'; or name its own task: {behind}'}"
+        ) from None
 
 
 def matched(result: Validation, given: LabelMap) -> Iterator[str]:

@@ -5,7 +5,8 @@
 A member is NAME=RUN@EPOCHS[:tta|:plain][*WEIGHT], or NAME=FILE for a weight file (the published ones too), which is
 scored as the published recipe of its architecture says, or as another one: NAME=FILE#eva_x_224:tta. A NAME given
 twice averages its runs, e.g. folds. Writes OUT/scores/NAME.csv (with JSON) and OUT/submission.csv. Every image is
-decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped.
+decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped. Shards of another
+task than the models' are scored with --external, for `cxrdist evaluate --external`.
 """
 
 import argparse
@@ -234,7 +235,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
         timeout_s={"default": 1800.0},
     )
-    external = "the shards are of another task than the models (the runs say theirs, or TASK does): tables for evaluate"
+    external = (
+        "the shards are of another task than the models (the runs say theirs, or TASK): tables for evaluate --external"
+    )
     parser.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
     args = parser.parse_args(argv)
     if args.fold is not None and args.external is not False:

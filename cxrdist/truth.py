@@ -14,7 +14,7 @@ from cxrdist.task import Task
 
 
 def read_truth(
-    csv: Path | None, shards: Path | None, task: Task, tables: Sequence[ScoreTable]
+    csv: Path | None, shards: Path | None, task: Task, tables: Sequence[ScoreTable], *, remedy: str = "give --csv FILE"
 ) -> tuple[LabelTable, Path]:
     """The labels in `csv`, or else those in the shard set, and which it was. UserError where neither has any."""
     if csv is not None:
@@ -25,13 +25,16 @@ def read_truth(
         raise UserError("give --csv FILE with the labels of the scored images, or --shards DIR that holds them")
     index = open_scored(shards, tables, task)
     if index.targets is None:
-        raise UserError(f"{shards}: split {index.split!r} has no labels; give --csv FILE")
+        raise UserError(f"{shards}: split {index.split!r} has no labels; {remedy}")
     return LabelTable(index.about().assign(split=index.split), index.targets), shards
 
 
 def open_scored(shards: Path, tables: Sequence[ScoreTable], task: Task | None) -> ShardIndex:
     """The split of the shard set that was scored; UserError where it is known to be of another shard set."""
-    index = open_index(shards, next((table.meta.split for table in tables if table.meta.split), "test"), task)
+    index = open_index(shards, next((table.meta.split for table in tables if table.meta.split), "test"))
+    if task is not None and (found := task.differences(index.task)):
+        told = f"{shards} holds split {index.split!r} of another task than the scores ({'; '.join(found)})"
+        raise UserError(f"{told}; give the shards that were scored, or compare by name with evaluate --external")
     for table in tables:
         check_shards(table, index.fingerprint, shards)
     return index

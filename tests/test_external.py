@@ -11,6 +11,7 @@ import pytest
 
 from cxrdist import evaluate, infer, preprocess
 from cxrdist.cli import run_entry
+from cxrdist.scoring.metrics import bootstrap_auroc, interval
 from cxrdist.scoring.tables import ScoreTable, TableMeta, read_table, write_table
 from cxrdist.task import TASKS, Columns, Task
 
@@ -110,6 +111,11 @@ def test_the_table_of_three_sets_of_two_tasks_equals_aurocs_counted_by_hand_and_
             else:
                 wanted = counted[name, label] = by_pairs(known[rows], probs[rows, column])
                 assert cell["auroc"] == pytest.approx(wanted, abs=1e-12)
+                drawn = bootstrap_auroc(
+                    known[rows].to_numpy()[:, None], [probs[rows][:, [column]]], frame["who"][rows], num_resamples=50
+                )
+                if rows.all():  # else other patients are drawn: those of whom the label is known
+                    assert cell["interval"] == pytest.approx(interval(drawn))
                 assert cell["interval"][0] < wanted < cell["interval"][1]
                 assert re.search(rf"{label} +{name} +{wanted:.3f} \(", printed)
                 assert f"<td>{wanted:.3f} (" in page
@@ -131,6 +137,29 @@ def test_a_label_that_no_set_has_is_named_and_takes_no_row(sets, capsys):
     assert result["nowhere"] == ["Lung Lesion", "Fracture"]
     assert "labels of the scores that no set has: Lung Lesion, Fracture" in capsys.readouterr().out
     assert "labels of the scores that no set has: Lung Lesion, Fracture" in Path("report/report.html").read_text()
+
+
+def test_sets_without_a_shared_label_have_no_macro_and_any_label_can_be_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = np.array(list("abcdef"), dtype=object)
+    labels = ("<b>$x$", "_y", *(f"label {i}" for i in range(120)))
+    task = Task(name="many", labels=labels, columns=Columns(image="file"), blank={"*": "masked"})
+    (tmp_path / "many.toml").write_text(task.to_toml())
+    probs = np.linspace(0, 1, 6 * len(labels), dtype=np.float32).reshape(6, -1)
+    write_table(tmp_path / "t.csv", ScoreTable(names, probs, TableMeta(task=task)))
+    for name, known in (("one", labels[0]), ("two", labels[1])):
+        frame = pd.DataFrame({"file": names} | dict.fromkeys(labels, "")).assign(**{known: [0, 1, 0, 1, 1, 1]})
+        frame.to_csv(f"{name}.csv", index=False)
+    sets = [f"--external={name}=t.csv@{name}.csv#many.toml" for name in ("one", "two")]
+    evaluate.main([*sets, *BASE])
+    result = json.loads(Path("report/metrics.json").read_text())
+    assert result["shared"] == []
+    assert [found["macro_auroc"] for found in result["sets"]] == [None, None]
+    assert [found["cells"][0]["blank"] for found in result["sets"]] == ["", "masked in every image"]
+    page = Path("report/report.html").read_text()
+    assert "&lt;b&gt;$x$" in page
+    assert "The picture shows the 48 labels with most positives" in page
+    assert "macro over the 0 of 122 labels" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -173,11 +202,16 @@ MISTAKES = {
     "labels of another task": (
         ["--external", "there=there.csv@there_labels.csv"],
         "",
-        r"--external there: .*column 'Pleural Effusion' is missing.*; labels of another task .*there_labels\.csv#TASK",
+        r"--external there: .*column 'Pleural Effusion' is missing.*; or name its own task: there_labels\.csv#TASK",
     ),
     "set that is given twice": ([*HOME, *HOME], "", r"--external home is there twice"),
-    "set without labels": (["--external", "home=home.csv"], "", r"--external: 'home=home\.csv': write NAME=SCORES"),
+    "set without labels": (["--external", "home=home.csv"], "", r"--external home=home\.csv: write NAME=SCORES"),
     "unknown task": (["--external", "h=home.csv@home_labels.csv#nhi"], "", r"nhi: no such task; one of a, b"),
+    "scores and labels of no known task": (
+        ["--external", "h=bare.csv@home_labels.csv"],
+        "",
+        r"of no task that is known: name theirs with home_labels\.csv#TASK",
+    ),
     "both kinds of evaluation": ([*HOME, "--csv", "home_labels.csv"], "", r"leave out --csv"),
     "a map without sets": (["--scores", "home.csv", "--map", "x.toml"], "", r"--map says what the sets of --external"),
     "neither": ([], "", r"give --scores FILES, or --external"),
@@ -188,6 +222,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_nothing_is_written(sets, tmp_path, capsys, mistake):
     arguments, text, message = MISTAKES[mistake]
     (tmp_path / "x.toml").write_text(text)
+    (tmp_path / "bare.csv").write_bytes((tmp_path / "home.csv").read_bytes())  # without its JSON
     try:
         code = run_entry(lambda: evaluate.main([*arguments, *BASE]))
     except SystemExit as end:  # argparse's own
@@ -258,3 +293,12 @@ def test_models_of_one_task_score_the_shards_of_another_and_are_validated_on_bot
     assert result["sets"][1]["cells"][place]["auroc"] == pytest.approx(wanted, abs=1e-12)
     assert result["sets"][1]["not_scored"] == ["Hernia"]
     assert "home: these images may have been trained on" in capsys.readouterr().out
+
+    alone = ["--scores", str(other), "--shards", str(site), "--out", str(tmp_path / "alone")]
+    assert run_entry(lambda: evaluate.main(alone)) == 2
+    assert "of another task than the scores (task b and site" in (error := capsys.readouterr().err)
+    assert "evaluate --external" in error
+    unlabelled = ["--external", f"x={tmp_path / 'test' / 'scores' / 'eva_x.csv'}@{world.shards}"]
+    world.run(tmp_path / "test", members=members)
+    assert run_entry(lambda: evaluate.main([*unlabelled, "--out", str(tmp_path / "alone")])) == 2
+    assert "has no labels; give a label CSV: --external x=SCORES@LABELS.csv#TASK" in capsys.readouterr().err

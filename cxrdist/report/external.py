@@ -13,6 +13,11 @@ from cxrdist.scoring.external import LabelScore, SetResult, Validation
 MAX_LINES = 240  # of the picture: 8,000 pixels
 INCH, GAP = 0.21, 1.3  # height of a line; lines between the last set of a label and the first of the next
 SOFT = "#5b6776"
+# A number and its interval on one line; a phone shows the picture's dots, and the numbers beside them when scrolled.
+STYLE = """<style>
+table:not(.text) td + td { white-space: nowrap; }
+@media (max-width: 700px) { .figure img { width: 620px; } }
+</style>"""
 NAN = float("nan")
 
 
@@ -87,8 +92,8 @@ def _names(result: Validation) -> Section:
     rows = []
     for place, label in enumerate(result.labels):
         own = [one.cells[place] for one in result.sets]
-        if any(score.own != label for score in own):
-            rows.append([label, *(score.own or f"({score.blank})" for score in own)])
+        if any(score.own not in ("", label) for score in own):
+            rows.append([label, *(score.own or "-" for score in own)])
     left = [("labels of the scores that no set has", result.nowhere)]
     left += [(f"labels of {one.name} that no score is of", one.not_scored) for one in result.sets]
     texts = [f"{what}: {', '.join(names)}" for what, names in left if names]

@@ -202,14 +202,14 @@ def check_shards(table: ScoreTable, fingerprint: str, source: object) -> None:
         raise UserError(f"{source} is not the shard set that {table.name!r} was scored on ({both}); give that one")
 
 
-def task_of(table: ScoreTable, given: Task | None) -> Task:
+def task_of(table: ScoreTable, given: Task | None, flag: str = "--task") -> Task:
     """The task by which label CSVs and templates are read: `given`, the table's, or a built-in one of its labels.
 
-    Raises UserError when it is unknown, or its labels are not the table's.
+    Raises UserError when it is unknown (`flag` names it), or its labels are not the table's.
     """
     task = given or table.meta.task or next((task for task in TASKS.values() if task.labels == table.labels), None)
     if task is None or task.labels != table.labels:
-        raise UserError(f"the labels of table {table.name!r} are of no task that is known: name theirs with --task")
+        raise UserError(f"the labels of table {table.name!r} are of no task that is known: name theirs with {flag}")
     return task
 
 

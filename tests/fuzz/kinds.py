@@ -493,6 +493,18 @@ def read_tables(folder: Path) -> object:
     return digest(average.probs, average.image_names.tolist(), weights)
 
 
+def read_label_map(folder: Path) -> object:
+    from cxrdist.scoring.external import ScoredSet, read_map
+    from cxrdist.scoring.tables import ScoreTable, TableMeta
+    from cxrdist.tables import LabelTable
+    from cxrdist.task import TASKS
+
+    none = np.zeros((0, TASKS["b"].num_labels), np.float32)
+    table = ScoreTable(np.zeros(0, object), none, TableMeta(task=TASKS["b"]))
+    sets = [ScoredSet(n, table, LabelTable(None, none), TASKS["nih"], folder, ()) for n in ("nih", "site")]
+    return digest(read_map(folder / "map.toml", sets))
+
+
 def read_parts(folder: Path) -> object:
     from cxrdist.errors import UserError
     from cxrdist.inference.parts import Basis, PartStore, merge
@@ -674,6 +686,12 @@ def read_member_flag(text: str) -> object:
     return None
 
 
+def read_external_flag(text: str) -> object:
+    from cxrdist.external import parse_set
+
+    return parse_set(text) and None
+
+
 def read_blank(text: str) -> object:
     from cxrdist.task import TASKS, parse_readings
 
@@ -777,6 +795,7 @@ def _kinds() -> list[Kind]:
         Kind("split.csv", written({"split.csv": SPLIT}), files_of({"split.csv": table_damaged}), read_folds),
         Kind("score table", copied("tables"), files_of({"one.csv": table_damaged}), read_tables, True, weight=2),
         Kind("score table JSON", copied("tables"), files_of({"two.json": json_damaged}), read_tables, weight=2),
+        Kind("label map", written({"map.toml": LABEL_MAP}), files_of({"map.toml": damaged}), read_label_map),
         Kind("part", copied("parts"), files_of({"00000000-0.npz": damaged}), read_parts, True, weight=2),
         *(
             Kind(f"weights {file}", copied("weights"), files_of({file: change}), read_weight_file(file), weight=weight)
@@ -796,12 +815,14 @@ def _kinds() -> list[Kind]:
         ),
         flag_kind("flag set", SETS, read_set, 2),
         flag_kind("flag member", MEMBERS, read_member_flag, 2),
+        flag_kind("flag external", ("nih=a.csv,b.csv@shards/nih", "s=a.csv@l.csv#nih"), read_external_flag, 1),
         flag_kind("flag blank", ("zero", "masked,Edema=one", "0.5,Lung Lesion=zero"), read_blank, 1),
     ]
     return found
 
 
 TARS = ("train-000000.tar", "train-000001.tar")
+LABEL_MAP = b'[nih]\n"Pleural Effusion" = "Effusion"\n"Lung Lesion" = "Mass"\n[site]\nFracture = ""\n'
 SPLIT = b"patient,fold\n" + b"".join(b"%08d,%d\n" % (number, number % 5) for number in range(20))
 KINDS = {kind.name: kind for kind in _kinds()}
 
