@@ -5,8 +5,8 @@
 A member is NAME=RUN@EPOCHS[:tta|:plain][*WEIGHT], or NAME=FILE for a weight file (the published ones too), which is
 scored as the published recipe of its architecture says, or as another one: NAME=FILE#eva_x_224:tta. A NAME given
 twice averages its runs, e.g. folds. Writes OUT/scores/NAME.csv (with JSON) and OUT/submission.csv. Every image is
-decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped. Shards of another
-task than the models' are scored with --external, for `cxrdist evaluate --external`.
+decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped.
+--external scores shards of another task than the models', for `cxrdist evaluate --external`.
 """
 
 import argparse
@@ -133,8 +133,8 @@ def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -
     index = open_index(shards, args.split, args.task)
     specs = parse_members(args.member, (args.external or index.task).name)
     task = index.task if args.external is False else task_of_models(specs, args.external)
-    folder = index.task.folder if args.external is False else f"{index.task.folder}_by_{task.folder}"
-    out = args.out or Path("predictions") / folder
+    by = "" if args.external is False else f"_by_{task.folder}"
+    out = args.out or Path("predictions") / f"{index.task.folder}{by}"
     template = choose_template(args, index, task)
     inputs = [shards, args.template, args.backbone, *(spec.source for spec in specs if spec.source.is_file())]
     check_folder(out, [spec.name for spec in specs], inputs)
@@ -240,10 +240,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
     args = parser.parse_args(argv)
-    if args.fold is not None and args.external is not False:
-        raise UserError("--fold is of the runs' own patients, and --external scores others: leave one of them out")
-    if args.fold is not None and args.split != "train":
-        raise UserError("--fold chooses patients of the training split: add --split train")
+    if args.fold is not None and (args.split != "train" or args.external is not False):
+        raise UserError("--fold chooses patients of the runs' training split: add --split train, without --external")
     return args
 
 

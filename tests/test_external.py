@@ -267,7 +267,10 @@ def test_models_of_one_task_score_the_shards_of_another_and_are_validated_on_bot
     assert infer_site("--external", "a") == 2
     assert "the task of --external and" in capsys.readouterr().err
     assert infer_site("--external", "--split", "train", "--fold", "0") == 2
-    assert "--fold is of the runs' own patients" in capsys.readouterr().err
+    assert (
+        "--fold chooses patients of the runs' training split: add --split train, without --external"
+        in capsys.readouterr().err
+    )
     (tmp_path / "template.csv").write_text("file,Hernia\n00000000_001_000.jpg,0\n")
     assert infer_site("--external", "--template", str(tmp_path / "template.csv")) == 2
     assert "column 'Hernia' is not a label of task b" in capsys.readouterr().err

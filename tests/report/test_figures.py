@@ -76,10 +76,10 @@ def test_of_very_many_labels_those_with_the_most_positives_are_drawn_and_the_pag
 
 def test_long_labels_keep_both_ends_within_their_panel():
     long = "Very long finding of the left upper lobe with calcification"
-    texts = {figures._short(f"{long} {n}", 26) for n in range(10)}
+    texts = {figures.short_label(f"{long} {n}", 26) for n in range(10)}
     assert len(texts) == 10
     assert all(len(text) <= 26 and text.startswith("Very long") for text in texts)
-    assert figures._short("Enlarged Cardiomediastinum", 26) == "Enlarged Cardiomediastinum"
+    assert figures.short_label("Enlarged Cardiomediastinum", 26) == "Enlarged Cardiomediastinum"
 
 
 def test_more_tables_than_colours_are_all_drawn():
