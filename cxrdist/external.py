@@ -16,7 +16,7 @@ from cxrdist.report.figures import files_section
 from cxrdist.report.page import write_report
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.external import LabelMap, ScoredSet, Validation, read_map, validate
-from cxrdist.scoring.tables import ScoreTable, read_members, task_of, with_ensemble
+from cxrdist.scoring.tables import ScoreTable, TableMeta, read_members, task_of, with_ensemble
 from cxrdist.shards.index import task_of as task_of_shards
 from cxrdist.tables import LabelTable
 from cxrdist.task import Task, load_task
@@ -94,7 +94,7 @@ def read_set(spec: SetSpec, args: argparse.Namespace) -> ScoredSet:
     """One set's scores and the labels of the same images. Raises UserError as all that reads them does."""
     more = {"allow_missing": args.allow_missing}
     tables, weights = read_members(list(spec.scores), None, args.weights, **more)
-    models = [item.sha256 for table in tables for item in table.meta.checkpoints]
+    models, members = [item.sha256 for table in tables for item in table.meta.checkpoints], tables
     if len(tables) > 1:
         tables = with_ensemble(tables, weights, args.average, take_made=args.weights is None, **more)
     table = tables[0]
@@ -103,10 +103,18 @@ def read_set(spec: SetSpec, args: argparse.Namespace) -> ScoredSet:
     notes = check_rows(table, labelled, spec.labels, allow_missing=args.allow_missing)
     notes += [f"{', '.join(table.meta.members)} are averaged"] if len(tables) > 1 else []
     notes += [f"the table does not say its {', '.join(table.unsaid)}"] if table.unsaid else []
-    trained = table.meta.task is not None and not task.differences(table.meta.task)
-    if trained and table.meta.split == "train" and not table.meta.out_of_fold:
+    if any(may_be_seen(member.meta, task) for member in members):
         notes.append("these images may have been trained on: the scores say how well the models remember them")
     return ScoredSet(spec.name, table, truth, task, spec.labels, spec.scores, tuple(sorted(models)), tuple(notes))
+
+
+def may_be_seen(meta: TableMeta, task: Task) -> bool:
+    """Whether the models behind a table were trained on its shards or, where it does not say that, may have been."""
+    trained_on = {item.trained_on for item in meta.checkpoints}
+    if trained_on and all(trained_on):
+        return meta.shards in trained_on and not meta.out_of_fold
+    own = meta.task is not None and not task.differences(meta.task)
+    return own and meta.split == "train" and not meta.out_of_fold
 
 
 def read_labelled(spec: SetSpec, tables: Sequence[ScoreTable], args: argparse.Namespace) -> tuple[LabelTable, Task]:

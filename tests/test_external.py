@@ -1,5 +1,6 @@
 """External validation: one model's scores on sets of several tasks, against AUROCs counted pair by pair."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ import pytest
 from cxrdist import evaluate, infer, preprocess
 from cxrdist.cli import run_entry
 from cxrdist.scoring.metrics import bootstrap_auroc, interval
-from cxrdist.scoring.tables import ScoreTable, TableMeta, read_table, write_table
+from cxrdist.scoring.tables import Checkpoint, ScoreTable, TableMeta, read_table, write_table
 from cxrdist.task import TASKS, Columns, Task
 
 MODELS = Task(
@@ -232,6 +233,21 @@ def test_a_mistake_is_one_line_and_nothing_is_written(sets, tmp_path, capsys, mi
     assert re.search(message, error), error
     assert error.count("\n") == 1
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "trained_on", "seen"),
+    [("train", "", True), ("train", "mine", True), ("train", "other", False), ("test", "", False)],
+)
+def test_images_that_may_have_been_trained_on_are_said(sets, capsys, split, trained_on, seen):
+    table = read_table(Path("home.csv"))
+    weights = Checkpoint(
+        source="runs/x@1", sha256="0", backbone_sha256=None, trained_on=trained_on, image_size=64, views={"plain": 1.0}
+    )
+    meta = dataclasses.replace(table.meta, split=split, shards="mine", checkpoints=(weights,), sha256="")
+    write_table(Path("home.csv"), ScoreTable(table.image_names, table.probs, meta))
+    evaluate.main([*HOME, *BASE])
+    assert ("home: these images may have been trained on" in capsys.readouterr().out) is seen
 
 
 def test_labels_that_differ_in_case_only_are_not_guessed_between(sets, tmp_path, capsys):
