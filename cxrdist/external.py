@@ -26,7 +26,8 @@ FORM = "NAME=SCORES.csv[,SCORES.csv]@SHARDS|LABELS.csv[#TASK]"
 SET = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<scores>.+)@(?P<labels>[^@#]+)(#(?P<task>[^@#]+))?", re.DOTALL
 )
-OTHERS = ("scores", "csv", "shards", "task", "run", "show", "timings", "backbone", "calibration")  # flags of the other evaluation
+# Flags of the other evaluation.
+OTHERS = ("scores", "csv", "shards", "task", "run", "show", "timings", "backbone", "calibration")
 
 
 @dataclass(frozen=True)
