@@ -17,15 +17,15 @@ from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
 from cxrdist.inference import bundle
 from cxrdist.inference.card import model_card
-from cxrdist.inference.members import load_ensemble, parse_member
+from cxrdist.inference.members import load_ensemble, parse_member, task_of_models
 from cxrdist.inference.onnx import MAX_DIFFERENCE, check_levels, export_onnx, file_of, onnx_available
-from cxrdist.inference.predictor import find_calibration, member_text, runs_of, stored_of, task_of_runs
+from cxrdist.inference.predictor import find_calibration, member_text, runs_of, stored_of
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     specs = [parse_member(member_text(text)) for text in args.members]
-    task = args.task or task_of_runs(specs)
+    task = task_of_models(specs, args.task)
     files = [path for path in (args.calibration, args.backbone, args.metrics) if path is not None]
     if args.onnx and (missing := onnx_available()):
         raise UserError(f"--onnx: {missing}")

@@ -132,7 +132,7 @@ def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -
     kind = found[0].kind
     index = open_index(shards, args.split, args.task)
     specs = parse_members(args.member, (args.external or index.task).name)
-    task = index.task if args.external is False else task_of_models(specs, args.external)
+    task = index.task if args.external is False else task_of_models(specs, args.external, "--external")
     by = "" if args.external is False else f"_by_{task.folder}"
     out = args.out or Path("predictions") / f"{index.task.folder}{by}"
     template = choose_template(args, index, task)

@@ -102,24 +102,24 @@ def parse_members(texts: Sequence[str], task: str) -> list[MemberSpec]:
     return [parse_member(text) for text in texts] or published
 
 
-def task_of_models(specs: Sequence[MemberSpec], given: Task | None) -> Task:
-    """The task that the members were trained for: `given`, or what their runs say.
+def task_of_models(specs: Sequence[MemberSpec], given: Task | None, flag: str = "--task") -> Task:
+    """The task that the members were trained for: `given` with `flag`, or what their runs say.
 
-    UserError where they say different ones, or nothing says it: a weight file does not.
+    UserError where a member is not there, they say different tasks, or nothing says it: a weight file does not.
     """
-    found = [("the task of --external", given)] if given is not None else []
+    for spec in specs:
+        if not any(Path(part).exists() for part in str(spec.source).split(",")):
+            what = "is neither a run folder nor a weight file"
+            raise UserError(f"--member {spec.name}: {spec.source} {what}; check the path")
+    found = [(f"the task of {flag}", given)] if given is not None else []
     found += [(str(spec.source), read_task(spec.source)) for spec in specs if spec.source.is_dir()]
     if not found:
-        raise UserError(
-            "--external: no member is a run folder, which says its task; name it: --external TASK, or give a run"
-        )
+        raise UserError(f"--member {specs[0].name}: a weight file does not say its task; name it: {flag} TASK")
     first, task = found[0]
     for source, other in found[1:]:
         if differences := task.differences(other):
             problem = f"{first} and {source} are of different tasks ({'; '.join(differences)})"
-            raise UserError(
-                f"--external: {problem}; score the models of each task by themselves, each with its own --out"
-            )
+            raise UserError(f"{problem}; use the models of each task by themselves, each with its own --out")
     return task
 
 

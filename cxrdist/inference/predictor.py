@@ -19,13 +19,12 @@ from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.precision import DTYPES, autocast, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.inference.bundle import CONFIG, load_bundle
-from cxrdist.inference.members import Ensemble, MemberSpec, load_ensemble, parse_member
+from cxrdist.inference.members import Ensemble, MemberSpec, load_ensemble, parse_member, task_of_models
 from cxrdist.inference.passes import Member, columns_of, plan_passes
 from cxrdist.inference.score import check_finite, member_table, run_passes
 from cxrdist.models import architecture_of
 from cxrdist.models.architecture import Maps
 from cxrdist.runs.documents import StoredImages
-from cxrdist.runs.member import read_task
 from cxrdist.scoring.operating import FILE, Calibration, identity, read_calibration
 from cxrdist.scoring.tables import Average, Probs, TableMeta, average
 from cxrdist.task import Task
@@ -227,7 +226,7 @@ def load(
     texts = [member_text(source)] if isinstance(source, str | Path) else list(source)
     specs = [parse_member(text) for text in texts]
     runs = runs_of(specs)
-    task = task or task_of_runs(specs)
+    task = task_of_models(specs, task)
     ensemble = load_ensemble(specs, task, place)
     found = find_calibration(ensemble, runs, how, None if calibration is None else Path(calibration))
     stored, note = stored_of(ensemble)
@@ -239,17 +238,6 @@ def load(
 def runs_of(specs: Sequence[MemberSpec]) -> list[Path]:
     """The run folders among the members' sources."""
     return [spec.source for spec in specs if spec.source.is_dir()]
-
-
-def task_of_runs(specs: Sequence[MemberSpec]) -> Task:
-    """The task of the first run folder; UserError where none of the members is one, or one is not there."""
-    for spec in specs:
-        if not any(Path(part).exists() for part in str(spec.source).split(",")):
-            what = "is neither a run folder nor a weight file"
-            raise UserError(f"--member {spec.name}: {spec.source} {what}; check the path")
-    if not (runs := runs_of(specs)):
-        raise UserError(f"--member {specs[0].name}: a weight file does not say its task; name it with --task")
-    return read_task(runs[0])
 
 
 def scores_of(ensemble: Ensemble, how: Average) -> str:
