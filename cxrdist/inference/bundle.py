@@ -222,12 +222,12 @@ def _load(
     architecture, source = architecture_of(item.recipe.model), f"{folder / WEIGHTS}, checkpoint {item.number}"
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if _number(name) == str(item.number)}
     with torch.device("meta"):  # compared before memory is used
-        shape = build_model(item.recipe, task)
+        shape = build_model(item.recipe, task, to_load=True)
         architecture.check_trained(shape, own, source)
         frozen = architecture.frozen_names(shape)
     if bool(frozen) != (item.backbone is not None):
         raise UserError(f"{folder / CONFIG}: checkpoint {item.number} is of a model with another backbone")
-    model = build_model(item.recipe, task)
+    model = build_model(item.recipe, task, to_load=True)
     architecture.load_trained_state_dict(model, own, source)
     if item.backbone is not None:
         if item.backbone in first:

@@ -178,7 +178,7 @@ def load_checkpoints(
     else:
         weights = read_weights(*files)
         recipe = recipe_of_file(spec, weights, task, member)
-    model = build_model(recipe, task)
+    model = build_model(recipe, task, to_load=True)
     load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
     yield Origin(str(spec.source), weights=weights.kind), recipe, model
 

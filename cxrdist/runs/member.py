@@ -1,11 +1,13 @@
 """A run's model, rebuilt from its folder: recipe, task, weights and the frozen backbone, found by its content."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cxrdist import recipes
 from cxrdist.documents import read_bounded
@@ -20,6 +22,8 @@ from cxrdist.task import Task
 
 BACKBONE_FILE = "backbone.safetensors"  # of a run that began with --init random
 Weights = Literal["ema", "model"]
+_T = torch.Tensor
+FILLS = {_T.uniform_, _T.normal_, _T.erfinv_, _T.mul_, _T.add_, _T.clamp_, _T.div_, _T.fill_, _T.zero_}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +58,21 @@ def _read(run: Path, name: str) -> bytes:
     return read_bounded(run / name)
 
 
-def build_model(recipe: Recipe, task: Task) -> nn.Module:
-    """The model of a recipe for a task's labels with random weights, on the CPU."""
-    return architecture_of(recipe.model).build_for(recipe, task.num_labels)
+def build_model(recipe: Recipe, task: Task, *, to_load: bool = False) -> nn.Module:
+    """The model of a recipe for a task's labels with random weights, on the CPU.
+
+    to_load: every tensor is loaded next, so none is drawn: most of the time that a model takes to build.
+    """
+    with _Undrawn() if to_load else contextlib.nullcontext():
+        return architecture_of(recipe.model).build_for(recipe, task.num_labels)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parameters keep what is in their memory, where they would be filled; buffers are made as usual."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func in FILLS and isinstance(args[0], nn.Parameter)
+        return args[0] if drawn else func(*args, **(kwargs or {}))
 
 
 def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path | None = None) -> LoadedMember:
@@ -79,8 +95,8 @@ def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path 
         raise UserError(f"{folder} is of another task than {run}: {'; '.join(changed)}")
     architecture, tensors = architecture_of(recipe.model), checkpoint.read_tensors(folder, weights)
     with torch.device("meta"):  # compared before memory is used
-        architecture.check_trained(build_model(recipe, task), tensors, str(folder))
-    model = build_model(recipe, task)
+        architecture.check_trained(build_model(recipe, task, to_load=True), tensors, str(folder))
+    model = build_model(recipe, task, to_load=True)
     if meta.frozen is not None:
         load_frozen(architecture, model, run, meta.frozen, backbone)
     architecture.load_trained_state_dict(model, tensors, str(folder))

@@ -16,6 +16,7 @@ from cxrdist import export, infer, predict, preprocess
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
 from cxrdist.scoring.tables import average_tables, read_table
+from cxrdist.task import Task
 
 MEMBERS = "eva_x={0.eva_x}@1,2:tta", "chexfound={0.chexfound}@1,2"
 
@@ -288,3 +289,21 @@ def test_onnx_says_what_torch_says(members, tmp_path, capsys) -> None:
             theirs = model._models[item.sha256](inputs).numpy()
         assert np.abs(ours - theirs).max() <= 1e-4
     assert io.BytesIO((out / "README.md").read_bytes()).read().count(b"ONNX") > 0
+
+
+@pytest.mark.parametrize("name", ["eva_x_tiny", "demo_chexfound", "timm:swin_tiny_patch4_window7_224", "timm:resnet18"])
+def test_a_model_that_is_built_to_be_loaded_lacks_nothing_but_its_parameters(name) -> None:
+    from cxrdist.models import recipe_for
+    from cxrdist.runs.member import build_model
+
+    task, recipe = Task(name="t", labels=("A", "B")), recipe_for(name, "t")
+    usual, built = build_model(recipe, task), build_model(recipe, task, to_load=True)
+    buffers = dict(usual.named_buffers())
+    for key, tensor in built.named_buffers():
+        assert torch.equal(tensor, buffers[key]), key
+    assert [key for key, _ in built.named_parameters()] == [key for key, _ in usual.named_parameters()]
+    assert [p.requires_grad for p in built.parameters()] == [p.requires_grad for p in usual.parameters()]
+    built.load_state_dict(usual.state_dict())
+    images = torch.rand(2, 3, recipe.image_size, recipe.image_size)
+    with torch.no_grad():
+        assert torch.equal(built.eval()(images), usual.eval()(images))
