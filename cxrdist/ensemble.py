@@ -21,7 +21,7 @@ from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.submission import unreadable_note, write_submission
 from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_members, task_of
 from cxrdist.scoring.weights import Fit, fit
-from cxrdist.shards.index import Texts
+from cxrdist.shards.columns import Texts
 from cxrdist.tables import read_template
 from cxrdist.truth import open_scored, read_truth
 

@@ -12,7 +12,6 @@ decoded once, equal views and shared frozen backbones run once. A killed run res
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +24,8 @@ from tqdm import tqdm
 
 from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of, task_type
 from cxrdist.data.fetch import fetch_shards
-from cxrdist.data.folds import rows_of_fold
 from cxrdist.data.loader import Loader
-from cxrdist.data.order import eval_batches
+from cxrdist.data.order import EvalBatches, num_steps
 from cxrdist.data.reader import NO_XXH3
 from cxrdist.distributed import environment
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -36,16 +34,17 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
-from cxrdist.inference.members import Ensemble, common_split, held_out, load_ensemble, parse_members, task_of_models
-from cxrdist.inference.parts import Basis, Part, PartStore, Rows, batches_done, collect, merge
+from cxrdist.inference.members import Ensemble, held_out, load_ensemble, parse_members, task_of_models
+from cxrdist.inference.parts import Basis, Part, PartStore, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
 from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
+from cxrdist.inference.wanted import SomeOf, choose_rows, choose_template, hash_of
 from cxrdist.models.compiled import graphs_told
-from cxrdist.scoring.submission import check_template, check_unreadable, template_of, unreadable_note, write_submission
+from cxrdist.scoring.submission import check_unreadable, unreadable_note, write_submission
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
-from cxrdist.shards.index import ShardIndex, open_index, task_of
-from cxrdist.shards.verify import check_headers
-from cxrdist.tables import Template, read_template
+from cxrdist.shards.index import ShardIndex, task_of
+from cxrdist.shards.verify import open_together
+from cxrdist.tables import Template
 from cxrdist.task import Task
 
 AGAIN = "run the same command again: finished scores are kept"
@@ -59,11 +58,11 @@ class Job:
     out: Path
     index: ShardIndex
     task: Task  # the models'; the shards' is another one with --external
-    template: Template | None
+    template: Template | None  # known to rank 0 only
     ensemble: Ensemble
     passes: list[Pass]
-    rows: Rows
-    batches: list[Rows]  # the global list; its composition does not depend on the number of ranks
+    rows: SomeOf
+    batches: EvalBatches  # all; their composition does not depend on the number of ranks
     basis: Basis
     store: PartStore
     left_out: dict[str, str]  # image name -> reason, of images that are asked for and not in the shards
@@ -84,9 +83,12 @@ def main(argv: list[str] | None = None) -> None:
         fetch_shards(args.shards_url, shards, args.split, args.task)
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
         found = ranks.gather(hardware_of(ranks.device))
+        index = open_together(ranks, shards, args.split, args.task)
         with ranks.agree():
-            job = prepare(args, shards, found)
-            check_headers(job.index, ranks.rank, ranks.world_size)
+            members = prepare_members(args, shards, index)
+        rows = ranks.on_main(choose_rows, index, *members[:2], args.fold)
+        with ranks.agree():
+            job = prepare(args, index, members, rows, found, ranks.rank)
         if job.index.checksums is None:
             ranks.say(NO_XXH3)
         with ranks.agree():
@@ -104,8 +106,8 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     """Score this rank's share of the batches that are in no part yet, and write it in parts."""
     size = job.basis.device_batch_size
     done = batches_done(job.store.read_all(), ranks)
-    own = [number for number in range(len(job.batches)) if number not in done][ranks.rank :: ranks.world_size]
-    batches = {number: job.batches[number] for number in own}
+    own = [number for number in job.batches if number not in done][ranks.rank :: ranks.world_size]
+    batches = dataclasses.replace(job.batches, numbers=own)
     ranks.say("\n".join([describe_plan(job.ensemble.members, job.passes, len(job.rows)), *job.ensemble.notes]))
     ranks.say(f"  {ranks.world_size} processes on {ranks.device.type}, {job.basis.precision}, {size} images a batch")
     if done:
@@ -120,56 +122,52 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
         show,
         graphs_told(ranks.say) if args.compile else contextlib.nullcontext(),
     ):
-        wanted, models = list(batches.values()), job.ensemble.models
-        scored = score(loader, wanted, job.passes, models, job.basis.precision, compiled=args.compile)
+        models, precision = job.ensemble.models, job.basis.precision
+        scored = score(loader, batches.values(), job.passes, models, precision, compiled=args.compile)
         for part in in_parts(ranks.paced(scored), loader, batches, none, args.checkpoint_minutes * 60, show):
             job.store.write(part, ranks.rank)
 
 
-def prepare(args: argparse.Namespace, shards: Path, found: Sequence[Hardware]) -> Job:
-    """Read and check everything that can be checked without an image. found: every rank's device."""
-    precision, _ = resolve_precision(args.precision, found)
-    kind = found[0].kind
-    index = open_index(shards, args.split, args.task)
+def prepare_members(args: argparse.Namespace, shards: Path, index: ShardIndex) -> tuple[Ensemble, Task, Path]:
+    """The members, their task and the output folder, where their tables may be written."""
     specs = parse_members(args.member, (args.external or index.task).name)
     task = index.task if args.external is False else task_of_models(specs, args.external, "--external")
     by = "" if args.external is False else f"_by_{task.folder}"
     out = args.out or Path("predictions") / f"{index.task.folder}{by}"
-    template = choose_template(args, index, task)
     inputs = [shards, args.template, args.backbone, *(spec.source for spec in specs if spec.source.is_file())]
     check_folder(out, [spec.name for spec in specs], inputs)
-    ensemble = load_ensemble(specs, task, args.backbone)
-    rows = np.arange(len(index), dtype=np.int64)
-    if args.fold is not None:
-        rows = rows_of_fold(index.patients, common_split(ensemble, task), args.fold)[1]
+    return load_ensemble(specs, task, args.backbone), task, out
+
+
+def prepare(
+    args: argparse.Namespace,
+    index: ShardIndex,
+    members: tuple[Ensemble, Task, Path],
+    rows: SomeOf,
+    found: Sequence[Hardware],
+    rank: int,
+) -> Job:
+    """What is done, once all that can be checked without an image is checked. found: every rank's device."""
+    precision, _ = resolve_precision(args.precision, found)
+    kind, (ensemble, task, out) = found[0].kind, members
+    submits = args.template is not None or (index.targets is None and args.external is False)
+    template = choose_template(args.template, index, task, submits=submits) if rank == 0 else None
     left_out = index.left_out if args.fold is None else {}
     most = args.max_unreadable.of(len(rows) + len(left_out))
     check_unreadable(left_out, most, len(rows) + len(left_out))
     passes = plan_passes(ensemble.members)
     basis = Basis(
         shards=index.fingerprint,
-        rows=hashlib.sha256(rows.tobytes()).hexdigest(),
+        rows=hash_of(rows),
         columns=tuple(columns_of(passes)),
         device_batch_size=args.device_batch_size or (64 if kind == "cuda" else 16),
         precision=precision,
         device=kind,
     )
-    batches = list(eval_batches(rows, basis.device_batch_size, 0, 1))
+    size = basis.device_batch_size
+    batches = EvalBatches(rows, size, range(num_steps(len(rows), size)))
     store = PartStore(out / "parts", basis)
     return Job(out, index, task, template, ensemble, passes, rows, batches, basis, store, left_out, most)
-
-
-def choose_template(args: argparse.Namespace, index: ShardIndex, task: Task) -> Template | None:
-    """The submission's rows: the template's, else the source CSV's own order; None where no submission is made."""
-    if args.template is not None:
-        template = read_template(args.template, dataclasses.replace(task, columns=index.task.columns))
-        check_template(template, index.image_names, index.left_out, str(args.template))
-        return template
-    if index.targets is not None or args.external is not False:
-        return None
-    by_key = [(entry.key, entry.image_name) for entry in index.meta.left_out]
-    by_key += zip(index.keys.tolist(), index.image_names, strict=True)
-    return template_of(index.task, [name for _, name in sorted(by_key)])
 
 
 def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> str:
@@ -181,7 +179,7 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
     logits, kept, undecodable = merge(parts, len(index), job.rows)
     unreadable = job.left_out | {index.image_names[row]: reason for row, reason in sorted(undecodable.items())}
     check_unreadable(unreadable, job.most_unreadable, len(job.rows) + len(job.left_out))
-    image_names = np.array(index.image_names[kept].to_list(), dtype=object)
+    image_names = np.array(index.unique_names[kept].to_list(), dtype=object)
     check_finite(logits, job.passes, image_names, basis.precision)
     shared = TableMeta(
         task=job.task,

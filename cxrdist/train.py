@@ -12,17 +12,16 @@ import functools
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cxrdist import recipes
 from cxrdist.augment.mixing import mixing_of
 from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry, shards_of
-from cxrdist.data import folds, order
+from cxrdist.data import folds, order, selection
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.selection import Selection, cell_counter, describe_data, positives_of, select, targets_of
+from cxrdist.data.rows import EpochOrder
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -39,13 +38,13 @@ from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState, StoredImages
-from cxrdist.shards.index import ShardIndex, open_index, read_meta, task_of
-from cxrdist.shards.verify import check_headers
+from cxrdist.shards.index import ShardIndex, read_meta, task_of
+from cxrdist.shards.verify import open_together
 from cxrdist.task import LAYOUTS, Task
 from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
-from cxrdist.training.losses import make_criterion, part_names
+from cxrdist.training.losses import label_sums, make_criterion, part_names
 from cxrdist.training.meter import Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors, rates_table
 from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
@@ -145,13 +144,12 @@ def train(
     found = ranks.gather(hardware_of(ranks.device))
     with ranks.agree():
         precision, why = resolve_precision(args.precision, found)
-        index = open_index(shards, "train", task)
-        check_headers(index, ranks.rank, ranks.world_size)
-        facts, rows = choose_data(index, recipe, run, args)
-        targets = targets_of(index)[rows.train]
-        if rows.valid is not None:
-            check_headers(rows.valid, ranks.rank, ranks.world_size)
-    ranks.say("\n".join(describe_data(index, rows)))
+    index = open_together(ranks, shards, "train", task)
+    has_valid = ranks.on_main(validates_on_split, args, task, shards)
+    valid = open_together(ranks, shards, "valid", task) if has_valid else None
+    facts, rows = ranks.on_main(choose_data, index, valid, recipe, run, args)
+    ranks.say("\n".join(ranks.on_main(selection.describe_data, index, rows, valid)))
+    sums = ranks.on_main(label_sums, selection.targets_in_pieces(index, rows.train))
     holder = ""
     with ranks.agree():
         if ranks.rank == 0:
@@ -173,9 +171,9 @@ def train(
         augmented = functools.partial(TrainingAugment, recipe.image_size, seed=recipe.seed, stats=architecture.stats)
         augment = augmented(recipe.augment, colour=index.num_channels == 3)
         mixing = mixing_of(recipe.augment, recipe.mix_group, recipe.image_size, recipe.seed)
-        masked = any(each.observed is not None for each in (index, rows.valid or index))
-        criterion = make_criterion(recipe, targets, ranks.device, masked=index.observed is not None, smooth=True)
-        criterion_on_cpu = make_criterion(recipe, targets, torch.device("cpu"), masked=masked)
+        masked = index.masked or (valid is not None and valid.masked)
+        criterion = make_criterion(recipe, sums, ranks.device, masked=index.masked, smooth=True)
+        criterion_on_cpu = make_criterion(recipe, sums, torch.device("cpu"), masked=masked)
         parts = part_names(criterion_on_cpu, task.num_labels)
         if args.grad_checkpointing:
             architecture.set_grad_checkpointing(model)
@@ -227,7 +225,7 @@ def train(
     threads = environment.decode_threads() if args.threads is None else args.threads
     read = functools.partial(Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad)
     loader = valid_loader = stack.enter_context(read(index, max_bad=args.max_unreadable.of(len(index))))
-    if (valid := rows.valid) is not None:
+    if valid is not None:
         valid_loader = stack.enter_context(read(valid, max_bad=args.max_unreadable.of(len(valid))))
     hardware = {name: getattr(session, name) for name in ("world_size", "device_batch_size", "precision")}
     step_state = StepState(data=facts, frozen=frozen, parts=parts, **hardware)
@@ -257,12 +255,12 @@ def train(
         rank=ranks.rank,
         world_size=ranks.world_size,
         group=1 if mixing is None else mixing.group,
-        count_cells=cell_counter(index, None if mixing is None else mixing.partners),
+        count_cells=selection.cell_counter(index, None if mixing is None else mixing.partners),
     )
     with ranks.agree("showing samples"):
         if tracker is not None and tracker.dashboard is not None:
             epoch = min(state.epoch, recipe.epochs - 1)
-            first = order.epoch_order(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
+            first = EpochOrder(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
             show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
@@ -317,26 +315,26 @@ def train(
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
 
 
-def validates_on_split(args: Namespace, task: Task) -> bool:
-    """Whether validation is on split `valid` where the shard set has one."""
-    return args.validate_fold is None and task.name not in LAYOUTS
+def validates_on_split(args: Namespace, task: Task, shards: Path | None = None) -> bool:
+    """Whether validation is on split `valid` where the shard set has one, as `shards` has if given."""
+    there = shards is None or (shards / "valid.json").is_file()
+    return there and args.validate_fold is None and task.name not in LAYOUTS
 
 
-def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -> tuple[Facts, Selection]:
+def choose_data(
+    index: ShardIndex, valid: ShardIndex | None, recipe: Recipe, run: Path, args: Namespace
+) -> tuple[Facts, selection.Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
-    fold, valid = args.validate_fold, None
-    if validates_on_split(args, index.task):
-        if (index.folder / "valid.json").is_file():
-            valid = open_index(index.folder, "valid", index.task)
-        elif len(index.patients.codes()[1]) >= args.folds:
-            fold = 0
+    fold = args.validate_fold
+    if valid is None and validates_on_split(args, index.task) and index.patients.has_distinct(args.folds):
+        fold = 0
     fold = None if fold == NO_FOLD else fold
     facts = Facts(
         task=index.task.name,
         split=index.split,
         shards=index.fingerprint,
         images=len(index),
-        positives=positives_of(index),
+        positives=selection.positives_of(index),
         folds=None if fold is None else args.folds,
         validate_fold=fold,
         valid_shards="" if valid is None else valid.fingerprint,
@@ -344,9 +342,9 @@ def choose_data(index: ShardIndex, recipe: Recipe, run: Path, args: Namespace) -
     )
     before = start.facts_before(run) if args.resume and fold is not None else None
     recorded = folds.read_split(run / "split.csv", index.task) if before == facts else None
-    chosen = select(index, fold, args.folds, recipe.seed, recorded)
+    chosen = selection.select(index, fold, args.folds, recipe.seed, recorded)
     if valid is not None:
-        chosen = dataclasses.replace(chosen, validation=np.arange(len(targets_of(valid))), valid=valid)
+        chosen = dataclasses.replace(chosen, validation=range(len(selection.targets_of(valid))))
     return facts, chosen
 
 
@@ -378,7 +376,7 @@ def restore(
 
 
 def write_start(
-    run: Path, recipe: Recipe, task: Task, rows: Selection, index: ShardIndex, session: Environment
+    run: Path, recipe: Recipe, task: Task, rows: selection.Selection, index: ShardIndex, session: Environment
 ) -> None:
     """What the run is, its split and where it runs."""
     if rows.fold_of is not None and not (run / "recipe.json").exists():

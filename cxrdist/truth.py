@@ -26,7 +26,7 @@ def read_truth(
     index = open_scored(shards, tables, task)
     if index.targets is None:
         raise UserError(f"{shards}: split {index.split!r} has no labels; {remedy}")
-    return LabelTable(index.about().assign(split=index.split), index.targets), shards
+    return LabelTable(index.about().assign(split=index.split), index.targets[:]), shards
 
 
 def open_scored(shards: Path, tables: Sequence[ScoreTable], task: Task | None) -> ShardIndex:

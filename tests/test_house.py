@@ -36,7 +36,7 @@ NEIGHBOURS = {
     "data": {"shards"},
     "runs": {"models"},
     "training": {"data", "models", "scoring"},
-    "inference": {"data", "models", "runs", "augment", "scoring"},
+    "inference": {"shards", "data", "models", "runs", "augment", "scoring"},
     "report": {"scoring", "data", "models", "augment", "runs"},
     "estimate": {"models", "augment", "shards"},
 }

@@ -135,7 +135,7 @@ def vindr(root: Path) -> Set:
 
 def stored(index: ShardIndex) -> dict[str, tuple[str, str, dict[str, float]]]:
     assert index.targets is not None
-    cells = [dict(zip(index.task.labels, row, strict=True)) for row in index.targets.tolist()]
+    cells = [dict(zip(index.task.labels, row, strict=True)) for row in index.targets[:].tolist()]
     return dict(zip(index.image_names, zip(index.patients, index.studies, cells, strict=True), strict=True))
 
 

@@ -39,7 +39,7 @@ def plain_loop(recipe: Recipe, shards: Path) -> Trace:
     """Twenty steps of five global batches an epoch (10, 10, 10, 10 and 8 images), one forward pass each."""
     index = open_index(shards, "train")
     reader = ShardReader(index)
-    positives = index.targets.astype(np.float64).sum(axis=0)
+    positives = index.targets[:].astype(np.float64).sum(axis=0)
 
     def effective(count):
         return (1 - 0.9999**count) / (1 - 0.9999)

@@ -13,13 +13,13 @@ import numpy as np
 from cxrdist.bench.timing import Row
 from cxrdist.data.folds import assign_folds
 from cxrdist.data.order import epoch_order, train_batches
+from cxrdist.shards.columns import Texts
 from cxrdist.shards.index import (
     Counts,
     FileMeta,
     Resize,
     ShardMeta,
     SplitMeta,
-    Texts,
     arrow_bytes,
     index_rows,
     open_index,

@@ -35,7 +35,7 @@ from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import TASKS
 from cxrdist.training.ema import Ema
-from cxrdist.training.losses import make_criterion
+from cxrdist.training.losses import label_sums, make_criterion
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors
 
 NUM_IMAGES = 48
@@ -82,7 +82,7 @@ def count_step(recipe: Recipe, num_labels: int, batch_size: int, precision: str)
     with torch.device("meta"):
         model = architecture.build_for(recipe, num_labels)
         architecture.hold_frozen(model, DTYPES[precision])
-    criterion = make_criterion(recipe, np.zeros((2, num_labels), np.float32), device)
+    criterion = make_criterion(recipe, label_sums([np.zeros((2, num_labels), np.float32)]), device)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device).train()
         images = torch.empty(batch_size, 3, recipe.image_size, recipe.image_size)
@@ -170,7 +170,7 @@ def _timed_parts(
     model = build_model(recipe, TASK)
     model.to(device).train()
     assert index.targets is not None
-    criterion = make_criterion(recipe, index.targets, device)
+    criterion = make_criterion(recipe, label_sums([index.targets[:]]), device)
     optimizer, ema = learning(recipe, model, args.precision)
     architecture_of(recipe.model).hold_frozen(model, DTYPES[args.precision])
     augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed)

@@ -8,49 +8,59 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.errors import UserError
 from cxrdist.files import read_bytes, write_atomically
-from cxrdist.shards.index import Texts
+from cxrdist.shards.columns import Targets, Texts, pieces
 from cxrdist.task import Task
 
 HEADER = ["patient", "fold"]
+MAX_FOLDS = 2**15 - 1
 
 
-def assign_folds(patients: Texts, targets: NDArray[np.float32], num_folds: int, seed: int) -> NDArray[np.int64]:
-    """The fold of every image, (N,) int64 in [0, num_folds).
+def assign_folds(
+    patients: Texts, targets: Targets | NDArray[np.float32], num_folds: int, seed: int
+) -> NDArray[np.int16]:
+    """The fold of every image, (N,) int16 in [0, num_folds).
 
     Args:
         patients: (N,) patient ids. targets: (N, K) labels in [0, 1]; a masked one (NaN) counts as 0.
         seed: breaks ties between patients that look alike.
     Greedy: patients with the rarest findings first, each to the fold where the squared distance of the label and image
     counts from their shares grows least. Raises UserError for fewer than 2 folds, or more folds than patients.
+    Takes 8 bytes for each patient and label, and 4 for each image.
     """
     patient_ids, names = patients.codes()
     if not 2 <= num_folds <= len(names):
         raise UserError(f"--folds {num_folds} is not possible: use 2 to {len(names)} (the number of patients)")
-    per_image = np.column_stack([np.nan_to_num(targets.astype(np.float64)), np.ones(len(targets))])
-    counts = np.zeros((len(names), per_image.shape[1]))
-    np.add.at(counts, patient_ids, per_image)
-    shares = counts / np.maximum(counts.sum(axis=0), 1.0)
+    if num_folds > MAX_FOLDS:
+        raise UserError(f"--folds {num_folds} is not possible: use at most {MAX_FOLDS:,}")
+    shares = np.zeros((len(names), targets.shape[1] + 1))
+    for piece in pieces(len(targets)):
+        np.add.at(shares[:, :-1], patient_ids[piece], np.nan_to_num(targets[piece].astype(np.float64)))
+    shares[:, -1] = np.bincount(patient_ids, minlength=len(names))
+    shares /= np.maximum(shares.sum(axis=0), 1.0)
     shuffled = np.random.default_rng(seed).permutation(len(names))
-    folds = np.zeros(len(names), np.int64)
+    order = shuffled[np.argsort(-shares.max(axis=1)[shuffled], kind="stable")]
+    folds = np.zeros(len(names), np.int16)
     filled = np.zeros((num_folds, shares.shape[1]))
-    for patient in shuffled[np.argsort(-shares.max(axis=1)[shuffled], kind="stable")]:
-        # |filled + share|^2 grows by 2 filled.share + |share|^2, and the second term is the same for every fold
-        fold = int(np.argmin(filled @ shares[patient]))
-        folds[patient] = fold
-        filled[fold] += shares[patient]
+    for piece in pieces(len(order)):
+        for patient, share in zip(order[piece].tolist(), shares[order[piece]], strict=True):
+            # |filled + share|^2 grows by 2 filled.share + |share|^2, and the second term is the same for every fold
+            fold = (filled @ share).argmin()
+            folds[patient] = fold
+            filled[fold] += share
     return folds[patient_ids]
 
 
-def write_split(path: Path, patients: Texts, folds: NDArray[np.int64]) -> None:
+def write_split(path: Path, patients: Texts, folds: NDArray[np.integer[Any]]) -> None:
     """Write one row per patient, sorted, atomically. Raises UserError for a patient in two folds, naming it."""
     codes, names = patients.codes()
-    fold_of = np.zeros(len(names), np.int64)
+    fold_of = np.zeros(len(names), folds.dtype)
     fold_of[codes] = folds
     for row in np.flatnonzero(fold_of[codes] != folds)[:1]:
         first, second = sorted((folds[row], fold_of[codes[row]]))
@@ -91,21 +101,24 @@ def read_split(path: Path, task: Task) -> dict[str, int]:
     return fold_of
 
 
-def rows_of_fold(
-    patients: Texts, fold_of: Mapping[str, int], validate_fold: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row positions for training and for validation, each sorted, both (n,) int64.
+def inside_fold(patients: Texts, fold_of: Mapping[str, int], validate_fold: int) -> NDArray[np.bool_]:
+    """(N,) whether each image is of a patient of the fold.
 
-    Raises UserError if a patient is not in the split, or if one side would be empty.
+    Raises UserError if a patient is not in the split, or if all or none are in the fold.
     """
     codes, names = patients.codes()
-    unknown = [patient for patient in names if patient not in fold_of]
+    inside = np.zeros(len(names), np.bool_)
+    unknown, first = 0, ""
+    for place, patient in enumerate(names):
+        fold = fold_of.get(patient)
+        if fold is None:
+            unknown, first = unknown + 1, first or patient
+        inside[place] = fold == validate_fold
     if unknown:
-        what = f"{len(unknown)} patients are not in the split, e.g. {unknown[0]}"
-        raise UserError(f"{what}: it was made for other shards")
-    folds = np.fromiter((fold_of[patient] for patient in names), np.int64, len(names))[codes]
-    train, validation = np.flatnonzero(folds != validate_fold), np.flatnonzero(folds == validate_fold)
-    if len(train) == 0 or len(validation) == 0:
-        left = f"{len(train)} images to train on and {len(validation)} to validate on"
+        raise UserError(f"{unknown} patients are not in the split, e.g. {first}: it was made for other shards")
+    chosen = inside[codes]
+    number = int(np.count_nonzero(chosen))
+    if number in (0, len(chosen)):
+        left = f"{len(chosen) - number} images to train on and {number} to validate on"
         raise UserError(f"fold {validate_fold} leaves {left}")
-    return train, validation
+    return chosen

@@ -21,7 +21,8 @@ from PIL import Image
 from cxrdist.data.reader import ShardReader
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.errors import UserError
-from cxrdist.shards.index import AdoptedMeta, ShardIndex, Texts
+from cxrdist.shards.columns import Targets, Texts
+from cxrdist.shards.index import AdoptedMeta, ShardIndex
 
 Ids = NDArray[np.int64]
 
@@ -251,8 +252,8 @@ class LabelCounts:
     total: NDArray[np.float64]
 
 
-def label_counts(targets: NDArray[np.float32]) -> LabelCounts:
-    """In pieces: a mask of all cells of a large set would not fit beside it."""
+def label_counts(targets: Targets) -> LabelCounts:
+    """In pieces: all cells of a large set would not fit beside it."""
     zeros = np.zeros(targets.shape[1], np.int64)
     counts = LabelCounts(zeros, zeros.copy(), zeros.copy(), zeros.astype(np.float64))
     for start in range(0, len(targets), ROWS_AT_ONCE):

@@ -273,7 +273,7 @@ class _Job:
             return None
         weight = micro.weight
         if self.errors:
-            counts = np.ones(len(micro.rows)) if index.observed is None else index.observed[micro.rows]
+            counts = np.ones(len(micro.rows), np.int64) if index.targets is None else index.targets.observed(micro.rows)
             weight = float(weight * counts[good].sum() / max(1, counts.sum()))
         images = torch.from_numpy(self._pixels)
         if len(good) < len(micro.rows):

@@ -82,7 +82,7 @@ class ShardReader:
 
     def _bytes(self, row: int) -> bytes:
         index = self.index
-        shard = int(index.shard_ids[row])
+        shard = index.shard_of(row)
         length, offset = int(index.lengths[row]), int(index.offsets[row])
         try:
             file = self._files.get(shard)
@@ -103,7 +103,7 @@ class ShardReader:
     def where(self, row: int) -> str:
         """Shard file, key and name of a row, for messages."""
         about = f"key {self.index.key_text(row)} ({self.index.image_names[row]})"
-        return f"{self._path(int(self.index.shard_ids[row]))}, {about}"
+        return f"{self._path(self.index.shard_of(row))}, {about}"
 
     def close(self) -> None:
         """Close the files. Must not run while another thread reads."""

@@ -1,46 +1,63 @@
 """Which images of a split a run is trained on, and which it is validated on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.folds import assign_folds, rows_of_fold
+from cxrdist.data.folds import assign_folds, inside_fold
 from cxrdist.data.reader import NO_XXH3
+from cxrdist.data.rows import Chosen, Rows, SomeRows, in_pieces
 from cxrdist.errors import UserError
+from cxrdist.shards.columns import Targets
 from cxrdist.shards.index import ShardIndex
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Rows of the index to train on and to validate on; fold_of: the fold of every row where it was drawn now."""
+    """Rows of the index to train on and to validate on; fold_of: the fold of every row where it was drawn now, which
+    stays in the process that drew it.
+    """
 
-    train: Rows
-    validation: Rows | None = None  # of the index, or of `valid` where there is one
-    fold_of: Rows | None = None
-    valid: ShardIndex | None = None
+    train: range | Chosen
+    validation: range | NDArray[np.int32] | None = None  # of the index, or of split `valid` where there is one
+    fold_of: NDArray[np.int16] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fold_of": None}
 
 
-def targets_of(index: ShardIndex) -> NDArray[np.float32]:
+def targets_of(index: ShardIndex) -> Targets:
     """The split's targets (N, K), NaN where masked. UserError without labels, or where every cell is masked."""
     if index.targets is None:
         raise UserError(f"{index.folder}: split {index.split!r} has no labels to train on")
-    if bool(np.isnan(index.targets).all()):
+    if index.masked and len(never_observed(index, range(len(index)))) == index.task.num_labels:
         raise UserError(f"{index.folder}: every label of split {index.split!r} is masked: there is nothing to learn")
     return index.targets
 
 
-def never_observed(targets: NDArray[np.float32], labels: Sequence[str]) -> list[str]:
-    """The labels whose cells (N, K) are all masked."""
-    return [label for place, label in enumerate(labels) if np.isnan(targets[:, place]).all()]
+def targets_in_pieces(index: ShardIndex, rows: SomeRows) -> Iterator[NDArray[np.float32]]:
+    """(n, K) of the rows, some at once."""
+    assert index.targets is not None
+    return (index.targets[piece] for piece in in_pieces(rows))
+
+
+def never_observed(index: ShardIndex, rows: SomeRows) -> list[str]:
+    """The labels whose cells are masked in all of the rows."""
+    if not index.masked:
+        return []
+    seen = np.zeros(index.task.num_labels, np.bool_)
+    for targets in targets_in_pieces(index, rows):
+        seen |= (~np.isnan(targets)).any(axis=0)
+    return [label for label, one in zip(index.task.labels, seen, strict=True) if not one]
 
 
 def positives_of(index: ShardIndex) -> dict[str, int | float]:
     """The sum of each label's observed cells."""
-    sums = [float(np.nansum(column, dtype=np.float64)) for column in targets_of(index).T]
+    targets = targets_of(index)
+    sums = [float(np.nansum(targets.label(place), dtype=np.float64)) for place in range(index.task.num_labels)]
     return {label: int(n) if n.is_integer() else n for label, n in zip(index.task.labels, sums, strict=True)}
 
 
@@ -51,30 +68,33 @@ def select(
     else drawn now. UserError without labels, or for a fold that is not there.
     """
     targets = targets_of(index)
-    everything = np.arange(len(index), dtype=np.int64)
     if validate_fold is None:
-        return Selection(everything)
+        return Selection(range(len(index)))
     if not 0 <= validate_fold < num_folds:
         raise UserError(f"--validate-fold {validate_fold} is not possible: folds run from 0 to {num_folds - 1}")
-    if recorded is not None:
-        return Selection(*rows_of_fold(index.patients, recorded, validate_fold))
-    fold_of = assign_folds(index.patients, targets, num_folds, seed)
-    inside = fold_of == validate_fold
-    return Selection(everything[~inside], everything[inside], fold_of)
+    if recorded is None:
+        fold_of = assign_folds(index.patients, targets, num_folds, seed)
+        inside = fold_of == validate_fold
+    else:
+        fold_of, inside = None, inside_fold(index.patients, recorded, validate_fold)
+    return Selection(Chosen(~inside), np.flatnonzero(inside).astype(np.int32), fold_of)
 
 
-def describe_data(index: ShardIndex, rows: Selection) -> list[str]:
-    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs."""
+def describe_data(index: ShardIndex, rows: Selection, valid: ShardIndex | None) -> list[str]:
+    """Lines that say what is validated on, which labels are never observed, and what format version 1 costs.
+
+    valid: the split that is validated on, where it is no fold.
+    """
     lines = [NO_XXH3] if index.checksums is None else []
-    parts = {"trained": targets_of(index)[rows.train]}
+    parts: dict[str, tuple[ShardIndex, SomeRows]] = {"trained": (index, rows.train)}
     if rows.validation is None:
         lines.append("no validation: --validate-fold K holds out a fold by patient")
     else:
-        parts["validated"] = targets_of(rows.valid or index)[rows.validation]
-        where = "split valid" if rows.valid is not None else "a fold by patient"
+        parts["validated"] = valid or index, rows.validation
+        where = "a fold by patient" if valid is None else "split valid"
         lines.append(f"validation: {len(rows.validation):,} images of {where}")
-    for name, targets in parts.items():
-        if labels := never_observed(targets, index.task.labels):
+    for name, part in parts.items():
+        if labels := never_observed(*part):
             lines.append(f"warning: never observed in the images {name} on: {', '.join(labels)}")
     return lines
 
@@ -85,10 +105,14 @@ def cell_counter(index: ShardIndex, partners: Callable[[Rows, int], Rows] | None
     partners: the place of each image's partner among some keys in an epoch, if images are mixed: a cell that is masked
     in either image is masked.
     """
-    observed = index.observed
-    if observed is None:
+    if not index.masked:
         return None
-    if partners is None:
-        return lambda rows, epoch: int(observed[rows].sum())
-    cells = ~np.isnan(targets_of(index))
-    return lambda rows, epoch: int((cells[rows] & cells[rows][partners(index.keys[rows], epoch)]).sum())
+    targets = targets_of(index)
+
+    def count(rows: Rows, epoch: int) -> int:
+        cells = ~np.isnan(targets[rows])
+        if partners is not None:
+            cells &= cells[partners(index.keys[rows], epoch)]
+        return int(cells.sum())
+
+    return count

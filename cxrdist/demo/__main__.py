@@ -29,7 +29,8 @@ from cxrdist.files import with_json
 from cxrdist.published import read_labels
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.weights import Fit
-from cxrdist.shards.index import Texts, read_meta
+from cxrdist.shards.columns import Texts
+from cxrdist.shards.index import read_meta
 from cxrdist.steps import Step, run_steps, stop_as_interrupted
 from cxrdist.task import Task, load_task
 

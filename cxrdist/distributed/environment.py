@@ -32,6 +32,13 @@ def world_size() -> int:
     return _from_launcher("WORLD_SIZE", 1, least=1)
 
 
+def local_rank() -> int:
+    """This process's place among those of its machine, as the launcher set it; 0 without a launcher: it is the first
+    of its machine, or does what the first one does.
+    """
+    return _from_launcher("LOCAL_RANK", 0, least=0)
+
+
 def _from_launcher(name: str, without: int, least: int) -> int:
     text = os.environ.get(name, str(without))
     if not text.isdecimal() or int(text) < least:
@@ -73,7 +80,7 @@ def check_processes(expected: int | None) -> None:
     wait for the others.
     """
     _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)
-    _from_launcher("LOCAL_RANK", 0, least=0)
+    local_rank()
     if rank() >= world_size():
         raise UserError(f"RANK={rank()} with WORLD_SIZE={world_size()} in the environment: unset both, or ./launch.sh")
     if expected is not None and world_size() != expected:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cxrdist.distributed import environment
 from cxrdist.distributed.ends import local_problem
 from cxrdist.distributed.pulse import Pulse
 from cxrdist.errors import UserError
@@ -43,6 +44,7 @@ class Ranks:
         parallel: makes a model average its gradients over the ranks; None leaves it as it is.
         """
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.local_rank = environment.local_rank()  # 0: the first process of its machine
         self._parallel = parallel
         self.group: Any = None
         self._pulse: Pulse | None = None
@@ -123,12 +125,17 @@ class Ranks:
             raise UserError(f"{problems[first]}" + (f" [rank {first}]" if first else ""))
 
     def on_main(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`act(*args, **kwargs)` on rank 0 and its (small) result on all, which wait for it and end if it fails."""
+        """`act(*args, **kwargs)` on rank 0 and its result, pickled, on all, which wait for it and end if it fails."""
         result: T | None = None
         with self.agree(getattr(act, "__name__", "")):
             if self.rank == 0:
                 result = act(*args, **kwargs)
-        return self.gather(result)[0]  # type: ignore[return-value]
+        if self._pulse is None:
+            return result  # type: ignore[return-value]
+        self._pulse.meet()
+        sent: list[Any] = [result]
+        dist.broadcast_object_list(sent, src=0, group=self.group)
+        return sent[0]  # type: ignore[no-any-return]
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over the ranks."""

@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,9 @@ def collect(store: PartStore, ranks: Ranks) -> list[Part]:
     return list({name: part for parts in (own, *gathered) for name, part in parts.items()}.values())
 
 
-def merge(parts: Sequence[Part], num_rows: int, wanted: Rows) -> tuple[Logits, Rows, dict[int, str]]:
+def merge(
+    parts: Sequence[Part], num_rows: int, wanted: range | NDArray[np.integer[Any]]
+) -> tuple[Logits, Rows, dict[int, str]]:
     """Logits (P, n, K) of the wanted index rows that were scored, those rows (n,) in index order, and the unreadable.
 
     Raises UserError unless every wanted row is in a part, scored or unreadable.
@@ -111,7 +114,8 @@ def merge(parts: Sequence[Part], num_rows: int, wanted: Rows) -> tuple[Logits, R
     rows = np.concatenate([part.rows for part in parts])
     found[rows] = np.arange(len(rows))
     unreadable = {row: reason for part in parts for row, reason in part.unreadable.items()}
-    kept = wanted[found[wanted] >= 0]
-    if missing := set(wanted[found[wanted] < 0].tolist()) - unreadable.keys():
+    asked = np.arange(num_rows) if isinstance(wanted, range) else np.asarray(wanted, np.int64)
+    kept = asked[found[asked] >= 0]
+    if missing := set(asked[found[asked] < 0].tolist()) - unreadable.keys():
         raise UserError(f"{len(missing):,} images have no score yet; run the same command again to score them")
     return np.concatenate([part.logits for part in parts], axis=1)[:, found[kept]], kept, unreadable

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def _as_it_is(model: Any) -> Any:
 
 def score(
     loader: Loader,
-    batches: Sequence[Rows],
+    batches: Iterable[Rows],
     passes: Sequence[Pass],
     models: dict[str, nn.Module],
     precision: str,
@@ -109,7 +109,7 @@ def fits(models: Iterable[nn.Module], device: torch.device) -> bool:
 
 
 def in_parts(
-    scored: Iterable[Scored], loader: Loader, batches: dict[int, Rows], none: Tensor, save_every_s: float, show: Any
+    scored: Iterable[Scored], loader: Loader, batches: Mapping[int, Rows], none: Tensor, save_every_s: float, show: Any
 ) -> Iterator[Part]:
     """Collect scores into parts of about `save_every_s`. The host waits for the device only where a part ends.
 

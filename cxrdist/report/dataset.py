@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -231,7 +232,7 @@ def _distributions(splits: Splits) -> Section:
 
 
 def _distribution(
-    splits: Splits, title: str, codes: NDArray[np.int64], values: Iterable[str], *, by_count: bool
+    splits: Splits, title: str, codes: NDArray[np.integer[Any]], values: Iterable[str], *, by_count: bool
 ) -> str:
     """A table of the most frequent values (else all, in order), unknown last. codes: (N,) into `values`."""
     texts, places = np.unique(np.array(list(values)), return_inverse=True)
@@ -270,7 +271,9 @@ def _sheets(splits: Splits, rng: np.random.Generator) -> Section:
     labelled = [(number, index.targets) for number, index in enumerate(splits.indexes) if index.targets is not None]
     sheets = []
     for place in places.tolist():
-        positives = [splits.starts[number] + np.flatnonzero(targets[:, place] >= 0.5) for number, targets in labelled]
+        positives = [
+            splits.starts[number] + np.flatnonzero(targets.label(place) >= 0.5) for number, targets in labelled
+        ]
         images = np.concatenate([*positives, np.empty(0, np.int64)])
         chosen = np.sort(rng.choice(images, min(per_label, len(images)), replace=False)).tolist()
         sheet = _sheet(splits, chosen) if chosen else "<p>No positive image.</p>"

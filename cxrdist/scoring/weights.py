@@ -109,7 +109,7 @@ def fit(
     tables: Sequence[ScoreTable],
     targets: NDArray[Any],
     patients: ArrayLike,
-    folds: NDArray[np.int64],
+    folds: NDArray[np.integer[Any]],
     how: Average = "prob",
     *,
     num_resamples: int = 1000,

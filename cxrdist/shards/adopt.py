@@ -486,7 +486,8 @@ def _write_index(adoption: Adoption, split: str) -> AdoptedMeta:
         why = f"the first is {left_out[0].image_name}: {left_out[0].reason}"
         raise UserError(f"{split}: none of {len(left_out):,} images can be used; {why}")
     values = None if targets[0] is None else np.array(targets, np.float32)
-    content = index.arrow_bytes(index.index_rows(columns, adoption.task.labels, values))
+    of = index.set_hash(split, adoption.inputs(split))
+    content = index.arrow_bytes(index.index_rows(columns, adoption.task.labels, values), of)
     meta = _meta(adoption, split, content, tuple(tars), tuple(left_out), len(targets))
     (adoption.work / f"{meta.index.name}.written").touch()
     files.write_atomically(adoption.out / meta.index.name, content)

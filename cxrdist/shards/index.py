@@ -1,19 +1,25 @@
 """The index of a shard set: what every image is called, where its bytes lie and what is known about it.
 
 Tars say nothing about how many samples they should hold, so everything that reads a shard set starts here. The index is
-an Arrow file that stays on the disk and is mapped into memory: opening makes no Python object per image.
+an Arrow file that stays on the disk and is mapped into memory: opening makes no Python object per image, and reads no
+text. One process of a node checks it for the others.
 """
 
+import bisect
+import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
+import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,13 +31,22 @@ from numpy.typing import NDArray
 from cxrdist import files
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
+from cxrdist.shards.columns import (
+    AGAIN,
+    MASKED,
+    TEXT,
+    Targets,
+    Texts,
+    check_column,
+    pieces,
+    seal_of,
+    sealed,
+)
 from cxrdist.shards.convert import Pixels, as_mode
 from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
 ADOPTED_VERSION = 3  # of tars that others wrote
-MASKED = 255  # in a uint8 label column; NaN in a float32 one
-TEXT = pa.large_string()
 COLUMNS = {
     "key": pa.int64(),
     "image_name": TEXT,
@@ -51,45 +66,10 @@ COLUMNS = {
     "orientation": pa.uint8(),
 }
 ABOUT = tuple(name for name, kind in COLUMNS.items() if kind == TEXT)
+USED = ("key", "shard", "offset", "length", "xxh3_64", "channels")  # by training and inference, beside the labels
 LABEL = "label:"  # before a label's name: the column of its cells
 SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-AGAIN = "copy the shard set again, or run cxrdist.preprocess again"
 MAKE_AGAIN = "copy the shard again, or delete it and run cxrdist.preprocess again"  # for one that has its old size
-
-
-class Texts:
-    """A column of text, an entry per image, held as Arrow: no Python object per row until one is asked for."""
-
-    def __init__(self, texts: Iterable[str] | pa.Array) -> None:
-        self.array = texts if isinstance(texts, pa.Array) else pa.array(list(texts), TEXT)
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    @overload
-    def __getitem__(self, rows: int | np.integer[Any]) -> str: ...
-    @overload
-    def __getitem__(self, rows: slice | NDArray[Any]) -> Self: ...
-    def __getitem__(self, rows: int | np.integer[Any] | slice | NDArray[Any]) -> str | Self:
-        """The text of one row, or the texts of a slice, of row positions, or where a mask is true."""
-        if isinstance(rows, np.ndarray):
-            return type(self)(self.array.filter(rows) if rows.dtype == bool else self.array.take(rows))
-        return type(self)(self.array[rows]) if isinstance(rows, slice) else str(self.array[int(rows)].as_py())
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), 2**16):
-            yield from self.array[start : start + 2**16].to_pylist()
-
-    def to_list(self) -> list[str]:
-        return list(self.array.to_pylist())
-
-    def codes(self) -> tuple[NDArray[np.int64], "Texts"]:
-        """(N,) int64, equal for equal texts, and the distinct texts, sorted, which these numbers count from 0."""
-        encoded = pc.dictionary_encode(self.array)
-        order = pc.sort_indices(encoded.dictionary).to_numpy()
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        return rank[encoded.indices.to_numpy()], Texts(encoded.dictionary.take(order))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +226,8 @@ class ShardIndex:
     digests: (N, 32) uint8, SHA-256 of the JPEG; checksums: (N,) uint64, its XXH3, or None in a set of version 1.
     channels: (N,) uint8, 1 or 3. widths, heights: (N,) int32 px of the source file; orientations: (N,) uint8, its EXIF
     orientation; 0 where unknown, as in sets of version 1.
-    targets: (N, K) float32 in [0, 1] in the order of the task's labels, NaN where masked, or None for a split without
-    labels.
+    targets: (N, K) in the order of the task's labels, or None for a split without labels.
+    The arrays are views of the mapped file. What of it has been used is in the page cache, once for all processes.
     """
 
     folder: Path
@@ -271,7 +251,7 @@ class ShardIndex:
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     orientations: NDArray[np.uint8]
-    targets: NDArray[np.float32] | None
+    targets: Targets | None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -284,26 +264,45 @@ class ShardIndex:
         """The file of a shard."""
         return self.meta.tar_folder(self.folder) / self.shards[number]
 
-    @property
+    def shard_of(self, row: int) -> int:
+        """The number of a row's shard, by the shards' counts: `shard_ids` would be read for it."""
+        return bisect.bisect_right(self._ends, row)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(shard.count for shard in self.meta.shards))
+
+    @cached_property
     def num_channels(self) -> int:
         """Channels of a batch: 1 when every image of the split has one, else 3."""
-        return 1 if bool((self.channels == 1).all()) else 3
+        return 1 if all(bool((self.channels[piece] == 1).all()) for piece in pieces(len(self))) else 3
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the index file, which holds every image's hash: identifies the shard set."""
         return self.meta.index.sha256
 
+    @property
+    def masked(self) -> bool:
+        """Whether any label cell is."""
+        return self.targets is not None and self.targets.masked
+
     @cached_property
-    def observed(self) -> NDArray[np.int64] | None:
-        """(N,) int64, the label cells of each image that are not masked; None where none is."""
-        if self.targets is None or not np.isnan(self.targets.sum()):
-            return None
-        return np.asarray(np.count_nonzero(~np.isnan(self.targets), axis=1), np.int64)
+    def unique_names(self) -> Texts:
+        """`image_names`; UserError where one is there twice."""
+        self.check_names()
+        return self.image_names
+
+    def check_names(self) -> None:
+        """UserError where an image name is there twice."""
+        row = self.image_names.first_repeated()
+        if row is not None:
+            problem = f"row {row:,} ({self.image_names[row]!r}): its image name is there twice"
+            raise UserError(f"{self.folder / self.meta.index.name}, {problem}; {AGAIN}")
 
     def about(self) -> pd.DataFrame:
         """What is known of each image, as a label table says it: text, '' where unknown."""
-        columns = self.image_names, self.patients, self.studies, self.views, self.sexes, self.ages
+        columns = self.unique_names, self.patients, self.studies, self.views, self.sexes, self.ages
         return pd.DataFrame({name: c.to_list() for name, c in zip(ABOUT, columns, strict=True)}, dtype=object)
 
     @cached_property
@@ -324,7 +323,7 @@ class ShardIndex:
     def rows_of(self, names: Iterable[str] | Texts) -> NDArray[np.int64]:
         """The row of each image name, (n,) int64; -1 where the split has no such image."""
         wanted = names if isinstance(names, Texts) else Texts(names)
-        found = pc.index_in(wanted.array, value_set=self.image_names.array)
+        found = pc.index_in(wanted.array, value_set=self.unique_names.array)
         return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
 
 
@@ -407,25 +406,39 @@ def _from_version_1(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"task": dataclasses.asdict(task), "fit": "squash"}
 
 
-def open_index(folder: Path, split: str, task: Task | None = None) -> ShardIndex:
-    """Open one split after checking that its tars are the ones the index was written for, by name and size.
+def open_index(folder: Path, split: str, task: Task | None = None, *, checked: bool = False) -> ShardIndex:
+    """Open one split after checking that its tars are the ones the index was written for, by name and size, and that
+    the columns which training uses are as they were written. Text is checked when it is first used. An index without
+    hashes of its columns, from before there were any, is read and checked as a whole.
 
+    checked: another process of this machine has just opened the split so; nothing of this is done again.
     No image is read. Raises UserError, naming the file, what was expected and the remedy, when anything is missing,
     extra, damaged, unfinished or of another task.
     """
     meta = read_meta(folder, split, task)
-    _check_tars(folder, meta)
+    if not checked:
+        _check_tars(folder, meta)
     path = folder / meta.index.name
     if meta.counts.images == 0:
         raise UserError(f"{folder}: split {split!r} holds no image; see left_out in {split}.json")
-    batch = read_rows(folder, meta)
-    columns: dict[str, Any] = dict(zip(batch.schema.names, batch.columns, strict=True))
-    digests = np.frombuffer(columns.pop("sha256").buffers()[1], np.uint8)[: 32 * len(batch)].reshape(-1, 32)
-    columns = {name: Texts(column) if name in ABOUT else column.to_numpy() for name, column in columns.items()}
-    _check_rows(path, meta, columns)
-    targets = _targets(path, meta.task, columns)
-    columns |= {"sha256": digests, "xxh3_64": columns["xxh3_64"] if meta.format_version > 1 else None}
-    fields = [*(columns[name] for name in COLUMNS), targets]
+    batch, hashes = (read_rows(folder, meta), {}) if meta.format_version == 1 else map_rows(folder, meta)
+    if not checked:
+        if not hashes and meta.format_version > 1:
+            read_rows(folder, meta)
+        # By a map of its own, which ends here: what is only checked does not stay in this process.
+        _check_columns(path, meta, batch if meta.format_version == 1 else map_rows(folder, meta)[0], hashes)
+
+    def column(name: str) -> Any:
+        array = batch.column(name)
+        if name in ABOUT:
+            return _texts(path, name, array, hashes)
+        if name == "sha256":
+            return np.frombuffer(array.buffers()[1], np.uint8)[: 32 * len(batch)].reshape(-1, 32)
+        return None if name == "xxh3_64" and meta.format_version == 1 else array.to_numpy()
+
+    labels = [LABEL + label for label in meta.task.labels]
+    targets = Targets([batch.column(name).to_numpy() for name in labels]) if labels[0] in batch.schema.names else None
+    fields = [*map(column, COLUMNS), targets]
     return ShardIndex(folder, meta, meta.task, split, tuple(shard.name for shard in meta.shards), *fields)
 
 
@@ -466,40 +479,93 @@ def index_rows(
     return pa.record_batch([pa.array(content[field.name], field.type) for field in fields], pa.schema(fields))
 
 
-def arrow_bytes(batch: pa.RecordBatch) -> bytes:
+def set_hash(split: str, inputs: Mapping[str, str]) -> str:
+    """What ties an index to the JSON beside it: SHA-256 (hex) of all that the shards were made from."""
+    return hashlib.sha256(json.dumps([split, dict(inputs)]).encode()).hexdigest()
+
+
+def arrow_bytes(batch: pa.RecordBatch, of: str = "") -> bytes:
+    """The index file, with the hashes of its columns. of: the `set_hash` of its set (default: what the batch says);
+    where neither is known the file gets no hashes.
+    """
+    of = of or seal_of(batch)[0]
+    batch = sealed(batch, of) if of else batch
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return bytes(sink.getvalue())
 
 
+def map_rows(folder: Path, meta: SplitMeta) -> tuple[pa.RecordBatch, Mapping[str, str]]:
+    """The index as Arrow, mapped from the disk, of which little more than its end has been read, and the hashes of its
+    columns by name; none where the file does not hold them.
+
+    Raises UserError when the file is missing, cannot be an index, is of another set, or its columns or number of rows
+    are not what they should be.
+    """
+    path = folder / meta.index.name
+    _open(path).close()
+    with _readable(path):
+        content = pa.memory_map(str(path)).read_buffer()
+        batch = pa.ipc.open_file(content).get_batch(0)
+        for column in batch.columns:
+            if column.type != TEXT:  # which would be read for it
+                column.validate()
+        _check_kinds(path, meta, batch)
+    of, hashes = seal_of(batch)
+    if of and of != set_hash(meta.split, meta.inputs):
+        raise UserError(f"{path} is not of the set in {meta.split}.json, which was made from other inputs; {AGAIN}")
+    return batch, hashes if hashes.keys() == set(batch.schema.names) else {}
+
+
 def read_rows(folder: Path, meta: SplitMeta) -> pa.RecordBatch:
     """The index as Arrow, mapped from the disk (version 1: read from CSV), after comparing its hash with the JSON's.
 
-    Raises UserError when the file is missing or damaged, or its columns or number of rows are not what they should be.
+    Raises UserError as `map_rows`, and when any byte of the file is damaged.
     """
     path = folder / meta.index.name
-    try:
-        with files.open_to_read(path) as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == meta.index.sha256
-    except UserError as error:
-        raise UserError(f"{error}; {AGAIN}") from None
+    with _open(path) as file:
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == meta.index.sha256
     if not intact:
         raise UserError(f"{path} is damaged: its SHA-256 is not the one in {meta.split}.json; {AGAIN}")
-    try:
-        content = pa.memory_map(str(path)).read_buffer()
-        batch = _read_csv(content, meta) if meta.format_version == 1 else pa.ipc.open_file(content).get_batch(0)
+    with _readable(path):
+        if meta.format_version == 1:
+            batch = _read_csv(pa.memory_map(str(path)).read_buffer(), meta)
+            _check_kinds(path, meta, batch)
+        else:
+            batch = map_rows(folder, meta)[0]
         batch.validate(full=True)
-        found = [(field.name, field.type) for field in batch.schema]  # a name may be no UTF-8: a ValueError
+    return batch
+
+
+def _open(path: Path) -> io.BufferedReader:
+    try:
+        return files.open_to_read(path)
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """UserError where Arrow cannot read what is in the file."""
+    try:
+        yield
+    except UserError:
+        raise
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as an index ({str(error).splitlines()[0]}); {AGAIN}") from None
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged: not readable as an index ({first}); {AGAIN}") from None
+
+
+def _check_kinds(path: Path, meta: SplitMeta, batch: pa.RecordBatch) -> None:
+    """UserError unless the columns and the number of rows are those of the format, the task and the JSON."""
+    found = [(field.name, field.type) for field in batch.schema]  # a name may be no UTF-8: a ValueError
     labels = [LABEL + label for label in meta.task.labels]
     known = [COLUMNS, *(COLUMNS | dict.fromkeys(labels, kind) for kind in (pa.uint8(), pa.float32()))]
     if found not in [list(kinds.items()) for kinds in known] or any(column.null_count for column in batch.columns):
         raise UserError(f"{path}: its columns are not those of the format and task; {AGAIN}")
     if len(batch) != meta.counts.images:
         raise UserError(f"{path}: {len(batch):,} rows, but {meta.counts.images:,} in {meta.split}.json; {AGAIN}")
-    return batch
 
 
 def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
@@ -521,38 +587,47 @@ def _read_csv(content: pa.Buffer, meta: SplitMeta) -> pa.RecordBatch:
     return index_rows(columns, labels, np.stack(targets, axis=1) if labels else None)
 
 
-def _check_rows(path: Path, meta: SplitMeta, columns: Mapping[str, Any]) -> None:
-    """UserError for the first row whose numbers or name cannot be right."""
-    names, *numbers = (columns[name] for name in ("image_name", "key", "shard", "offset", "length"))
-    keys, shard, offset, length = numbers
-    known = (shard >= 0) & (shard < len(meta.shards))
-    size = np.array([file.bytes for file in meta.shards], np.int64)[np.where(known, shard, 0)]
-    first = pc.dictionary_encode(names.array).indices.to_numpy()  # a text gets the next number where it is first met
-    problems = {
-        "its key is not larger than the one before": np.diff(keys, prepend=-1) <= 0,
-        "its shard is not one of the split": ~known,
-        "its shard comes after a later one": np.diff(shard, prepend=0) < 0,
-        "its image lies outside its tar": (offset <= 0) | (length <= 0) | (offset > size) | (length > size - offset),
-        "its channels are not 1 or 3": ~np.isin(columns["channels"], (1, 3)),
-        "its image name is there twice": first != np.arange(len(keys)),
-    }
-    for problem, bad in problems.items():
-        if bad.any():
-            row = int(bad.argmax())
-            raise UserError(f"{path}, row {row:,} ({names[row]!r}): {problem}; {AGAIN}")
+def _texts(path: Path, name: str, column: pa.Array, hashes: Mapping[str, str]) -> Texts:
+    return Texts(column, functools.partial(check_column, path, name, hashes[name]) if hashes else None)
 
 
-def _targets(path: Path, task: Task, columns: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    if LABEL + task.labels[0] not in columns:
-        return None
-    targets = np.empty((len(columns["key"]), task.num_labels), np.float32)
-    for place, label in enumerate(task.labels):
-        cells, values = columns[LABEL + label], targets[:, place]
-        values[:] = cells
-        if cells.dtype == np.uint8:
-            values[cells == MASKED] = np.nan
-        bad = (values < 0) | (values > 1)
-        if bad.any():
-            row = int(bad.argmax())
-            raise UserError(f"{path}, row {row:,}, label {label!r}: {cells[row]} is not a label; {AGAIN}")
-    return targets
+def _check_columns(path: Path, meta: SplitMeta, batch: pa.RecordBatch, hashes: Mapping[str, str]) -> None:
+    """UserError for the first column that training uses and that is damaged, or has a row that cannot be right."""
+    labels = [name for name in batch.schema.names if name not in COLUMNS]
+    for name in (*USED, *labels) if hashes else ():
+        check_column(path, name, hashes[name], batch.column(name))
+    counts = np.array([shard.count for shard in meta.shards], np.int64)
+    size = np.array([shard.bytes for shard in meta.shards], np.int64)
+    last_key, last_shard, found = -1, 0, np.zeros(len(counts), np.int64)
+    for piece in pieces(len(batch)):
+        key, shard, offset, length, _, channels = (batch.column(name)[piece].to_numpy() for name in USED)
+        known = (shard >= 0) & (shard < len(counts))
+        end = size[np.where(known, shard, 0)]
+        problems = {
+            "its key is not larger than the one before": np.diff(key, prepend=last_key) <= 0,
+            "its shard is not one of the split": ~known,
+            "its shard comes after a later one": np.diff(shard, prepend=np.int32(last_shard)) < 0,
+            "its image lies outside its tar": (offset <= 0) | (length <= 0) | (offset > end) | (length > end - offset),
+            "its channels are not 1 or 3": (channels != 1) & (channels != 3),
+        }
+        for problem, bad in problems.items():
+            if bad.any():
+                row = piece.start + int(bad.argmax())
+                name = _texts(path, "image_name", batch.column("image_name"), hashes)[row]
+                raise UserError(f"{path}, row {row:,} ({name!r}): {problem}; {AGAIN}")
+        found += np.bincount(shard, minlength=len(counts))
+        last_key, last_shard = key[-1], shard[-1]
+        for column in labels:
+            cells = batch.column(column)[piece].to_numpy()
+            bad = (cells < 0) | (cells > 1)
+            if cells.dtype == np.uint8:
+                bad &= cells != MASKED
+            if bad.any():
+                row = int(bad.argmax())
+                told = f"label {column.removeprefix(LABEL)!r}: {cells[row]} is not a label"
+                raise UserError(f"{path}, row {piece.start + row:,}, {told}; {AGAIN}")
+    if len(wrong := np.flatnonzero(found != counts)):
+        what = (
+            f"{meta.shards[wrong[0]].name} has {found[wrong[0]]:,} rows, but {counts[wrong[0]]:,} in {meta.split}.json"
+        )
+        raise UserError(f"{path}: {what}; {AGAIN}")

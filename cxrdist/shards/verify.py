@@ -5,14 +5,18 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from cxrdist.errors import UserError
-from cxrdist.shards.index import COLUMNS, LABEL, MASKED, AdoptedMeta, ShardIndex, open_index, read_rows
+from cxrdist.shards.columns import MASKED
+from cxrdist.shards.index import COLUMNS, LABEL, AdoptedMeta, ShardIndex, open_index, read_rows
 from cxrdist.shards.tars import list_tar
 from cxrdist.task import Task
+
+if TYPE_CHECKING:
+    from cxrdist.distributed.ranks import Ranks  # imports torch
 
 ROWS_AT_ONCE = 4096  # of a printed table, whose size then does not matter
 
@@ -26,12 +30,29 @@ def verify(
 ) -> ShardIndex:
     """The index of one split, checked; UserError names the first shard, and the key, that is not what it says.
 
-    Without `hashes`: index, tar names and sizes, and every tar header (no image is read). With: also the SHA-256 of
-    every image and tar. `progress` may wrap the range of shards in a progress bar.
+    Without `hashes`: every byte of the index, tar names and sizes, and every tar header (no image is read). With: also
+    the SHA-256 of every image and tar. `progress` may wrap the range of shards in a progress bar.
     """
     index = open_index(folder, split, task)
+    read_rows(folder, index.meta)
+    index.check_names()
     for number in progress(range(len(index.shards))):
         _check_readable_shard(index, number, hashes)
+    return index
+
+
+def open_together(ranks: "Ranks", folder: Path, split: str, task: Task | None = None) -> ShardIndex:
+    """`open_index` on every rank, where one process of each node reads and checks for the others, then `check_headers`.
+    Collective: a UserError on one rank ends all.
+    """
+    index = None
+    for checks in (True, False):
+        with ranks.agree(f"opening {folder}"):
+            if (ranks.local_rank == 0) == checks:
+                index = open_index(folder, split, task, checked=not checks)
+    assert index is not None
+    with ranks.agree(f"checking {folder}"):
+        check_headers(index, ranks.rank, ranks.world_size)
     return index
 
 

@@ -406,10 +406,13 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
     if any(source.targets is not None for source in job.sources):
         values = [source.targets for _, source, _ in rows]
         targets = np.array(values, np.float32).reshape(len(rows), job.task.num_labels)
-    content = index.arrow_bytes(index.index_rows(columns, job.task.labels, targets))
-    name = f"{job.split}.index.arrow"
     left_out = tuple(entry for record in records.values() for entry in record.left_out)
-    shards = [(job.tar(number).name, records[number]) for number in numbers]
+    of_tars = [(job.tar(number).name, records[number]) for number in numbers]
+    shards = tuple(index.ShardMeta(name=n, bytes=r.size, sha256=r.sha256, count=len(r.images)) for n, r in of_tars)
+    inputs = {str(number): record.inputs for number, record in records.items()}
+    of = index.set_hash(job.split, inputs)
+    content = index.arrow_bytes(index.index_rows(columns, job.task.labels, targets), of)
+    name = f"{job.split}.index.arrow"
     meta = index.SplitMeta(
         task=job.task,
         split=job.split,
@@ -419,10 +422,10 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
         resize=index.Resize(mode=job.pixels.mode, filter="Pillow bilinear", jpeg_quality=JPEG_QUALITY),
         source=job.provenance,
         rows_per_shard=job.rows_per_shard,
-        shards=tuple(index.ShardMeta(name=n, bytes=r.size, sha256=r.sha256, count=len(r.images)) for n, r in shards),
+        shards=shards,
         index=index.FileMeta(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),
         left_out=left_out,
-        inputs={str(number): record.inputs for number, record in records.items()},
+        inputs=inputs,
     )
     for path, text in ((job.out / name, content), (job.json_path, meta.to_json())):
         unfinished = job.work / f"{path.name}.new"  # what a killed process leaves is in the work folder

@@ -4,7 +4,8 @@ Their numbers are fields of the recipe. Source of focal + BCE: the published run
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -147,15 +148,40 @@ LOSSES: dict[str, Callable[[Recipe, Tensor, bool], Criterion]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class LabelSums:
+    """Of the images that are trained on: their number, and of each label (K,) float32 the sum of its observed cells and
+    int64 their number.
+    """
+
+    num: int
+    positives: NDArray[np.float32]
+    observed: NDArray[np.int64]
+
+
+def label_sums(parts: Iterable[NDArray[np.float32]]) -> LabelSums:
+    """The sums of targets (n, K), nan where masked, that come in parts; to the bit those of all in one array."""
+    num, observed, positives = 0, np.zeros(1, np.int64), np.empty(0, np.float32)
+    alone = []  # a single label's, which numpy adds in another order
+    for targets in parts:
+        if targets.shape[1] == 1:
+            alone.append(targets)
+        else:
+            before = positives[None] if num else targets[:0]
+            positives = np.nansum(np.concatenate([before, targets]), axis=0)
+        num, observed = num + len(targets), observed + np.count_nonzero(~np.isnan(targets), axis=0)
+    return LabelSums(num, np.nansum(np.concatenate(alone), axis=0) if alone else positives, observed)
+
+
 def make_criterion(
     recipe: Recipe,
-    targets: NDArray[np.float32],
+    sums: LabelSums,
     device: torch.device,
     *,
     masked: bool | None = None,
     smooth: bool = False,
 ) -> Criterion:
-    """The recipe's loss with class weights from the targets (N, K) of all images that are trained on, nan where masked.
+    """The recipe's loss with class weights from what is trained on.
 
     masked: whether other targets, as those of validation, have masked cells; None: if these have.
     smooth: as the recipe's `label_smoothing` says: for training.
@@ -163,10 +189,9 @@ def make_criterion(
     """
     if recipe.loss not in LOSSES:
         raise UserError(f"loss={recipe.loss!r} is unknown; one of {', '.join(LOSSES)}")
-    observed = torch.from_numpy((~np.isnan(targets)).sum(axis=0))
-    positives = torch.from_numpy(np.nansum(targets, axis=0))
+    positives, observed = torch.from_numpy(sums.positives), torch.from_numpy(sums.observed)
     pos_weight = effective_pos_weight(positives, observed, recipe.pos_weight_beta, recipe.pos_weight_cap)
-    some_masked = bool((observed < len(targets)).any())
+    some_masked = bool((observed < sums.num).any())
     criterion = LOSSES[recipe.loss](recipe, pos_weight.to(device), some_masked if masked is None else masked)
     return smoothed(criterion, recipe.label_smoothing) if smooth and recipe.label_smoothing else criterion
 

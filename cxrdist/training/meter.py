@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.data.loader import Batch, Loader
-from cxrdist.data.order import Rows
+from cxrdist.data.rows import Rows
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import listed

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.loader import Loader
-from cxrdist.data.order import Rows
+from cxrdist.data.rows import Rows
 from cxrdist.documents import read_json_lines
 from cxrdist.errors import UserError, redacted
 from cxrdist.files import open_to_append, reason, require_same, write_atomically

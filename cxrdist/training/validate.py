@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cxrdist.data.loader import Loader
-from cxrdist.data.order import Rows, eval_batches
+from cxrdist.data.order import eval_batches
+from cxrdist.data.rows import Rows
 from cxrdist.distributed.precision import autocast
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.scoring import metrics
@@ -54,7 +55,7 @@ class Validation:
 def validate(
     model: nn.Module,
     loader: Loader,
-    rows: Rows,
+    rows: range | NDArray[np.int32],
     prepare: Prepare,
     criterion: Criterion,
     ranks: Ranks,

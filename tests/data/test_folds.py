@@ -4,9 +4,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from cxrdist.data.folds import assign_folds, read_split, rows_of_fold, write_split
+from cxrdist.data.folds import assign_folds, inside_fold, read_split, write_split
 from cxrdist.errors import UserError
-from cxrdist.shards.index import Texts
+from cxrdist.shards.columns import Texts
 from cxrdist.task import TASKS, Columns, Task
 
 pytestmark = pytest.mark.fast
@@ -60,10 +60,9 @@ def test_split_file_returns_what_was_written_and_selects_rows(division, tmp_path
     folds = assign_folds(Texts(patients), targets, num_folds=5, seed=1)
     write_split(tmp_path / "split.csv", Texts(patients), folds)
     fold_of = read_split(tmp_path / "split.csv", TASKS["b"])
-    train, validation = rows_of_fold(Texts(patients), fold_of, validate_fold=2)
-    assert np.array_equal(validation, np.flatnonzero(folds == 2))
-    assert np.array_equal(np.sort(np.concatenate([train, validation])), np.arange(len(patients)))
-    assert not set(patients[train]) & set(patients[validation])
+    inside = inside_fold(Texts(patients), fold_of, validate_fold=2)
+    assert np.array_equal(inside, folds == 2)
+    assert not set(patients[~inside]) & set(patients[inside])
     assert list(tmp_path.iterdir()) == [tmp_path / "split.csv"]
     lines = (tmp_path / "split.csv").read_text().splitlines()
     assert lines[:2] == ["patient,fold", f"00000000,{folds[0]}"]
@@ -104,9 +103,9 @@ def test_a_split_of_text_patients_comes_back_exactly(columns, tmp_path):
 def test_patients_outside_the_split_and_empty_sides_are_named(division, tmp_path):
     patients, _ = division
     with pytest.raises(UserError, match=r"600 patients are not in the split, e\.g\. 00000000"):
-        rows_of_fold(Texts(patients), {}, 0)
+        inside_fold(Texts(patients), {}, 0)
     with pytest.raises(UserError, match="0 to validate on"):
-        rows_of_fold(Texts(patients), dict.fromkeys(patients, 0), 3)
+        inside_fold(Texts(patients), dict.fromkeys(patients, 0), 3)
 
 
 def test_impossible_numbers_of_folds_are_named(division):

@@ -5,7 +5,7 @@ import pytest
 
 from cxrdist.data.folds import read_split, write_split
 from cxrdist.errors import UserError
-from cxrdist.shards.index import Texts
+from cxrdist.shards.columns import Texts
 from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fault

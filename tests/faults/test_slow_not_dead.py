@@ -89,7 +89,7 @@ def last_lines(output: str) -> list[str]:
     ("module", "name"),
     [
         ("training.learner", "Learner.tensors"),  # while a checkpoint is gathered
-        ("train", "describe_data"),  # start-up
+        ("train", "open_together"),  # start-up
         ("distributed.ranks", "Ranks.prepare"),  # between the group's set-up and DDP
     ],
 )
@@ -115,7 +115,7 @@ def test_a_rank_of_inference_that_hangs_before_it_joins_a_result_is_named(world,
 @pytest.mark.parametrize(
     ("place", "kind", "said"),
     [
-        ({"rank": 1, "module": "train", "name": "open_index"}, "MemoryError", "out of memory.*rank 1"),
+        ({"rank": 1, "module": "shards.verify", "name": "open_index"}, "MemoryError", "out of memory.*rank 1"),
         ({"rank": 1, "module": "train", "name": "Control.after_step"}, "DistNetworkError", "another process.*--resume"),
         ({"rank": 0, "module": "runs.checkpoint", "name": "write_checkpoint"}, "EMFILE", "too many open files"),
         ({"rank": 1, "module": "train", "name": "Control.after_step"}, "ValueError", "this is a bug of cxrdist"),
@@ -129,7 +129,7 @@ def test_what_one_of_two_ranks_meets_is_named_and_ends_both(uneven_shards, tmp_p
 
 
 PLACES = [
-    ("train", "open_index"),
+    ("shards.verify", "open_index"),
     ("train", "make_criterion"),
     ("train", "Loader"),
     ("training.meter", "Meter.log"),

@@ -197,7 +197,7 @@ def test_resuming_with_something_else_names_it(uneven_shards, begun, flags, mess
 
 
 def test_resuming_on_swapped_labels_names_the_labels(uneven_shards, begun, tmp_path):
-    targets = open_index(uneven_shards, "train").targets[:, [1, 0, *range(2, 14)]]
+    targets = open_index(uneven_shards, "train").targets[:][:, [1, 0, *range(2, 14)]]
     shards = make_shards(tmp_path / "other", targets)
     with pytest.raises(UserError, match=r"another shard set .*Atelectasis \d+ -> \d+, Cardiomegaly \d+ -> \d+"):
         in_process(shards, begun, *VALIDATE, *ONE, "--resume")

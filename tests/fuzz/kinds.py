@@ -358,7 +358,7 @@ def read_shards(folder: Path) -> object:
     index = verify(folder, "train")
     with Loader(index, num_threads=0) as loader:
         images = [batch.images.numpy() for batch in loader.batches([np.arange(len(index))])]
-    return digest(*images, index.about().to_numpy().tolist(), index.targets)
+    return digest(*images, index.about().to_numpy().tolist(), index.targets[:])
 
 
 def read_index(folder: Path) -> object:
@@ -367,10 +367,9 @@ def read_index(folder: Path) -> object:
     index = open_index(folder, "train", task_of(folder))
     names = index.image_names.to_list()
     assert index.rows_of(names).tolist() == list(range(len(index)))
-    columns = [
-        getattr(index, name) for name in ("keys", "shard_ids", "offsets", "lengths", "digests", "channels", "targets")
-    ]
-    about = [index.left_out, index.num_channels, index.size_px, index.observed, index.patients.codes()[0].tolist()]
+    columns = [getattr(index, name) for name in ("keys", "shard_ids", "offsets", "lengths", "channels")]
+    columns += [] if index.targets is None else [index.targets[:]]  # the SHA-256s are checked by verify, before use
+    about = [index.left_out, index.num_channels, index.size_px, index.masked, index.patients.codes()[0].tolist()]
     return digest(*columns, index.about().to_numpy().tolist(), *about)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from cxrdist.data.inspection import Example, Finding, Splits, findings, label_counts, look
 from cxrdist.report import dataset
-from cxrdist.shards.index import LeftOut, ShardIndex, Texts, open_index
+from cxrdist.shards.columns import Targets, Texts
+from cxrdist.shards.index import LeftOut, ShardIndex, open_index
 from cxrdist.task import Task
 
 pytestmark = pytest.mark.fast
@@ -25,7 +26,7 @@ def changed(index: ShardIndex, labels: tuple[str, ...], **more: Any) -> ShardInd
     targets[0] = np.nan
     targets[1] = 0.6
     meta = dataclasses.replace(index.meta, task=task)
-    return dataclasses.replace(index, **{"task": task, "meta": meta, "targets": targets} | more)
+    return dataclasses.replace(index, **{"task": task, "meta": meta, "targets": Targets(targets.T)} | more)
 
 
 def page(path: Path, *indexes: ShardIndex, found: tuple[Finding, ...] = ()) -> str:
@@ -82,7 +83,7 @@ def test_every_name_is_text(uneven_shards: Path, tmp_path: Path) -> None:
 
 def test_observed_masked_soft_and_prevalence_are_counted_in_observed_cells() -> None:
     targets = np.array([[1, 0, np.nan], [0.5, np.nan, np.nan], [0.25, 0, np.nan], [np.nan, 1, np.nan]], np.float32)
-    counts = label_counts(targets)
+    counts = label_counts(Targets(targets.T))
     assert counts.observed.tolist() == [3, 3, 0]
     assert counts.positive.tolist() == [2, 1, 0]
     assert counts.soft.tolist() == [2, 0, 0]

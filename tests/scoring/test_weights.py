@@ -10,7 +10,7 @@ from cxrdist.errors import UserError
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, TableMeta, average_tables, sigmoid
 from cxrdist.scoring.weights import Fit, equal, fit, search
-from cxrdist.shards.index import Texts
+from cxrdist.shards.columns import Texts
 from cxrdist.task import Task
 
 pytestmark = pytest.mark.fast

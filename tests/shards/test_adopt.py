@@ -163,8 +163,8 @@ def test_labels_come_from_a_csv_whose_names_come_back_exactly(
     index = open_index(tmp_path / "out", "train")
     assert index.image_names.to_list() == ["root/a b.jpg", "Röntgen ß.png", "NA", "007", "sub/a b.jpg"]
     assert index.targets is not None
-    assert index.targets[:, 0].tolist() == [1, 0, 1, 0, 0]
-    assert np.isnan(index.targets[:, 1]).all()
+    assert index.targets.label(0).tolist() == [1, 0, 1, 0, 0]
+    assert np.isnan(index.targets.label(1)).all()
     assert index.left_out == {"gone.jpg": "not in the image folder"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.index.arrow", "train.json"]
     assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
@@ -191,14 +191,14 @@ def test_labels_come_from_cls_members_by_place_name_or_value(tmp_path: Path) -> 
     run(tmp_path / "tars", "--out", tmp_path / "two")
     targets = open_index(tmp_path / "two", "train").targets
     assert targets is not None
-    assert targets.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
+    assert targets[:].tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
     with pytest.raises(UserError, match=r"sample '2' says 'Mass'.*number from 0 to 2"):
         run(tmp_path / "tars", "--out", tmp_path / "three", labels="A,B,C")
     write_tar(tmp_path / "tars" / "a.tar", members[:4])
     run(tmp_path / "tars", "--out", tmp_path / "one", labels="TB")
     targets = open_index(tmp_path / "one", "train").targets
     assert targets is not None
-    assert targets.tolist() == [[0], [1]]
+    assert targets[:].tolist() == [[0], [1]]
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,14 +16,16 @@ import pytest
 import xxhash
 
 from cxrdist import preprocess, verify
+from cxrdist.data.loader import Loader
+from cxrdist.data.order import train_batches
 from cxrdist.data.reader import ShardReader
 from cxrdist.errors import UserError
+from cxrdist.shards.columns import Texts
 from cxrdist.shards.index import (
     COLUMNS,
     LABEL,
     ShardMeta,
     SplitMeta,
-    Texts,
     arrow_bytes,
     index_rows,
     open_index,
@@ -31,6 +33,8 @@ from cxrdist.shards.index import (
     read_rows,
     task_of,
 )
+from cxrdist.shards.verify import check_headers
+from cxrdist.shards.verify import verify as check_shards
 from cxrdist.task import TASKS
 
 pytestmark = pytest.mark.fast
@@ -112,11 +116,81 @@ def test_opening_maps_the_file_and_makes_no_object_per_row(tmp_path: Path) -> No
     tracemalloc.stop()
     assert index.targets is not None
     assert len(index) == num_rows
-    assert held - index.targets.nbytes < 200_000  # an object per row would be 2.5 MB or more
+    assert held < 200_000  # an object per row would be 2.5 MB or more
     assert pa.total_allocated_bytes() - allocated < 100_000
-    for column in (index.keys, index.offsets, index.digests, index.shard_ids):
+    for column in (index.keys, index.offsets, index.digests, index.shard_ids, *index.targets.columns):
         assert not column.flags.owndata
         assert not column.flags.writeable
+
+
+def place_in_file(path: Path, name: str) -> list[tuple[int, int]]:
+    """Where in the index file the buffers of a column lie: (first byte, bytes) each."""
+    content = pa.memory_map(str(path)).read_buffer()
+    column = pa.ipc.open_file(content).get_batch(0).column(name)
+    return [(buffer.address - content.address, buffer.size) for buffer in column.buffers()[1:] if buffer.size]
+
+
+def overwrite(path: Path, name: str) -> None:
+    with path.open("r+b") as file:
+        for start, size in place_in_file(path, name):
+            file.seek(start)
+            file.write(b"\xff" * size)
+
+
+def test_training_reads_no_text_and_whoever_does_is_told_that_it_is_damaged(shards: Path) -> None:
+    labels = [LABEL + label for label in TASKS["b"].labels]
+    used = ["key", "shard", "offset", "length", "xxh3_64", "channels", *labels]
+    for name in COLUMNS.keys() - set(used):
+        overwrite(shards / "train.index.arrow", name)
+    index = open_index(shards, "train")
+    check_headers(index, 0, 1)
+    plan = train_batches(range(48), seed=0, epoch=0, global_batch_size=16, device_batch_size=16, rank=0, world_size=1)
+    with Loader(index, num_threads=1) as loader:
+        keys = [batch.keys for batch in loader.batches(plan) if batch.targets is not None]
+    assert sorted(np.concatenate(keys).tolist()) == index.keys.tolist()
+    for use in (lambda: index.image_names[0], lambda: index.patients.codes(), index.about):
+        with pytest.raises(UserError, match=r"train\.index\.arrow is damaged: column '(image_name|patient)'"):
+            use()
+    with pytest.raises(UserError, match=r"train\.index\.arrow is damaged: its SHA-256"):
+        check_shards(shards, "train")
+
+
+@pytest.mark.parametrize("name", ["key", "shard", "offset", "length", "xxh3_64", "channels", f"{LABEL}Edema"])
+def test_one_bit_in_a_column_that_training_uses_is_named(shards: Path, name: str) -> None:
+    path = shards / "train.index.arrow"
+    ((start, size),) = place_in_file(path, name)
+    content = bytearray(path.read_bytes())
+    content[start + size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"train\.index\.arrow is damaged: column '{name}' does not have its hash"):
+        open_index(shards, "train")
+
+
+def test_an_index_that_another_process_checked_is_not_read_again(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_index(shards, "train")
+    for name in ("check_column", "_check_tars", "_check_columns", "read_rows"):
+        monkeypatch.setattr(f"cxrdist.shards.index.{name}", lambda *_: pytest.fail("checked again"))
+    index = open_index(shards, "train", checked=True)
+    assert np.array_equal(index.offsets, expected.offsets)
+    assert index.num_channels == expected.num_channels
+    assert np.array_equal(index.targets, expected.targets)
+
+
+def test_the_index_of_another_set_is_named_though_it_is_intact(shards: Path) -> None:
+    meta = read_meta(shards, "train")
+    rewrite(shards, read_rows(shards, meta), dataclasses.replace(meta, inputs={"0": "other"}))
+    with pytest.raises(UserError, match=r"train\.index\.arrow is not of the set in train\.json"):
+        open_index(shards, "train")
+
+
+def test_an_index_without_hashes_of_its_columns_is_checked_as_a_whole(shards: Path) -> None:
+    meta = read_meta(shards, "train")
+    expected = open_index(shards, "train").image_names.to_list()
+    rewrite(shards, read_rows(shards, meta).replace_schema_metadata(None))
+    assert open_index(shards, "train").image_names.to_list() == expected
+    overwrite(shards / "train.index.arrow", "view")
+    with pytest.raises(UserError, match=r"train\.index\.arrow is damaged: its SHA-256"):
+        open_index(shards, "train")
 
 
 def changed(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
@@ -150,7 +224,7 @@ def test_numbers_that_cannot_be_are_named_with_their_row(shards: Path, change: A
     change(columns)
     rewrite(shards, pa.record_batch(columns, schema=batch.schema))
     with pytest.raises(UserError, match=rf"train\.index\.arrow, {told}"):
-        open_index(shards, "train")
+        open_index(shards, "train").about()  # names are not looked at before
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])
@@ -190,8 +264,8 @@ def test_an_index_that_is_hostile_but_hashed_is_named(shards: Path) -> None:
         (shards / meta.index.name).write_bytes(damaged)
         entry = dataclasses.replace(meta.index, sha256=hashlib.sha256(damaged).hexdigest())
         (shards / "train.json").write_text(dataclasses.replace(meta, index=entry).to_json())
-        with pytest.raises(UserError, match=r"train\.index\.arrow: not readable as an index"):
-            open_index(shards, "train")
+        with pytest.raises(UserError, match=r"train\.index\.arrow is damaged: (not readable as an index|column 'im)"):
+            open_index(shards, "train").about()
 
 
 def test_texts_are_a_sequence_and_count_their_distinct_texts_in_order() -> None:
@@ -205,7 +279,10 @@ def test_texts_are_a_sequence_and_count_their_distinct_texts_in_order() -> None:
     names, expected = np.unique(np.array(texts.to_list()), return_inverse=True)
     assert distinct.to_list() == names.tolist()
     assert codes.tolist() == expected.tolist()
-    assert codes.dtype == np.int64
+    assert texts.has_distinct(5)
+    assert not texts.has_distinct(6)
+    assert texts.first_repeated() == 4
+    assert texts[:4].first_repeated() is None
 
 
 def test_texts_take_pandas_columns_of_either_kind() -> None:

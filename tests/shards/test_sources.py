@@ -54,8 +54,8 @@ def test_one_command_reads_own_data_and_finds_the_column_of_images(
     assert index.patients.to_list() == ["P-0", "P-0", "P-1", "P-1", "P-2", "P-2"]
     expected = [[0, 1], [1, 0], [1, NAN], [0, 1], [0.5, 1], [NAN, 0]]
     assert np.array_equal(index.targets, np.array(expected, np.float32), equal_nan=True)
-    assert index.observed is not None
-    assert index.observed.tolist() == [2, 2, 1, 2, 2, 1]
+    assert index.masked
+    assert index.targets.observed(np.arange(6)).tolist() == [2, 2, 1, 2, 2, 1]
     assert index.task.name == "csv"
     assert index.task.labels == ("Nodule", "TB")
     assert (index.widths.tolist(), index.heights.tolist()) == ([40] * 6, [30] * 6)

@@ -12,7 +12,16 @@ from cxrdist import recipes
 from cxrdist.demo.phantoms import render, sample_studies
 from cxrdist.errors import UserError
 from cxrdist.task import TASKS
-from cxrdist.training.losses import LOSSES, asl, bce, effective_pos_weight, focal_bce, make_criterion, part_names
+from cxrdist.training.losses import (
+    LOSSES,
+    asl,
+    bce,
+    effective_pos_weight,
+    focal_bce,
+    label_sums,
+    make_criterion,
+    part_names,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -83,13 +92,15 @@ def test_an_impossible_count_is_refused():
 
 def test_the_published_loss_names_its_parts_in_order_and_an_unknown_one_is_refused():
     targets = (np.random.default_rng(0).random((30, 5)) < 0.4).astype(np.float32)
-    criterion = make_criterion(RECIPE, targets, torch.device("cpu"))
+    criterion = make_criterion(RECIPE, label_sums([targets]), torch.device("cpu"))
     assert part_names(criterion, 5) == ("total", "focal", "bce")
     for name, function in zip(LOSSES, NUMBERS_OF, strict=True):
-        criterion = make_criterion(recipes.with_overrides(RECIPE, [f"loss={name}"]), targets, torch.device("cpu"))
+        criterion = make_criterion(
+            recipes.with_overrides(RECIPE, [f"loss={name}"]), label_sums([targets]), torch.device("cpu")
+        )
         assert part_names(criterion, 5) == ("total", *PARTS[function])
     with pytest.raises(UserError, match="loss='hinge' is unknown; one of focal_bce"):
-        make_criterion(recipes.with_overrides(RECIPE, ["loss=hinge"]), targets, torch.device("cpu"))
+        make_criterion(recipes.with_overrides(RECIPE, ["loss=hinge"]), label_sums([targets]), torch.device("cpu"))
 
 
 def masked_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,8 +153,11 @@ def test_class_weights_count_the_observed_cells_alone():
     targets = (np.random.default_rng(3).random((400, 2)) < 0.2).astype(np.float32)
     masked = targets.copy()
     masked[100:, 1] = np.nan
-    both = make_criterion(RECIPE, masked, torch.device("cpu")).keywords["pos_weight"]
-    ones = [make_criterion(RECIPE, rows[:, None], torch.device("cpu")) for rows in (targets[:, 0], targets[:100, 1])]
+    both = make_criterion(RECIPE, label_sums([masked]), torch.device("cpu")).keywords["pos_weight"]
+    ones = [
+        make_criterion(RECIPE, label_sums([rows[:, None]]), torch.device("cpu"))
+        for rows in (targets[:, 0], targets[:100, 1])
+    ]
     assert both.tolist() == [one.keywords["pos_weight"].item() for one in ones]
     assert [one.keywords["masked"] for one in ones] == [False, False]
 
@@ -162,7 +176,7 @@ def test_the_asymmetric_loss_and_its_gradient_are_timms_over_the_number_of_cells
     overrides = [f"asl_{name}={value}" for name, value in numbers.items()]
     recipe = weighted_recipe("loss=asl", "pos_weight_beta=0", *overrides)
     ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
-    loss = make_criterion(recipe, (targets > 0.2).float().numpy(), torch.device("cpu"))(ours, targets)
+    loss = make_criterion(recipe, label_sums([(targets > 0.2).float().numpy()]), torch.device("cpu"))(ours, targets)
     loss["total"].backward()
     expected = AsymmetricLossMultiLabel(**numbers)(theirs.reshape(1, -1), targets.reshape(1, -1)) / targets.numel()
     expected.backward()
@@ -211,14 +225,17 @@ def test_smoothed_targets_are_t_times_1_minus_s_plus_s_over_2_and_masked_cells_s
     logits, targets, _ = masked_case()
     recipe = weighted_recipe(f"loss={name}", "label_smoothing=0.2")
     train, valid = (
-        make_criterion(recipe, targets.numpy(), torch.device("cpu"), smooth=smooth) for smooth in (True, False)
+        make_criterion(recipe, label_sums([targets.numpy()]), torch.device("cpu"), smooth=smooth)
+        for smooth in (True, False)
     )
     by_hand = torch.where(torch.isnan(targets), torch.nan, 0.8 * targets + 0.1)
     assert by_hand[0].isnan().equal(targets[0].isnan())
     assert train(logits, targets) == valid(logits, by_hand)
     assert train(logits, targets)["total"] != valid(logits, targets)["total"]
     assert part_names(train, 5) == part_names(valid, 5)
-    alone = make_criterion(weighted_recipe(f"loss={name}"), targets.numpy(), torch.device("cpu"), smooth=True)
+    alone = make_criterion(
+        weighted_recipe(f"loss={name}"), label_sums([targets.numpy()]), torch.device("cpu"), smooth=True
+    )
     assert alone(logits, targets) == valid(logits, targets)
 
 
@@ -242,7 +259,7 @@ def test_each_loss_learns_the_phantoms(name, phantoms):
     model = torch.nn.Linear(images.shape[1], targets.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     criterion = make_criterion(
-        weighted_recipe(f"loss={name}", "label_smoothing=0.05"), targets.numpy(), torch.device("cpu")
+        weighted_recipe(f"loss={name}", "label_smoothing=0.05"), label_sums([targets.numpy()]), torch.device("cpu")
     )
     losses = []
     for _ in range(60):
