@@ -6,7 +6,7 @@ targets of 0 and 1 in exact integer arithmetic on float64, so the order of the r
 positives or negatives has no AUROC: it is nan and not in the macro (torchmetrics scores it 0 and drags the macro down).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -97,7 +97,7 @@ def bootstrap_auroc(
     All T tables are scored on the same resamples: differences are paired. A label is nan in a resample that left it
     without positives or negatives. Resampling images, which are alike within a patient, gives too narrow intervals.
     """
-    rankings = [_rankings(targets, table) for table in tables]
+    rankings = [list(_rankings(targets, table)) for table in tables]
     distinct, patient_ids = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
     values = np.full((len(tables), num_resamples, np.shape(targets)[1]), np.nan)
@@ -139,13 +139,13 @@ def _per_label(targets: ArrayLike, probs: ArrayLike, measure: Callable[[_Ranking
     return np.array(values, dtype=np.float64)
 
 
-def _rankings(targets: ArrayLike, probs: ArrayLike) -> list[_Ranking | None]:
-    """One per label; None for a label that cannot be ranked."""
-    target_table, prob_table = np.asarray(targets, dtype=np.float64), np.asarray(probs)
+def _rankings(targets: ArrayLike, probs: ArrayLike) -> Iterator[_Ranking | None]:
+    """One per label; None for a label that cannot be ranked. Made one after another: each takes 24 bytes an image."""
+    target_table, prob_table = np.asarray(targets), np.asarray(probs)
     if target_table.ndim != 2 or target_table.shape != prob_table.shape:
         raise ValueError(f"targets {target_table.shape} and probs {prob_table.shape} must be equal (images, labels)")
     if ((target_table < 0) | (target_table > 1)).any():
         raise ValueError("targets must lie in [0, 1]")
-    columns = zip(target_table.T, prob_table.T, strict=True)
-    usable = [(truth, prob, not (np.isnan(truth).all() or np.isnan(prob).any())) for truth, prob in columns]
-    return [_Ranking(truth, prob) if can_rank else None for truth, prob, can_rank in usable]
+    for place in range(target_table.shape[1]):
+        truth, prob = target_table[:, place].astype(np.float64), prob_table[:, place]
+        yield None if np.isnan(truth).all() or np.isnan(prob).any() else _Ranking(truth, prob)

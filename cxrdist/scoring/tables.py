@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
-from cxrdist.files import read_bytes, write_output
+from cxrdist.files import open_to_read, write_output
 from cxrdist.task import TASKS, Task
 
 FORMAT_VERSION = 2
@@ -117,11 +118,13 @@ class ScoreTable:
 
 def write_table(path: Path, table: ScoreTable) -> None:
     """Write `path` (CSV; every float32 survives the round trip) and then the JSON beside it, each atomically."""
-    buffer = io.StringIO()
-    rows = csv.writer(buffer, lineterminator="\n")
+    buffer = io.BytesIO()
+    text = io.TextIOWrapper(buffer, encoding="utf-8", newline="")
+    rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("image_name", *table.labels))
     rows.writerows((name, *map(str, probs)) for name, probs in zip(table.image_names, table.probs, strict=True))
-    content = buffer.getvalue().encode("utf-8")
+    text.flush()
+    content = buffer.getvalue()
     write_output(path, content)
     meta = dataclasses.replace(table.meta, sha256=hashlib.sha256(content).hexdigest())
     write_output(path.with_suffix(".json"), meta.to_json())
@@ -134,39 +137,51 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     Raises UserError, with file, line and column, for: another task, label columns in another order, a value that is
     not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
-    try:
-        content = read_bytes(path)
-        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = error.strerror if isinstance(error, OSError) else "not a CSV file"
-        raise UserError(f"{path}: {problem}; give a score table, e.g. OUT/scores/eva_x.csv") from None
     side = path.with_suffix(".json")
     meta = _read_meta(side) if side.exists() else TableMeta(member=path.stem)
     if task is not None and meta.task is not None and (found := task.differences(meta.task)):
         raise UserError(f"{path} is of another task than --task: {found[0]}; give the tables' own task, or none")
     task = meta.task or task
-    labels = _check_header(path, rows[0] if rows else [], task, meta.labels)
-    names: dict[str, int] = {}
-    probs = np.zeros((len(rows) - 1, len(labels)), dtype=np.float32)
-    for line, cells in enumerate(rows[1:], start=2):
-        if len(cells) != len(labels) + 1:
-            raise UserError(f"{path}, line {line}: {len(cells)} cells instead of {len(labels) + 1}; make it again")
-        if (first := names.setdefault(cells[0], line)) != line:
-            raise UserError(f"{path}: image {cells[0]!r} is in line {first} and again in line {line}; keep one")
-        try:
-            probs[line - 2] = [float(cell) for cell in cells[1:]]
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
+    try:
+        with open_to_read(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+            labels = _check_header(path, next(rows, []), task, meta.labels)
+            names, probs = _read_probs(path, rows, labels)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not a CSV file"
+        raise UserError(f"{path}: {problem}; give a score table, e.g. OUT/scores/eva_x.csv") from None
     if len(bad := np.argwhere(~((probs >= 0) & (probs <= 1)))):
-        name, label, value = list(names)[bad[0, 0]], labels[bad[0, 1]], probs[tuple(bad[0])]
-        raise UserError(f"{path}: {name!r}, {label}: {value} is not a probability in [0, 1]")
+        label, value = labels[bad[0, 1]], probs[tuple(bad[0])]
+        raise UserError(f"{path}: {names[bad[0, 0]]!r}, {label}: {value} is not a probability in [0, 1]")
     if not meta.sha256:
         print(f"{path}: no JSON beside it says its split, shards and models, so they cannot be compared")
-    elif meta.sha256 != hashlib.sha256(content).hexdigest():
+    elif meta.sha256 != digest:
         raise UserError(f"{side}: {path.name} was changed after it was written, its hash is another; {AGAIN}")
     asked = meta.asked or (len(names) + len(meta.unreadable) if meta.sha256 else 0)  # the hash vouches for the rows
     meta = dataclasses.replace(meta, task=task, labels=labels if task is None else (), asked=asked)
-    return ScoreTable(np.array(list(names), dtype=object), probs, meta)
+    return ScoreTable(names, probs, meta)
+
+
+def _read_probs(path: Path, rows: Iterator[list[str]], labels: tuple[str, ...]) -> tuple[NDArray[np.object_], Probs]:
+    """The names and the numbers of a table's rows after its header."""
+    names: dict[str, None] = {}  # in order
+    numbers = array("f")
+    for line, cells in enumerate(rows, start=2):
+        if len(cells) != len(labels) + 1:
+            raise UserError(f"{path}, line {line}: {len(cells)} cells instead of {len(labels) + 1}; make it again")
+        if cells[0] in names:
+            first = list(names).index(cells[0]) + 2
+            raise UserError(f"{path}: image {cells[0]!r} is in line {first} and again in line {line}; keep one")
+        names[cells[0]] = None
+        try:
+            numbers.extend(map(float, cells[1:]))
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
+    image_names = np.empty(len(names), dtype=object)
+    image_names[:] = list(names)
+    return image_names, np.array(numbers, np.float32).reshape(len(names), len(labels))
 
 
 def read_members(

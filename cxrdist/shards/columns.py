@@ -65,6 +65,11 @@ class Texts:
     def to_list(self) -> list[str]:
         return list(self.array.to_pylist())
 
+    def to_objects(self) -> NDArray[np.object_]:
+        """(N,) of str; equal texts are one object."""
+        codes, distinct = self.codes()
+        return np.array([*distinct.to_list(), None], object)[:-1][codes]
+
     def codes(self) -> tuple[NDArray[np.int32], "Texts"]:
         """(N,) int32, equal for equal texts, and the distinct texts, sorted, which these numbers count from 0."""
         encoded = pc.dictionary_encode(self.array)

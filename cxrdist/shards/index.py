@@ -303,7 +303,7 @@ class ShardIndex:
     def about(self) -> pd.DataFrame:
         """What is known of each image, as a label table says it: text, '' where unknown."""
         columns = self.unique_names, self.patients, self.studies, self.views, self.sexes, self.ages
-        return pd.DataFrame({name: c.to_list() for name, c in zip(ABOUT, columns, strict=True)}, dtype=object)
+        return pd.DataFrame({name: c.to_objects() for name, c in zip(ABOUT, columns, strict=True)}, dtype=object)
 
     @cached_property
     def left_out(self) -> dict[str, str]:
