@@ -53,6 +53,7 @@ PER_SHARD = 1000
 SLOT = 100_000  # bytes of an image in its tar
 NODE = 8  # processes
 WORLDS = (1, 4, 8)
+MODULE = "cxrdist.bench.scale"
 MB = 2**20
 
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `python -m cxrdist.bench scale`."""
     add = parser.add_argument
     add("--images", type=int, default=10_000_000, metavar="N", help="rows of the index (default %(default)s)")
-    add("--table-images", type=int, default=1_000_000, metavar="N", help="of tables, report, evaluation")
+    add("--table-images", type=int, default=200_000, metavar="N", help="of tables, report, evaluation")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -203,7 +204,7 @@ def peak() -> float:
 def _processes(commands: list[list[str]]) -> list[dict[str, Any]]:
     """The JSON that each of some processes of this module, started together, prints."""
     started = [
-        subprocess.Popen([sys.executable, "-m", __name__, *command], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-m", MODULE, *command], stdout=subprocess.PIPE, text=True)
         for command in commands
     ]
     outputs = [process.communicate()[0] for process in started]
@@ -361,24 +362,28 @@ STAGES = {"verify": _verify, "folds": _folds, "report": _report, "table": _table
 # Start-up
 
 
-def start_up(folder: Path) -> list[Row]:
+def start_up(folder: Path, num_shards: int = 16, per_shard: int = 500) -> list[Row]:
     """What each process reads until the set is open and checked, on one node."""
-    num_shards, per_shard = 16, 500
-    _real_set(folder, num_shards, per_shard)
+    real_set(folder, num_shards, per_shard)
     size, rows = sum(path.stat().st_size for path in folder.iterdir()), []
     for world in WORLDS:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", __name__]
-        with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as out:
-            environ = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, *launcher, "start", str(folder), out], env=environ, check=True)
-            found = [json.loads((Path(out) / str(rank)).read_text()) for rank in range(world)]
-        first, most, all_of = found[0], max(found, key=lambda one: one["reads"]), sum(one["bytes"] for one in found)
+        found = reads_of(folder, world)
+        most, all_of = max(found, key=lambda one: one["reads"]), sum(one["bytes"] for one in found)
         headers = num_shards * per_shard / max(one["headers"] for one in found)
         note = (
-            f"first process {_told(first)}; most of any {_told(most)}; all {all_of / MB:.1f} MB of {size / MB:.0f} MB"
+            f"first process {_told(found[0])}; most of any {_told(most)}; all {all_of / MB:.1f} of {size / MB:.0f} MB"
         )
         rows.append(Row("start-up", f"{world} processes", headers, note=note))
     return rows
+
+
+def reads_of(folder: Path, world: int) -> list[dict[str, float]]:
+    """Of each rank of torchrun: calls of read and their bytes, files opened, and seconds of the headers' check."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", MODULE]
+    with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as out:
+        environ = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launcher, "start", str(folder), out], env=environ, check=True)
+        return [json.loads((Path(out) / str(rank)).read_text()) for rank in range(world)]
 
 
 def _told(found: dict[str, float]) -> str:
@@ -410,7 +415,7 @@ def _read_so_far() -> tuple[int, int]:
     return int(fields["syscr"]), int(fields["rchar"])
 
 
-def _real_set(folder: Path, num_shards: int, per_shard: int) -> None:
+def real_set(folder: Path, num_shards: int, per_shard: int) -> None:
     """Split `train` with tars that are there, of images of 4,096 random bytes."""
     folder.mkdir()
     rng, num = np.random.default_rng(0), num_shards * per_shard

@@ -100,7 +100,8 @@ class Splits:
         return split, image - int(self.starts[split])
 
     def texts(self, field: str) -> Texts:
-        return Texts(pa.concat_arrays([getattr(index, field).array for index in self.indexes]))
+        columns = [getattr(index, field) for index in self.indexes]
+        return columns[0] if len(columns) == 1 else Texts(pa.concat_arrays([column.array for column in columns]))
 
     def column(self, field: str) -> NDArray[Any]:
         return np.concatenate([getattr(index, field) for index in self.indexes])
@@ -334,6 +335,13 @@ def _repeated(splits: Splits) -> Iterator[Finding]:
         yield Finding(title, len(there), "groups of images", why, remedy, examples)
 
 
+def with_several(codes: NDArray[np.integer[Any]], kinds: Ids) -> Ids:
+    """The codes, sorted, that occur with more than one kind. codes, kinds: (N,), 0 or more."""
+    num_kinds = int(kinds.max(initial=0)) + 1
+    pairs = np.unique(codes.astype(np.int64) * num_kinds + kinds)
+    return np.flatnonzero(np.bincount(pairs // num_kinds) > 1)
+
+
 def _differ(targets: list[NDArray[np.float32] | None]) -> bool:
     known = [target for target in targets if target is not None]
     return any(not np.array_equal(known[0], target, equal_nan=True) for target in known[1:])
@@ -349,8 +357,7 @@ def _where(splits: Splits, images: Sequence[int]) -> str:
 
 def _patients_in_two_splits(splits: Splits) -> Iterator[Finding]:
     codes, patients = splits.patients.codes()
-    pairs = np.unique(np.stack([codes, splits.split_ids], axis=1), axis=0)
-    several = np.flatnonzero(np.bincount(pairs[:, 0], minlength=len(patients)) > 1)
+    several = with_several(codes, splits.split_ids)
     several = np.array([code for code in several if patients[code]], np.int64)
     examples = []
     for code in several[:MAX_EXAMPLES]:
@@ -425,8 +432,7 @@ def _contradictory_sex(splits: Splits) -> Iterator[Finding]:
     meaning = np.array([_sex(text) for text in texts])[sex]  # 0 unknown
     codes, patients = splits.patients.codes()
     known = (meaning > 0) & np.array([bool(patient) for patient in patients])[codes]
-    pairs = np.unique(np.stack([codes[known], meaning[known]], axis=1), axis=0)
-    several = np.flatnonzero(np.bincount(pairs[:, 0], minlength=len(patients)) > 1)
+    several = with_several(codes[known], meaning[known])
     examples = []
     for code in several[:MAX_EXAMPLES]:
         images = np.flatnonzero((codes == code) & known)

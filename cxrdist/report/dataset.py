@@ -115,7 +115,7 @@ def _people(splits: Splits, number: int) -> tuple[str, str]:
     studies, study_names = splits.indexes[number].studies.codes()
     known = np.array([bool(name) for name in names])[patients]
     with_study = known & np.array([bool(name) for name in study_names])[studies]
-    pairs = np.unique(np.stack([patients, studies], axis=1)[with_study], axis=0)
+    pairs = np.unique(patients[with_study].astype(np.int64) * len(study_names) + studies[with_study])
     num_patients = len(np.unique(patients[known]))
     return (f"{num_patients:,}" if num_patients else "unknown", f"{len(pairs):,}" if len(pairs) else "unknown")
 

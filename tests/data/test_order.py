@@ -1,5 +1,7 @@
+import gc
 import itertools
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrdist.data.order import MicroBatch, accum_steps, epoch_order, eval_batches, num_steps, train_batches
+from cxrdist.data.rows import Chosen, EpochOrder, in_pieces
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -164,6 +167,40 @@ def test_order_changes_with_epoch_and_seed_but_not_with_the_order_of_the_rows():
 
 def test_order_is_the_one_that_checkpoints_in_the_world_were_written_with():
     assert epoch_order(np.arange(12), seed=48, epoch=3).tolist() == [2, 5, 4, 8, 3, 7, 6, 1, 0, 9, 10, 11]
+
+
+@pytest.mark.parametrize("sorted_at_once", [1, 7, 100, 1000, 5000])
+@pytest.mark.parametrize("num_rows", [1, 2, 999, 5000])
+def test_the_order_is_that_of_one_sort_whatever_is_sorted_at_once(monkeypatch, sorted_at_once, num_rows):
+    rows = range(num_rows)
+    expected = epoch_order(rows, seed=5, epoch=3)
+    monkeypatch.setattr("cxrdist.data.rows.SORTED_AT_ONCE", sorted_at_once)
+    order = EpochOrder(rows, seed=5, epoch=3)
+    assert np.array_equal(order[:], expected)
+    for start in (0, num_rows // 3, num_rows - 1, num_rows):  # a resumed epoch begins anywhere
+        assert np.array_equal(order[start : start + 11], expected[start : start + 11])
+
+
+def test_a_part_of_the_rows_has_the_same_order_as_a_mask_and_as_numbers(monkeypatch):
+    mask = np.random.default_rng(0).random(3000) < 0.7
+    expected = epoch_order(np.flatnonzero(mask), seed=1, epoch=0)
+    monkeypatch.setattr("cxrdist.data.rows.SORTED_AT_ONCE", 100)
+    monkeypatch.setattr("cxrdist.shards.columns.ROWS_AT_ONCE", 64)
+    assert len(Chosen(mask)) == mask.sum()
+    assert np.array_equal(epoch_order(Chosen(mask), seed=1, epoch=0), expected)
+    assert np.array_equal(np.concatenate(list(in_pieces(Chosen(mask)))), np.flatnonzero(mask))
+
+
+def test_an_epoch_holds_the_order_of_a_part_only():
+    """10 million rows as numbers would be 80 MB."""
+    tracemalloc.start()
+    order = EpochOrder(range(2_000_000), seed=0, epoch=0)
+    order[1_000_000:1_000_064]
+    gc.collect()
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 4_000_000
+    assert most < 14_000_000
 
 
 def test_order_is_evenly_spread_and_successive_epochs_are_unrelated():

@@ -39,7 +39,7 @@ def slow(module: str, name: str, rank: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fault",
     [
-        slow("train", "check_headers", rank=1),  # verify
+        slow("shards.verify", "check_headers", rank=1),  # verify
         slow("runs.checkpoint", "write_checkpoint"),  # a save
         slow("train", "validate", rank=1),
     ],
@@ -67,9 +67,9 @@ def infer(world: Any, out: Path, fault: dict[str, Any], *flags: str) -> training
     return training_runs.finish(process, 180)
 
 
-@pytest.mark.parametrize("name", ["check_headers", "write_results"])
-def test_an_inference_whose_rank_0_checks_reads_or_averages_longer_finishes(world, tmp_path, name):
-    ended = infer(world, tmp_path / "out", slow("infer", name))
+@pytest.mark.parametrize(("module", "name"), [("shards.verify", "check_headers"), ("infer", "write_results")])
+def test_an_inference_whose_rank_0_checks_reads_or_averages_longer_finishes(world, tmp_path, module, name):
+    ended = infer(world, tmp_path / "out", slow(module, name))
     assert ended.code == 0, ended.output
     assert (tmp_path / "out" / "scores" / "eva_x.csv").is_file()
 
@@ -89,7 +89,7 @@ def last_lines(output: str) -> list[str]:
     ("module", "name"),
     [
         ("training.learner", "Learner.tensors"),  # while a checkpoint is gathered
-        ("train", "open_together"),  # start-up
+        ("train", "default_device_batch"),  # start-up
         ("distributed.ranks", "Ranks.prepare"),  # between the group's set-up and DDP
     ],
 )

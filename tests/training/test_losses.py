@@ -162,6 +162,19 @@ def test_class_weights_count_the_observed_cells_alone():
     assert [one.keywords["masked"] for one in ones] == [False, False]
 
 
+@pytest.mark.parametrize("num_labels", [1, 2, 14])
+@pytest.mark.parametrize("soft", [False, True])
+def test_sums_of_targets_in_parts_are_to_the_bit_those_of_all(num_labels, soft):
+    rng = np.random.default_rng(0)
+    targets = rng.random((10_000, num_labels), np.float32)
+    targets = targets if soft else (targets < 0.3).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    sums = label_sums(np.array_split(targets, [1, 700, 700, 4096]))
+    assert sums.positives.tobytes() == np.nansum(targets, axis=0).tobytes()
+    assert sums.observed.tolist() == (~np.isnan(targets)).sum(axis=0).tolist()
+    assert sums.num == len(targets)
+
+
 def weighted_recipe(*overrides: str) -> recipes.Recipe:
     return recipes.with_overrides(RECIPE, list(overrides))
 
