@@ -221,15 +221,15 @@ def _of_node(folder: Path, world: int, num_images: int) -> list[Row]:
     shared = sum(one["shared"] for one in found)
     opened = found[0]["open"]
     rows = [
-        Row(stage, "open, checked by the first", num_images / opened, note=f"{opened:.2f} s"),
+        Row(stage, "open, checked by the first", num_images / opened, note=f"{opened:.2f} s of CPU"),
         Row(stage, "memory after an epoch", None, note=f"{private:.0f} MB private each, {shared:.0f} MB for {all_of}"),
     ]
     if world > 1:
         later = max(one["open"] for one in found[1:])
-        rows.insert(1, Row(stage, "open, checked before", num_images / later, note=f"{later:.2f} s"))
+        rows.insert(1, Row(stage, "open, checked before", num_images / later, note=f"{later:.2f} s of CPU"))
     for name in ("first batch", "first batch, resumed", "order of an epoch"):
         slowest = max(one[name] for one in found)
-        rows.append(Row(stage, name, num_images / slowest, note=f"{slowest:.2f} s"))
+        rows.append(Row(stage, name, num_images / slowest, note=f"{slowest:.2f} s of CPU"))
     return rows
 
 
@@ -281,12 +281,14 @@ def _alone(stage: str, folder: Path, num_images: int) -> list[Row]:
 
 @contextlib.contextmanager
 def timed(found: dict[str, Any], name: str, *, with_peak: bool = False) -> Iterator[None]:
-    """Seconds of the block, with those of `with_peak` also the MB that it took at most beyond what there was."""
+    """Seconds of CPU that the block takes, which on a free core is the time; or with `with_peak` seconds by the clock,
+    and the MB that it takes at most beyond what there was.
+    """
     reset_peak()
-    there, begun = peak(), time.perf_counter()
+    there, begun, spent = peak(), time.perf_counter(), time.process_time()
     yield
     seconds = time.perf_counter() - begun
-    found[name] = (seconds, peak() - there) if with_peak else seconds
+    found[name] = (seconds, peak() - there) if with_peak else time.process_time() - spent
 
 
 def measure(stage: str, folder: Path) -> dict[str, Any]:
