@@ -303,7 +303,8 @@ class ShardIndex:
     def about(self) -> pd.DataFrame:
         """What is known of each image, as a label table says it: text, '' where unknown."""
         columns = self.unique_names, self.patients, self.studies, self.views, self.sexes, self.ages
-        return pd.DataFrame({name: c.to_objects() for name, c in zip(ABOUT, columns, strict=True)}, dtype=object)
+        cells = {name: c.to_objects() for name, c in zip(ABOUT[1:], columns[1:], strict=True)}
+        return pd.DataFrame({"image_name": columns[0].to_list()} | cells, dtype=object)
 
     @cached_property
     def left_out(self) -> dict[str, str]:
