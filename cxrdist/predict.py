@@ -26,20 +26,16 @@ from tqdm import tqdm
 from cxrdist.cli import Parser, add_flags, flag, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, refuse_links, write_output
-from cxrdist.inference.bundle import CONFIG
-from cxrdist.inference.predictor import Prediction, Predictor, load
+from cxrdist.inference.findings import NOT_CALIBRATED, is_positive, ranked, shown_prob
+from cxrdist.inference.predictor import Prediction, Predictor
+from cxrdist.model_flags import add_model_flags, check_model_flags, load_model
 from cxrdist.report.page import WARNING
 from cxrdist.report.saliency import overlay_png
 from cxrdist.shards.sources import list_images
 
 IN_FULL = 5  # images whose findings are all shown
 SHOWN = 20  # findings of one image; --json lists all
-LIKELY = 0.5  # a finding that is shown, and mapped, where there is no threshold
 ADDED = ("calibrated", "positive")
-NOT_CALIBRATED = (
-    "no calibration: these are the model's raw scores, and 0.5 is no threshold (the loss is weighted); "
-    "see `cxrdist calibrate`"
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,15 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs(out, [*inputs, *images.values()], flag="--json or --csv")
     if args.maps is not None:
         refuse_links(args.maps, flag="--maps")
-    model = load(
-        args.bundle if args.bundle is not None else args.member,
-        task=args.task,
-        how=args.average,
-        calibration=args.calibration,
-        backbone=args.backbone,
-        device=args.device,
-        precision=args.precision,
-    )
+    model = load_model(args)
     if args.maps is not None:
         model.mapped()
     for note in model.notes:
@@ -156,23 +144,6 @@ def table(model: Predictor, found: Prediction) -> str:
     return "\n".join(lines)
 
 
-def shown_prob(found: Prediction, row: int, label: int) -> float:
-    return float((found.probabilities if found.calibrated is None else found.calibrated)[row, label])
-
-
-def is_positive(found: Prediction, row: int, label: int) -> bool:
-    """Whether a finding is at or above its threshold; without one, whether it is more likely than not."""
-    if found.decisions is not None:
-        return bool(found.decisions[row, label] == 1)
-    return shown_prob(found, row, label) >= LIKELY
-
-
-def ranked(found: Prediction, row: int) -> list[int]:
-    """The labels' places: positive ones first, then by probability."""
-    order = range(len(found.labels))
-    return sorted(order, key=lambda label: (not is_positive(found, row, label), -shown_prob(found, row, label)))
-
-
 def as_csv(found: Prediction) -> str:
     """A score table; after its columns those of calibrated probabilities and decisions, where there are any."""
     buffer, labels = io.StringIO(), list(found.labels)
@@ -237,29 +208,14 @@ def map_name(name: str, label: str) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="cxrdist predict", description=__doc__)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="JPEG, PNG, DICOM, TIFF, or folders")
-    parser.add_argument("--bundle", **flag(Path, "DIR", "a folder that cxrdist export wrote"))
-    member = "a run, epochs and views, or a weight file, as in cxrdist infer (repeatable)"
-    parser.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
-    parser.add_argument("--calibration", **flag(Path, "FILE", "default: the bundle's or run's own"))
+    add_model_flags(parser)
     parser.add_argument("--csv", **flag(Path, "FILE", "write the probabilities as a score table"))
     parser.add_argument("--maps", **flag(Path, "DIR", "write where the model looked, a PNG per positive finding"))
-    parser.add_argument("--device", **flag(str, "cpu|cuda", "where to run (default: a GPU if there is one)"))
-    add_flags(
-        parser,
-        *("--json", "--task", "--average", "--backbone", "--device-batch-size", "--precision"),
-        json={"help": "write all findings as JSON"},
-        task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
-        average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
-    )
+    add_flags(parser, "--json", "--device-batch-size", json={"help": "write all findings as JSON"})
     args = parser.parse_args(argv)
-    if (args.bundle is None) == (not args.member):
-        raise UserError("give the model: --bundle DIR, or --member NAME=RUN (repeatable), not both")
-    if args.bundle is not None and not (args.bundle / CONFIG).is_file():
-        raise UserError(f"--bundle {args.bundle}: no {CONFIG} there; give a folder that cxrdist export wrote")
+    check_model_flags(args)
     if args.csv is not None and args.json == args.csv.with_suffix(".json"):
         raise UserError(f"--json {args.json}: beside a score table this name is that of its origin; give another")
-    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
     return args
 
 

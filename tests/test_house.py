@@ -28,7 +28,7 @@ LAYERS = (
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},
     {"cli", "steps", "truth"},
-    {"external"},
+    {"external", "model_flags"},
     ENTRIES,
     {"__main__"},
 )

@@ -133,9 +133,7 @@ class Predictor:
         if unknown := [label for label in labels if label not in self.labels]:
             raise UserError(f"{unknown[0]!r} is no label of this model: {', '.join(self.labels)}")
         chosen = self.mapped(member)
-        levels = self._levels(image)
-        if isinstance(levels, str):
-            raise UserError(f"{image if isinstance(image, str | Path) else 'the image'}: {levels}")
+        levels = self.seen(image)
         checkpoint = chosen.checkpoints[0]
         architecture, model = architecture_of(checkpoint.model), self._models[checkpoint.sha256]
         assert architecture.saliency is not None
@@ -146,6 +144,13 @@ class Predictor:
                 place = np.array([self.labels.index(label)], dtype=np.int64)
                 maps.append(architecture.saliency(model, inputs, place)[0])
         return np.stack(maps).astype(np.float32), levels
+
+    def seen(self, image: Source) -> Levels:
+        """(S, S, 1 or 3) uint8: the image as it is prepared for the model; UserError where it cannot be read."""
+        levels = self._levels(image)
+        if isinstance(levels, str):
+            raise UserError(f"{image if isinstance(image, str | Path) else 'the image'}: {levels}")
+        return levels
 
     def mapped(self, member: str | None = None) -> Member:
         """The member of that name, or the first one, whose model makes maps; UserError where there is none."""

@@ -1,0 +1,52 @@
+"""The flags that name a trained model (a bundle or members), and the model that they name: of `predict` and `app`."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxrdist.cli import add_flags, flag
+from cxrdist.errors import UserError
+
+if TYPE_CHECKING:
+    from cxrdist.inference.predictor import Predictor
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", **flag(Path, "DIR", "a folder that cxrdist export wrote"))
+    member = "a run, epochs and views, or a weight file, as in cxrdist infer (repeatable)"
+    parser.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
+    parser.add_argument("--calibration", **flag(Path, "FILE", "default: the bundle's or run's own"))
+    parser.add_argument("--device", **flag(str, "cpu|cuda", "where to run (default: a GPU if there is one)"))
+    add_flags(
+        parser,
+        *("--task", "--average", "--backbone", "--precision"),
+        task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
+        average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
+    )
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that name no model, two, or no device."""
+    from cxrdist.inference.bundle import CONFIG
+
+    if (args.bundle is None) == (not args.member):
+        raise UserError("give the model: --bundle DIR, or --member NAME=RUN (repeatable), not both")
+    if args.bundle is not None and not (args.bundle / CONFIG).is_file():
+        raise UserError(f"--bundle {args.bundle}: no {CONFIG} there; give a folder that cxrdist export wrote")
+    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
+
+
+def load_model(args: argparse.Namespace) -> "Predictor":
+    from cxrdist.inference.predictor import load
+
+    return load(
+        args.bundle if args.bundle is not None else args.member,
+        task=args.task,
+        how=args.average,
+        calibration=args.calibration,
+        backbone=args.backbone,
+        device=args.device,
+        precision=args.precision,
+    )
