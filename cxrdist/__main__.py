@@ -20,6 +20,7 @@ SAME = (
     "evaluate",
     "average",
     "predict",
+    "app",
     "calibrate",
     "export",
     "doctor",

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 ENTRIES = {"preprocess", "verify", "train", "infer", "ensemble", "evaluate", "average", "folds", "doctor"}
-ENTRIES |= {"demo", "bench", "predict", "calibrate", "export", "recipe_list"}  # the last is `cxrdist recipes`
+ENTRIES |= {"demo", "bench", "predict", "calibrate", "export", "app", "recipe_list"}  # the last is `cxrdist recipes`
 # From the bottom; what is on one line may import what is below, and itself.
 LAYERS = (
     {"__init__"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"recipes"},
     {"recipe_file"},
     {"distributed"},
-    {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate"},
+    {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate", "web"},
     {"cli", "steps", "truth"},
     {"external", "model_flags"},
     ENTRIES,
@@ -39,6 +39,7 @@ NEIGHBOURS = {
     "inference": {"shards", "data", "models", "runs", "augment", "scoring"},
     "report": {"scoring", "data", "models", "augment", "runs"},
     "estimate": {"models", "augment", "shards"},
+    "web": {"data", "inference", "report", "scoring", "shards"},
 }
 NO_LABELS = {  # lines in which 14 is another number
     "models/eva_x": {'"ref_feat_shape": (14, 14),'},
