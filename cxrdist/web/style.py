@@ -50,6 +50,7 @@ CSS = """
 .cx .cx-small span { white-space: nowrap; }
 .cx summary { cursor: pointer; padding: 8px 10px; }
 .cx .cx-maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(240px, 100%), 1fr)); gap: 12px; }
+.cx .cx-maps + .cx-soft { margin-top: 10px; }
 .cx figure { margin: 0; min-width: 0; }
 .cx figure img { display: block; width: 100%; height: auto; border-radius: 6px; background: #000; }
 .cx figcaption { margin: 4px 0 0; font-size: 13.5px; }
