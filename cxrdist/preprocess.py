@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     pixels = Pixels(args.mode, args.size, args.fit)
     node_rank, num_nodes, source = node_of(args.node_rank, args.num_nodes)
     if num_nodes > 1:
-        print(f"part {node_rank} of {num_nodes} (from {source}; --num-nodes 1 does all of it here)")
+        print(f"node {node_rank} of {num_nodes} (from {source}): they share the work, whichever of them run")
     if args.adopt:
         adopt(args, task, pixels, num_nodes)
         print(f"index in {args.out or find_tars(args.adopt).folder}; {time.monotonic() - started:.0f} s in all")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_foreign(job)
     how = {"workers": args.workers or usable_cores(), "node_rank": node_rank, "num_nodes": num_nodes}
     for job in jobs:
-        print(summary(job, *write_split(job, **how, overwrite=args.overwrite, show=True)))
+        print(summary(job, write_split(job, **how, overwrite=args.overwrite, show=True)))
     print(f"shards in {out}; {time.monotonic() - started:.0f} s in all")
 
 
@@ -84,9 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
     rows = "rows of the table a tar covers (default %(default)s, about 100 MB); does not change training"
     parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
-    nodes = "split the work over N nodes that share --out"
+    nodes = "share the work with other nodes that have the same --out: each begins with its part and helps the others"
     parser.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
-    parser.add_argument("--node-rank", type=int, metavar="K", help="which of them this is, from 0")
+    parser.add_argument("--node-rank", type=int, metavar="K", help="which of the N this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
     args = parser.parse_args(argv)
     if sum(given is not None for given in (args.data, args.images, args.adopt)) != 1:
@@ -197,13 +197,11 @@ def account(split: str, counts: str, left_out: Sequence[LeftOut]) -> list[str]:
     return lines
 
 
-def summary(job: SplitJob, records: Records, complete: bool) -> str:
+def summary(job: SplitJob, records: Records) -> str:
     """The lines that account for every row: used, or named with the reason."""
-    part = "" if complete else " of this node (the other nodes' shards are not finished yet)"
-    num_rows = sum(len(job.groups[number]) for number in records)
     num_stored = sum(len(record.images) for record in records.values())
     left_out = [entry for record in records.values() for entry in record.left_out]
-    lines = account(job.split, f"{num_rows:,} rows{part} = {num_stored:,} images stored", left_out)
+    lines = account(job.split, f"{len(job.sources):,} rows = {num_stored:,} images stored", left_out)
     firsts = [(image, job.groups[n][0]) for n, record in records.items() for image in record.images[:1]]
     if firsts and all(image.patient == row.image_name and row.targets is not None for image, row in firsts):
         remedy = " (--patient-column says them)" if job.task.format == "table" else ""

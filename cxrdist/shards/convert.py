@@ -15,10 +15,10 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -251,26 +251,43 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled)
 
 
-def convert_in_order(paths: Iterator[str], pixels: Pixels, workers: int) -> Generator[Converted | str, None, None]:
-    """`convert` of each path, in order, by `workers` processes (1: in this one); UserError when a worker dies.
+class Planned(Protocol):
+    """An image to convert: its `path`, or the `reason` why there is none."""
 
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def convert_in_order(
+    images: Iterator[P], pixels: Pixels, workers: int
+) -> Generator[tuple[P, Converted | str], None, None]:
+    """Each image with its `convert`, or its reason, in order, by `workers` processes (1: in this one).
+
+    Images are asked for when their turn comes: `AHEAD` a worker run ahead. Raises UserError when a worker dies.
     Close the iterator to stop early.
     """
     if workers <= 1:
-        yield from (convert(path, pixels) for path in paths)
+        yield from ((image, image.reason or convert(image.path, pixels)) for image in images)
         return
     # A fork server rather than a fork: the parent may hold threads (progress bar, test runner) that a fork would break.
     context = multiprocessing.get_context("forkserver")
     # What a worker imports with the parent's main module, most of it unused: once, and its memory shared.
     context.set_forkserver_preload(["cxrdist.tables", "cxrdist.shards.writer"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    waiting: deque[Future[Converted | str]] = deque()
+    submitted = ((image, image.reason or pool.submit(convert, image.path, pixels)) for image in images)
     try:
-        waiting.extend(pool.submit(convert, path, pixels) for path in itertools.islice(paths, AHEAD * workers))
+        waiting = deque(itertools.islice(submitted, AHEAD * workers))
         while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(convert, path, pixels) for path in itertools.islice(paths, 1))
-            yield result
+            image, result = waiting.popleft()
+            converted = result if isinstance(result, str) else result.result()
+            waiting.extend(itertools.islice(submitted, 1))
+            yield image, converted
     except BrokenProcessPool:
         remedy = "give fewer --workers and run the same command again: finished shards are kept"
         raise UserError(f"a worker process was killed (out of memory?); {remedy}") from None

@@ -2,8 +2,9 @@
 
 A shard holds the rows of a fixed range of the source, so it depends on nothing but these rows: any number of processes
 and nodes, and any interruption, give the same bytes. A tar gets its final name only when it is complete and on the
-disk; a record in the split's work folder then lets a later run, or another node, take it as it is. The work folder is
-removed when the split is finished. Only files that a record or the split's JSON names are ever replaced or removed.
+disk; a record in the split's work folder then lets a later run, or another node, take it as it is. Which node makes
+which shard: `cxrdist.shards.board`. The work folder is removed when the split is finished. Only files that a record or
+the split's JSON names are ever replaced or removed.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from cxrdist import files
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.shards import index
+from cxrdist.shards.board import Board
 from cxrdist.shards.convert import JPEG_QUALITY, Converted, Pixels, convert, convert_in_order
 from cxrdist.shards.index import FORMAT_VERSION, LeftOut, shard_name
 from cxrdist.task import Task
@@ -38,6 +40,7 @@ ROWS_PER_SHARD = 1000
 TAR_OVERHEAD = 2560  # bytes a sample besides its JPEG: two headers, the JSON, padding
 REUSED = "  reused: {:,} finished shards; to do: {:,} shards, {:,} images"
 PUT_ASIDE = "superseded-"
+LOCK = "split.lock"  # of the work folder: held by the node that takes over what is there, or finishes the split
 NUM_PROBES = 8  # images converted beforehand to estimate the space needed
 
 
@@ -120,7 +123,7 @@ class SplitJob:
     @cached_property
     def groups(self) -> dict[int, list[Source]]:
         """Shard number -> its rows."""
-        grouped = itertools.groupby(self.sources, lambda source: source.key // self.rows_per_shard)
+        grouped = itertools.groupby(self.sources, lambda source: _shard_of(self, source))
         return {number: list(group) for number, group in grouped}
 
     @cached_property
@@ -149,55 +152,107 @@ def write_split(
     num_nodes: int = 1,
     overwrite: bool = False,
     show: bool = False,
-) -> tuple[Records, bool]:
-    """Write this node's shards of a split, reuse those already written, and finish the split when none is missing.
+) -> Records:
+    """Write a split together with whatever other nodes do so, reuse the shards already written, and finish the split.
 
-    show: print what is reused, and a progress bar.
-    Returns: the shards of the split and True, or this node's and False while other nodes' are missing.
+    A node begins with its share, the shards whose number is `node_rank` modulo `num_nodes`, and helps the others after
+    it. Only the ranks of nodes at work need to differ; they may come and go. show: print what is reused and who made
+    what, and a progress bar over all nodes.
+    Returns: all shards of the finished split.
     Raises UserError for: a finished split of other inputs or format version in `out` (unless `overwrite`), another run
-    at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and are reused), a
-    split of which no image can be stored, files under the split's names that no preprocessing recorded.
+    of this rank at work there, too little disk beforehand, a disk that fills up on the way (finished shards stay and
+    are reused), a split of which no image can be stored, files under the split's names that no preprocessing recorded.
     """
     index.check_split_name(job.split)
-    mine = [number for number in job.groups if number % num_nodes == node_rank]
     with files.disk_errors_named(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
         finished = _finished_records(job)
         if _is_sound(job, finished):
-            if show and mine:
-                print(REUSED.format(len(mine), 0, 0))
-            return finished, True
+            if show:
+                print(REUSED.format(len(job.groups), 0, 0))
+            return finished
         if not overwrite:
             _refuse_another(job, finished)
         refuse_foreign(job)
-        job.work.mkdir(exist_ok=True)
-        taken = f"{job.out}: another cxrdist.preprocess writes this split ({{holder}}); wait, or give another --out"
-        with files.lock(job.work / f"node-{node_rank}.lock", wait=False, message=taken):
-            for number, record in finished.items():
+        try:
+            return _write_together(job, workers, node_rank, num_nodes, show)
+        except (UserError, FileNotFoundError):
+            # Another node may have finished the split and removed the work folder, at any moment.
+            if not _is_sound(job, finished := _finished_records(job)):
+                raise
+            return finished
+
+
+def _write_together(job: SplitJob, workers: int, node_rank: int, num_nodes: int, show: bool) -> Records:
+    job.work.mkdir(exist_ok=True)
+    own = reused = 0
+    if not _take_over(job):
+        own, reused = _make_missing(job, workers, node_rank, num_nodes, show)
+    records = _finish(job, node_rank)
+    if show and num_nodes > 1:
+        others = sum(len(record.images) for record in records.values()) - own - reused
+        print(f"  images made by this node: {own:,}; by other nodes: {max(0, others):,}")
+    return records
+
+
+def _make_missing(job: SplitJob, workers: int, node_rank: int, num_nodes: int, show: bool) -> tuple[int, int]:
+    """Make shards until none is missing. Returns: images that this node made; those found in finished shards."""
+    taken = f"{job.out}: another cxrdist.preprocess writes this split ({{holder}}); wait, or give another --out"
+    suffix = f"{node_rank}.tmp"
+    with files.lock(job.work / f"node-{node_rank}.lock", wait=False, message=taken):
+        for stale in job.work.glob(f"*.{suffix}"):
+            stale.unlink()
+        counts = {number: sum(not source.reason for source in group) for number, group in job.groups.items()}
+        board = Board(job.work, job.inputs, {number: job.record(number).name for number in job.groups}, counts)
+        reused = {number: len(record.images) for number, record in _work_records(job).items()}
+        for number in reused:
+            board.add(number)
+        todo = [number for number in job.groups if number not in reused]
+        convertible = [source for number in todo for source in job.groups[number] if not source.reason]
+        _check_space(job, convertible)
+        if show and reused:
+            print(REUSED.format(len(reused), len(todo), len(convertible)))
+        options = {"desc": f"  {job.split}", "unit": " images", "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
+        options |= {"total": sum(counts.values()), "initial": board.images_done}
+        planned = _planned(job, board, node_rank, num_nodes)
+        own = 0
+        with (
+            tqdm(disable=not (show and convertible), **options) as bar,
+            contextlib.closing(convert_in_order(planned, job.pixels, workers)) as results,
+        ):
+            for number, rows in itertools.groupby(results, lambda result: _shard_of(job, result[0])):
+                if (record := _write_shard(job, number, rows, suffix, board, bar)) is not None:
+                    files.write_atomically(job.record(number), record.to_json())
+                    own += len(record.images)
+                board.finish(number)
+                bar.update(board.images_done - bar.n)
+    return own, sum(reused.values())
+
+
+def _planned(job: SplitJob, board: Board, node_rank: int, num_nodes: int) -> Iterator[Source]:
+    """The rows of the shards that this node makes; those of a shard end when another node has made it."""
+    for number in board.to_make(node_rank, num_nodes):
+        for source in job.groups[number]:
+            if number in board.done:
+                break
+            yield source
+
+
+def _shard_of(job: SplitJob, source: Source) -> int:
+    return source.key // job.rows_per_shard
+
+
+def _take_over(job: SplitJob) -> bool:
+    """Make the shards of a split that is written again known to all nodes; whether it is finished meanwhile."""
+    with files.lock(job.work / LOCK, wait=True, message=""):
+        finished = _finished_records(job)
+        if _is_sound(job, finished):
+            return True
+        for number, record in finished.items():
+            if record.inputs == job.inputs.get(number):
                 files.write_atomically(job.record(number), record.to_json())
-            if not _is_sound(job, _finished_records(job)):  # another node may have finished it since
-                _put_aside(job)
-            suffix = f"{node_rank}-{num_nodes}.tmp"
-            for stale in job.work.glob(f"*.{suffix}"):
-                stale.unlink()
-            records = {number: record for number, record in _work_records(job).items() if number in mine}
-            todo = [number for number in mine if number not in records]
-            convertible = [source for number in todo for source in job.groups[number] if not source.reason]
-            _check_space(job, convertible)
-            if show and records:
-                print(REUSED.format(len(records), len(todo), len(convertible)))
-            often = 0.1 if sys.stderr.isatty() else 10.0
-            quiet = not show or not convertible
-            bar = tqdm(convertible, f"  {job.split}", unit=" images", mininterval=often, disable=quiet)
-            with (
-                bar,
-                contextlib.closing(convert_in_order((s.path for s in convertible), job.pixels, workers)) as results,
-            ):
-                for number in todo:
-                    records[number] = _write_shard(job, number, results, suffix, bar)
-                    files.write_atomically(job.record(number), records[number].to_json())
-        everything = _finish(job)
-    return everything or records, bool(everything)
+        _put_aside(job)
+        return False
 
 
 def _refuse_another(job: SplitJob, finished: Records) -> None:
@@ -259,41 +314,54 @@ def _put_aside(job: SplitJob) -> None:
 
 
 def _write_shard(
-    job: SplitJob, number: int, results: Iterator[Converted | str], suffix: str, bar: "tqdm[Source]"
-) -> ShardRecord:
+    job: SplitJob,
+    number: int,
+    rows: Iterator[tuple[Source, Converted | str]],
+    suffix: str,
+    board: Board,
+    bar: "tqdm[NoReturn]",
+) -> ShardRecord | None:
+    """Write a shard's tar; None as soon as another node has done so."""
     from webdataset import TarWriter  # imports torch (2.5 s), which no worker needs
 
     path = job.tar(number)
     temporary = job.work / f"{path.name}.{suffix}"
     images: list[Stored] = []
     left_out: list[LeftOut] = []
+    num_converted = 0
     try:
         with open(temporary, "x+b") as file:
             # Nothing of this machine or moment: the same rows give the same bytes.
             with TarWriter(file, mtime=0, user="", group="", mode=0o644, encoder=False) as tar:
-                for source in job.groups[number]:
-                    converted = source.reason or next(results)
-                    bar.update(not source.reason)
+                for source, converted in rows:
+                    board.look()
+                    if number in board.done:
+                        return None
+                    num_converted += not source.reason
+                    bar.update(board.images_done + num_converted - bar.n)
                     if isinstance(converted, str):
                         left_out.append(LeftOut(key=source.key, image_name=source.image_name, reason=converted))
-                        continue
-                    offset = tar.tarstream.offset + tarfile.BLOCKSIZE
-                    about = _about(job.task, source, converted.header)
-                    sample = {"jpg": converted.jpeg, "json": _sample_json(job.task, source, about)}
-                    tar.write({"__key__": f"{source.key:08d}", **sample})
-                    found: dict[str, Any] = {
-                        n: getattr(converted, n) for n in Stored._fields if hasattr(converted, n)
-                    } | about
-                    images.append(Stored(source.key, offset, len(converted.jpeg), **found))
+                    else:
+                        offset = tar.tarstream.offset + tarfile.BLOCKSIZE
+                        about = _about(job.task, source, converted.header)
+                        sample = {"jpg": converted.jpeg, "json": _sample_json(job.task, source, about)}
+                        tar.write({"__key__": f"{source.key:08d}", **sample})
+                        found = {n: getattr(converted, n) for n in Stored._fields if hasattr(converted, n)}
+                        images.append(Stored(source.key, offset, len(converted.jpeg), **(found | about)))
+                    if source is job.groups[number][-1]:
+                        break  # to ask for another row is to wait for the next shard's first
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if board.is_done(number):
+            return None
         if not images:
             path.unlink(missing_ok=True)
             return ShardRecord(job.inputs[number], 0, "", (), tuple(left_out))
-        job.record(number).touch()  # from here on `path` is known as written here
+        with contextlib.suppress(FileExistsError):  # from here on `path` is known as written here
+            job.record(number).touch(exist_ok=False)
         files.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -363,25 +431,23 @@ def _is_sound(job: SplitJob, records: Records) -> bool:
     return bool(records) and same and all(_is_complete(job, *item) for item in records.items())
 
 
-def _finish(job: SplitJob) -> Records:
-    """Write index and JSON once every node's shards are there; no record while some are missing."""
-    try:
-        with files.lock(job.work / "finish.lock", wait=True, message=""):
-            records = _finished_records(job)
-            if not _is_sound(job, records):  # else by another node, a moment ago
-                records = _work_records(job)
-                if len(records) < len(job.groups):
-                    return {}
-                listed = {job.tar(number).name for number, record in records.items() if record.size}
-                for name in _recorded(job) - listed:
-                    if _own(job, name):
-                        (job.out / name).unlink(missing_ok=True)
-                _refuse_empty(job, records)
-                _write_index_and_json(job, records)
-            shutil.rmtree(job.work, ignore_errors=True)
-            return records
-    except FileNotFoundError:
-        return _finished_records(job)
+def _finish(job: SplitJob, node_rank: int) -> Records:
+    """Write index and JSON, unless another node has, and remove the work folder. Returns the split's records."""
+    with files.lock(job.work / LOCK, wait=True, message=""):
+        records = _finished_records(job)
+        if not _is_sound(job, records):
+            records = _work_records(job)
+            if missing := [number for number in job.groups if number not in records]:
+                what = "was removed or changed while the split was made"
+                raise UserError(f"{job.tar(missing[0])}: {what}; run the same command again")
+            listed = {job.tar(number).name for number, record in records.items() if record.size}
+            for name in _recorded(job) - listed:
+                if _own(job, name):
+                    (job.out / name).unlink(missing_ok=True)
+            _refuse_empty(job, records)
+            _write_index_and_json(job, records, node_rank)
+        shutil.rmtree(job.work, ignore_errors=True)
+        return records
 
 
 def _refuse_empty(job: SplitJob, records: Records) -> None:
@@ -394,7 +460,7 @@ def _refuse_empty(job: SplitJob, records: Records) -> None:
     raise UserError(f"{job.split}: none of {len(job.sources):,} images can be stored; the first is {why}")
 
 
-def _write_index_and_json(job: SplitJob, records: Records) -> None:
+def _write_index_and_json(job: SplitJob, records: Records, node_rank: int) -> None:
     numbers = [number for number, record in records.items() if record.size]  # a shard's place here is in the index
     source_of = {source.key: source for source in job.sources}
     rows = [(place, source_of[image.key], image) for place, n in enumerate(numbers) for image in records[n].images]
@@ -428,7 +494,7 @@ def _write_index_and_json(job: SplitJob, records: Records) -> None:
         inputs=inputs,
     )
     for path, text in ((job.out / name, content), (job.json_path, meta.to_json())):
-        unfinished = job.work / f"{path.name}.new"  # what a killed process leaves is in the work folder
+        unfinished = job.work / f"{path.name}.{node_rank}.new"  # what a killed process leaves is in the work folder
         files.write_atomically(unfinished, text)
         (job.work / f"{path.name}.json").touch()  # the record, as of a shard
         files.replace(unfinished, path)

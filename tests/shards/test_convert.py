@@ -5,6 +5,7 @@ import json
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,14 +147,15 @@ def test_odd_modes_become_what_pillow_makes_of_them() -> None:
 
 @pytest.mark.fast
 def test_workers_give_results_in_order_and_pass_reasons_on(tmp_path: Path) -> None:
-    paths = []
+    images = []
     for number in range(12):
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(saved(picture(40 + number, 50)) if number != 5 else b"")
-        paths.append(str(path))
-    alone = list(convert.convert_in_order(iter(paths), Pixels(), 1))
-    assert list(convert.convert_in_order(iter(paths), Pixels(), 2)) == alone
-    assert alone[5] == "cannot identify image file"
+        images.append(SimpleNamespace(path=str(path), reason="known" if number == 7 else ""))
+    alone = list(convert.convert_in_order(iter(images), Pixels(), 1))
+    assert list(convert.convert_in_order(iter(images), Pixels(), 2)) == alone
+    assert [image for image, _ in alone] == images
+    assert (alone[5][1], alone[7][1]) == ("cannot identify image file", "known")
     assert convert.convert(str(tmp_path / "none.jpg")) == "cannot be read: No such file or directory"
 
 

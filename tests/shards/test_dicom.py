@@ -8,6 +8,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -377,10 +378,10 @@ def test_jpeg_png_and_dicom_lie_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "c.dcm").write_bytes(written(dataset()))
     (tmp_path / "d").write_bytes(written(dataset()))  # DICOM is told by its content
     grey.save(tmp_path / "e.dcm", "PNG")
-    paths = sorted(str(path) for path in tmp_path.iterdir())
+    images = [SimpleNamespace(path=str(path), reason="") for path in sorted(tmp_path.iterdir())]
     for pixels in (Pixels(), Pixels("fast", 384, "pad")):
-        alone = list(convert.convert_in_order(iter(paths), pixels, 1))
-        assert list(convert.convert_in_order(iter(paths), pixels, 2)) == alone
+        alone = [converted for _, converted in convert.convert_in_order(iter(images), pixels, 1)]
+        assert [converted for _, converted in convert.convert_in_order(iter(images), pixels, 2)] == alone
         assert [bool(result.header) for result in alone if isinstance(result, Converted)] == [0, 0, 1, 1, 0]
         pictures = [np.asarray(Image.open(io.BytesIO(result.jpeg))).astype(int) for result in alone]  # type: ignore[union-attr]
         for picture in pictures:

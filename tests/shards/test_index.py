@@ -20,7 +20,9 @@ from cxrdist.data.loader import Loader
 from cxrdist.data.order import train_batches
 from cxrdist.data.reader import ShardReader
 from cxrdist.errors import UserError
+from cxrdist.shards import convert
 from cxrdist.shards.columns import Texts
+from cxrdist.shards.convert import Converted, Pixels
 from cxrdist.shards.index import (
     COLUMNS,
     LABEL,
@@ -333,21 +335,31 @@ def test_preprocess_does_not_replace_a_set_of_version_1_unasked(make_division: A
 
 
 def test_a_damaged_record_of_a_shard_lets_it_be_made_again(
-    make_division: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_division: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, table = make_division([f"{number}.jpg" for number in range(8)])
     shared = ["--div", "b", "--images", str(images), "--csv", str(table), "--rows-per-shard", "2", "--workers", "1"]
     preprocess.main([*shared, "--out", str(tmp_path / "one")])
-    out = tmp_path / "out"
-    preprocess.main([*shared, "--out", str(out), "--num-nodes", "2", "--node-rank", "0"])
-    records = sorted((out / ".train.work").glob("*.tar.json"))
-    assert len(records) == 2
-    text = records[0].read_text()
-    for damaged in (text[:-9], text.replace('"images"', '"image"'), text.replace('"size": ', '"size": "x'), "[]", "\0"):
-        records[0].write_text(damaged)
-        preprocess.main([*shared, "--out", str(out), "--num-nodes", "2", "--node-rank", "0"])
-        assert "reused: 1 finished shards; to do: 1" in capsys.readouterr().out
-    preprocess.main([*shared, "--out", str(out), "--num-nodes", "2", "--node-rank", "1"])
+
+    def interrupted(path: str, pixels: Pixels) -> Converted | str:
+        if path.endswith("4.jpg"):
+            raise KeyboardInterrupt
+        return convert.convert_bytes(Path(path).read_bytes(), pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess.main([*shared, "--out", str(tmp_path / "interrupted")])
+    record = min((tmp_path / "interrupted" / ".train.work").glob("*.tar.json"))
+    text = record.read_text()
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert sorted(path.name for path in out.iterdir()) == names
-    assert all((out / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
+    for damaged in (text[:-9], text.replace('"images"', '"image"'), text.replace('"size": ', '"size": "x'), "[]", "\0"):
+        record.write_text(damaged)
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "interrupted", out)
+        capsys.readouterr()
+        preprocess.main([*shared, "--out", str(out)])
+        assert "reused: 1 finished shards; to do: 3" in capsys.readouterr().out
+        assert sorted(path.name for path in out.iterdir()) == names
+        assert all((out / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
