@@ -21,6 +21,7 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readi
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
+from cxrdist.shards import store
 from cxrdist.shards.adopt import find_tars, plan, write_indexes
 from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_PX, Pixels
 from cxrdist.shards.index import LeftOut, open_index, splits_in, task_of
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         adopt(args, task, pixels, num_nodes)
         print(f"index in {args.out or find_tars(args.adopt).folder}; {time.monotonic() - started:.0f} s in all")
         return
-    inputs: list[tuple[str | None, list[Path], list[Path]]] = [(args.split, args.images, args.csv or [])]
+    inputs: list[tuple[str | None, Sequence[Path | str], list[Path]]] = [(args.split, args.images, args.csv or [])]
     if args.data:
         inputs = [*competition_inputs(task, args.data, args.split)]
     # All before the first image: a mistake in the last split must not show hours later.
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m cxrdist.preprocess", description=__doc__)
     tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
-    several = {"images": {"nargs": "+"}, "csv": {"nargs": "+"}}
+    folders = {"type": str, "metavar": "DIR|URL", "nargs": "+", "help": "folders of images; also s3:// or gs://"}
+    several = {"images": folders, "csv": {"type": table_path, "nargs": "+"}}
     add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"type": str, "help": tasks}, **several)
     add_flags(parser, "--blank", "--uncertain")
     adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
@@ -89,6 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, metavar="K", help="which of the N this is, from 0")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
     args = parser.parse_args(argv)
+    args.images = args.images and [store.folder_or_url(text) for text in args.images]
     if sum(given is not None for given in (args.data, args.images, args.adopt)) != 1:
         either = "either --images DIR (with --csv FILE), --adopt 'DIR/*.tar' or --data DIR (the competition's layout)"
         raise UserError(f"give {either}")
@@ -101,6 +104,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.csv and len(args.csv) not in (1, len(args.images)):
         raise UserError(f"{len(args.images)} --images and {len(args.csv)} --csv: give a table for each folder, or one")
     return args
+
+
+def table_path(text: str) -> Path:
+    """A path as an argparse type; an address is refused: a table is small, and read whole before the first image."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: tables are read from a disk; copy it here first")
+    return Path(text)
 
 
 def task_from(args: argparse.Namespace) -> Task:

@@ -26,7 +26,7 @@ import xxhash
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cxrdist.errors import UserError
-from cxrdist.shards import dicom
+from cxrdist.shards import dicom, store
 
 Mode = Literal["exact", "fast"]
 Fit = Literal["squash", "pad"]
@@ -107,14 +107,21 @@ class Decoded:
 
 
 def convert(path: str, pixels: Pixels = PUBLISHED) -> Converted | str:
-    """The image at `path` as it is stored, or the reason (one line) why it must be left out."""
+    """The image at `path` (of a store: `cxrdist.shards.store`) as it is stored, or why (one line) it must be left out.
+
+    Raises UserError when a store does not answer: that says nothing of the image.
+    """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > dicom.MAX_BYTES:
-                return f"larger than {dicom.MAX_BYTES >> 20} MiB"
-            content = file.read()
+        if store.is_remote(path):
+            size = len(content := store.read(path, dicom.MAX_BYTES + 1))
+        else:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                content = file.read() if size <= dicom.MAX_BYTES else b""
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    if size > dicom.MAX_BYTES:
+        return f"larger than {dicom.MAX_BYTES >> 20} MiB"
     return convert_bytes(content, pixels)
 
 
@@ -269,8 +276,8 @@ def convert_in_order(
 ) -> Generator[tuple[P, Converted | str], None, None]:
     """Each image with its `convert`, or its reason, in order, by `workers` processes (1: in this one).
 
-    Images are asked for when their turn comes: `AHEAD` a worker run ahead. Raises UserError when a worker dies.
-    Close the iterator to stop early.
+    Images are asked for when their turn comes: `AHEAD` a worker run ahead. Raises UserError when a worker dies, or the
+    store of the images does not answer. Close the iterator to stop early.
     """
     if workers <= 1:
         yield from ((image, image.reason or convert(image.path, pixels)) for image in images)

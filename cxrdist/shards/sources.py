@@ -19,7 +19,7 @@ from typing import NamedTuple
 from cxrdist.errors import UserError
 from cxrdist.files import is_utf8
 from cxrdist.published import read_labels
-from cxrdist.shards import dicom
+from cxrdist.shards import dicom, store
 from cxrdist.shards.convert import EXTENSIONS, Pixels
 from cxrdist.shards.index import check_split_name
 from cxrdist.shards.writer import Source, SplitJob
@@ -92,19 +92,20 @@ def make_jobs(
     task: Task,
     out: Path,
     split: str | None,
-    images: Sequence[Path],
+    images: Sequence[Path | str],
     tables: Sequence[Path],
     pixels: Pixels,
     per_shard: int,
 ) -> list[SplitJob]:
     """One job per split. The tables are read and checked and the folders listed; no image is opened.
 
-    images, tables: a table for each folder; or one table, or none, for all folders together.
+    images, tables: a table for each folder; or one table, or none, for all folders together. A folder given as text is
+    the address of one in a store.
     split: the only one to make of those that the tables name; what rows are called that name none (default train).
     Raises UserError for what cannot be right.
     """
     check_split_name(split or "train")
-    pairs: list[tuple[tuple[Path, ...], tuple[Path, ...]]]
+    pairs: list[tuple[tuple[Path | str, ...], tuple[Path, ...]]]
     pairs = [((folder,), (table,)) for folder, table in zip(images, tables, strict=False)]
     if len(images) != len(tables):
         pairs = [(tuple(images), tuple(tables))]
@@ -112,7 +113,7 @@ def make_jobs(
         needs = f"--split {split or 'train'} needs --csv FILE with the labels"
         raise UserError(f"{needs}; images to be scored are a split of another name, such as test")
     sources: dict[str, list[Source]] = {}
-    of_name: dict[str, Path] = {}
+    of_name: dict[str, Path | str] = {}
     num_unused = 0
     for folders, csvs in pairs:
         listed = _together([list_images(folder) for folder in folders])
@@ -245,12 +246,37 @@ def image_column(table: Path, listed: Folder, where: str) -> str:
     return column
 
 
-def list_images(folder: Path) -> Folder:
-    """Files below `folder`: images by extension (any case) or DICOM content, and others.
+def list_images(folder: Path | str) -> Folder:
+    """Files below `folder` (a text: the address of one in a store): images by extension (any case) or DICOM content,
+    and others.
 
     A link that leaves the folder, and anything that is not a regular file, is listed with its problem and never opened;
-    linked folders are not entered. Raises UserError for a folder that is missing or holds no image.
+    linked folders are not entered. In a store the name alone tells what is a DICOM. Raises UserError for a folder that
+    is missing or holds no image.
     """
+    listed = _list_folder(folder) if isinstance(folder, Path) else _list_store(folder)
+    if listed.others:
+        kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension" for name in listed.others)
+        found = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(NUM_NAMED))
+        print(f"{folder}: files that are no images, not used: {found}; first: {min(listed.others)}")
+    if not listed.images:
+        found = ""
+        if isinstance(folder, Path) and any(folder.iterdir()):
+            found = f"; it holds the folder {min(os.listdir(folder))!r}"
+        raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder or below{found}; name another")
+    return listed
+
+
+def _list_store(url: str) -> Folder:
+    listed = Folder({}, {})
+    for name, size in store.list_files(url).items():
+        is_dicom = name.lower().endswith(DICOM_EXTENSIONS)
+        is_image = name.lower().endswith(EXTENSIONS)
+        (listed.images if is_image else listed.others)[name] = ImageFile(f"{url}/{name}", size, "", is_dicom)
+    return listed
+
+
+def _list_folder(folder: Path) -> Folder:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder; check the path")
     root = folder.resolve()
@@ -273,13 +299,6 @@ def list_images(folder: Path) -> Folder:
                     (listed.images if is_image else listed.others)[name] = file
     if linked:
         print(f"{folder}: linked folders, not entered: {len(linked):,} (first: {min(linked)!r})")
-    if listed.others:
-        kinds = collections.Counter(os.path.splitext(name)[1].lower() or "no extension" for name in listed.others)
-        found = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(NUM_NAMED))
-        print(f"{folder}: files that are no images, not used: {found}; first: {min(listed.others)}")
-    if not listed.images:
-        found = f"; it holds the folder {min(os.listdir(folder))!r}" if any(folder.iterdir()) else ""
-        raise UserError(f"{folder}: no {', '.join(EXTENSIONS)} file in this image folder or below{found}; name another")
     return listed
 
 
