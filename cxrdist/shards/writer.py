@@ -222,11 +222,18 @@ def _make_missing(job: SplitJob, workers: int, node_rank: int, num_nodes: int, s
         ):
             for number, rows in itertools.groupby(results, lambda result: _shard_of(job, result[0])):
                 if (record := _write_shard(job, number, rows, suffix, board, bar)) is not None:
-                    files.write_atomically(job.record(number), record.to_json())
+                    _write_record(job, number, record, suffix)
                     own += len(record.images)
                 board.finish(number)
                 bar.update(board.images_done - bar.n)
     return own, sum(reused.values())
+
+
+def _write_record(job: SplitJob, number: int, record: ShardRecord, suffix: str) -> None:
+    path = job.record(number)
+    unfinished = path.with_name(f"{path.name}.{suffix}")  # another node may write the same record at the same time
+    files.write_atomically(unfinished, record.to_json())
+    files.replace(unfinished, path)
 
 
 def _planned(job: SplitJob, board: Board, node_rank: int, num_nodes: int) -> Iterator[Source]:
@@ -441,7 +448,7 @@ def _finish(job: SplitJob, node_rank: int) -> Records:
                 what = "was removed or changed while the split was made"
                 raise UserError(f"{job.tar(missing[0])}: {what}; run the same command again")
             listed = {job.tar(number).name for number, record in records.items() if record.size}
-            for name in _recorded(job) - listed:
+            for name in _recorded(job) - listed - {f"{job.split}.index.arrow"}:
                 if _own(job, name):
                     (job.out / name).unlink(missing_ok=True)
             _refuse_empty(job, records)
