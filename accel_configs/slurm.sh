@@ -4,7 +4,10 @@
 #   sbatch --nodes=2 accel_configs/slurm.sh train --task b --model chexfound --set global_batch_size=128
 #   sbatch --nodes=1 accel_configs/slurm.sh infer --task b
 #   sbatch --nodes=1 --array=0-4 accel_configs/slurm.sh folds --task b --model chexfound --folds 5     a fold a task
-# Before the time limit and on preemption, training writes a checkpoint; the job is then queued again and continues.
+#   sbatch --nodes=1 --array=0-7 --gpus-per-node=0 accel_configs/slurm.sh preprocess --task b --data D     a node a task
+# Tasks of preprocess share the work: they may start late, be preempted or fail, and the others finish.
+# Before the time limit and on preemption, training writes a checkpoint, and preprocessing has its finished shards; the
+# job is then queued again and continues.
 #SBATCH --job-name=cxrdist
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -27,17 +30,25 @@ case "$entry" in
   folds) # starts accelerate itself, on its own node; finished and interrupted folds are known without a flag
     [ "$SLURM_NNODES" = 1 ] || { echo "error: a fold is trained on one node: sbatch --nodes=1 --array=0-4" >&2; exit 2; }
     ;;
-  *) echo "error: '$entry' is not train, infer or folds" >&2; exit 2 ;;
+  preprocess)
+    [ "$SLURM_NNODES" = 1 ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || {
+      echo "error: a task of an array is one node: sbatch --nodes=1 --array=0-7" >&2; exit 2; }
+    ;;
+  *) echo "error: '$entry' is not train, infer, folds or preprocess" >&2; exit 2 ;;
 esac
 
 python=${CXRDIST_PYTHON:-.venv/bin/python}
-gpus=${CXRDIST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?"no GPU in this job; ask for --gpus-per-node"}}
-export MASTER_NODE PROCESSES PORT CONFIG
-MASTER_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-PROCESSES=$((SLURM_NNODES * gpus))
-PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
-CONFIG=${CXRDIST_ACCEL_CONFIG:-accel_configs/nodes.yaml}
-if grep -q '^use_cpu: true' "$CONFIG"; then export ACCELERATE_USE_CPU=true; fi # accelerate forgets it between processes
+# srun no longer takes this from sbatch (Slurm 22.05): without it a node's processes share one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+if [ "$entry" != preprocess ]; then
+  gpus=${CXRDIST_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?"no GPU in this job; ask for --gpus-per-node"}}
+  export MASTER_NODE PROCESSES PORT CONFIG
+  MASTER_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  PROCESSES=$((SLURM_NNODES * gpus))
+  PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
+  CONFIG=${CXRDIST_ACCEL_CONFIG:-accel_configs/nodes.yaml}
+  if grep -q '^use_cpu: true' "$CONFIG"; then export ACCELERATE_USE_CPU=true; fi # accelerate forgets it between processes
+fi
 
 # The batch shell gets USR1 two minutes before the limit and TERM on preemption; both stop the launchers, whose processes
 # then have 30 s to write their checkpoint.
@@ -46,6 +57,8 @@ trap 'stopped=yes; kill -TERM "$job" 2> /dev/null || true' USR1 TERM
 
 if [ "$entry" = folds ]; then
   srun --ntasks=1 "$python" -m cxrdist.folds "$@" &
+elif [ "$entry" = preprocess ]; then
+  srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$python" -m cxrdist.preprocess "$@" & # a lost node ends no other
 else
   srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
     exec "$0" -m accelerate.commands.launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
@@ -61,7 +74,7 @@ while kill -0 "$job" 2> /dev/null; do # a signal ends wait early: srun is still 
 done
 
 if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then
-  echo "stopped by Slurm with a checkpoint written: queued again"
+  echo "stopped by Slurm; what is written counts: queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -27,15 +27,21 @@ CLAIMS = ("claim", "second-claim")
 class Board:
     """The shards of a split as all nodes claim and finish them.
 
-    inputs: what each shard is made from, by number. records: the name of each one's record in `work`. counts: its
-    images to convert. done: the shards known to be finished, by whatever node, and `images_done` theirs.
+    result: the file that ends the split. inputs: what each shard is made from, by number. records: the name of each
+    one's record in `work`. counts: its images to convert. done: the shards known to be finished, by whatever node, and
+    `images_done` theirs.
     Records that are there already count only where they are `add`ed: they may be damaged, or of other inputs.
     """
 
     def __init__(
-        self, work: Path, inputs: Mapping[int, str], records: Mapping[int, str], counts: Mapping[int, int]
+        self,
+        work: Path,
+        result: Path,
+        inputs: Mapping[int, str],
+        records: Mapping[int, str],
+        counts: Mapping[int, int],
     ) -> None:
-        self.work, self.inputs, self.records, self.counts = work, inputs, records, counts
+        self.work, self.result, self.inputs, self.records, self.counts = work, result, inputs, records, counts
         self.done = set[int]()
         self.images_done = 0
         self._missing = {name: number for number, name in records.items()}
@@ -69,20 +75,19 @@ class Board:
         self._held.pop(number, contextlib.ExitStack()).close()
 
     def look(self, *, now: bool = False) -> None:
-        """See which shards are done, unless that was seen a moment ago; all of them once the work folder is gone.
+        """See which shards are done, unless that was seen a moment ago; all of them once the split is finished.
 
         Raises UserError when another node makes them from other inputs.
         """
         begin = time.monotonic()
         if begin < self._next_look and not now:
             return
-        try:
-            with os.scandir(self.work) as entries:
-                there = [number for entry in entries if (number := self._missing.get(entry.name)) is not None]
-        except FileNotFoundError:  # removed by the node that finished the split
-            there = []
-            for number in [*self._missing.values()]:
-                self.add(number)
+        there: list[int] = []
+        if self.result.exists() or not self.work.exists():  # another node has finished the split
+            for left in [*self._missing.values()]:
+                self.add(left)
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.work) as entries:
+            there = [number for entry in entries if (number := self._missing.get(entry.name)) is not None]
         for number in there:
             self.is_done(number)
         self._next_look = time.monotonic() + max(LOOK_S, LOOK_SHARE * (time.monotonic() - begin))

@@ -180,6 +180,8 @@ def write_split(
             # Another node may have finished the split and removed the work folder, at any moment.
             if not _is_sound(job, finished := _finished_records(job)):
                 raise
+            with contextlib.suppress(UserError, FileNotFoundError):  # there may be nothing left to remove
+                _finish(job, node_rank)
             return finished
 
 
@@ -203,7 +205,8 @@ def _make_missing(job: SplitJob, workers: int, node_rank: int, num_nodes: int, s
         for stale in job.work.glob(f"*.{suffix}"):
             stale.unlink()
         counts = {number: sum(not source.reason for source in group) for number, group in job.groups.items()}
-        board = Board(job.work, job.inputs, {number: job.record(number).name for number in job.groups}, counts)
+        records = {number: job.record(number).name for number in job.groups}
+        board = Board(job.work, job.json_path, job.inputs, records, counts)
         reused = {number: len(record.images) for number, record in _work_records(job).items()}
         for number in reused:
             board.add(number)
@@ -232,7 +235,10 @@ def _make_missing(job: SplitJob, workers: int, node_rank: int, num_nodes: int, s
 def _write_record(job: SplitJob, number: int, record: ShardRecord, suffix: str) -> None:
     path = job.record(number)
     unfinished = path.with_name(f"{path.name}.{suffix}")  # another node may write the same record at the same time
-    files.write_atomically(unfinished, record.to_json())
+    with unfinished.open("xb") as file:  # makes no folder: that of a finished split stays removed
+        file.write(record.to_json().encode())
+        file.flush()
+        os.fsync(file.fileno())
     files.replace(unfinished, path)
 
 

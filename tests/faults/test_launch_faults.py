@@ -487,3 +487,45 @@ def test_slurm_array_task_of_folds_starts_one_process_passes_the_signal_on_and_r
     assert "-m cxrdist.folds --task b --folds 5\n" in job.output()
     assert requeued.read_text().split() == ["requeue", "17"]
     assert start(words, **environment | {"SLURM_NNODES": "2"}).wait(60) == 2
+
+
+def test_slurm_array_tasks_of_preprocess_are_nodes_that_share_the_work(
+    start: Any, make_division: Any, tmp_path: Path
+) -> None:
+    """Three tasks of an array of four: the fourth never starts. No GPU is asked for."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    images, table = make_division([f"{number}.jpg" for number in range(12)])
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_NNODES": "1",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "SLURM_ARRAY_TASK_COUNT": "4",
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "CXRDIST_PYTHON": sys.executable,
+    }
+    words = [
+        "bash",
+        "accel_configs/slurm.sh",
+        "preprocess",
+        "--task",
+        "b",
+        "--images",
+        str(images),
+        "--csv",
+        str(table),
+    ]
+    words += ["--out", str(tmp_path / "out"), "--rows-per-shard", "1", "--workers", "1"]
+    tasks = [
+        start(words, **environment | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(task)}) for task in range(3)
+    ]
+    for number, task in enumerate(tasks):
+        assert task.wait(120) == 0, task.output()
+        assert f"node {number} of 4 (from a Slurm array)" in task.output()
+        assert "12 rows = 12 images stored" in task.output()
+    assert len([*(tmp_path / "out").glob("*.tar")]) == 12
+    two_nodes = {"SLURM_NNODES": "2", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "9"}
+    assert start(words, **environment | two_nodes).wait(60) == 2
