@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import multiprocessing
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from cxrdist.bench.timing import Row
 from cxrdist.errors import UserError
@@ -138,6 +140,7 @@ def run_node(
     convert.convert = slow  # type: ignore[assignment]
     importlib.import_module("webdataset")  # seconds, which belong to the start
     writer.NUM_PROBES = 1  # of the eight that estimate the space: as few as these images are
+    tqdm.set_lock(threading.RLock())  # its own semaphore would outlive a killed process, with a warning
     pipe.send("ready")
     pipe.recv()
     write_split(job, node_rank=rank, num_nodes=len(image_s))
