@@ -235,11 +235,14 @@ def _make_missing(job: SplitJob, workers: int, node_rank: int, num_nodes: int, s
 def _write_record(job: SplitJob, number: int, record: ShardRecord, suffix: str) -> None:
     path = job.record(number)
     unfinished = path.with_name(f"{path.name}.{suffix}")  # another node may write the same record at the same time
-    with unfinished.open("xb") as file:  # makes no folder: that of a finished split stays removed
-        file.write(record.to_json().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    files.replace(unfinished, path)
+    try:
+        with unfinished.open("xb") as file:  # makes no folder: that of a finished split stays removed
+            file.write(record.to_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        files.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _planned(job: SplitJob, board: Board, node_rank: int, num_nodes: int) -> Iterator[Source]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +86,11 @@ def division(make_division: Any, s3: Store) -> tuple[Path, Path]:
 def run(images: object, table: Path | None, out: Path, *more: str) -> None:
     tables = [] if table is None else ["--csv", str(table)]
     flags = ("--rows-per-shard", "3", "--workers", "1")
-    preprocess.main(["--task", "b", "--images", str(images), *tables, "--out", str(out), *flags, *more])
+    words = ["--task", "b", "--images", str(images), *tables, "--out", str(out), *flags, *more]
+    if more:  # workers find the store by the environment in which their server was started
+        subprocess.run([sys.executable, "-m", "cxrdist.preprocess", *words], check=True)
+    else:
+        preprocess.main(words)
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -92,14 +98,14 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def test_images_in_a_bucket_give_the_bytes_that_those_in_a_folder_give(
-    division: tuple[Path, Path], s3: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    division: tuple[Path, Path], s3: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images, table = division
     run(images, table, tmp_path / "folder")
-    capsys.readouterr()
+    capfd.readouterr()
     run(s3.url, table, tmp_path / "alone")
     run(s3.url + "/", table, tmp_path / "workers", "--workers", "2")
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert bytes_of(tmp_path / "folder") == bytes_of(tmp_path / "alone") == bytes_of(tmp_path / "workers")
     assert open_index(tmp_path / "alone", "train").left_out == {
         "empty.jpg": "cannot identify image file",
