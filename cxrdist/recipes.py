@@ -117,6 +117,7 @@ class Recipe(Document):
     epochs: passes over the images that are trained on
     seed: of the order of images, the augmentation, dropout and what begins at random
     global_batch_size: images per optimizer step, over all GPUs and accumulation
+    shuffle_window: shards among whose images the order is random at a time, for sets larger than the disk; none: all
     groups: pattern of parameter names, learning rate and weight decay; the first that matches counts
     ema_decay: of the average of the weights, per step; it is what inference takes
     ema_ramp: decay of step t is min(ema_decay, (1 + t) / (10 + t)): for short runs
@@ -153,6 +154,7 @@ class Recipe(Document):
     epochs: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     global_batch_size: Count
+    shuffle_window: Count | None = None
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1000)]
     ema_decay: Share
     ema_ramp: bool = False

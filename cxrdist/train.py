@@ -21,7 +21,6 @@ from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entr
 from cxrdist.data import folds, order, selection
 from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
-from cxrdist.data.rows import EpochOrder
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
@@ -256,11 +255,13 @@ def train(
         world_size=ranks.world_size,
         group=1 if mixing is None else mixing.group,
         count_cells=selection.cell_counter(index, None if mixing is None else mixing.partners),
+        shards=index.shard_ids,
+        window=recipe.shuffle_window,
     )
     with ranks.agree("showing samples"):
         if tracker is not None and tracker.dashboard is not None:
             epoch = min(state.epoch, recipe.epochs - 1)
-            first = EpochOrder(rows.train, recipe.seed, epoch)[:NUM_SAMPLES]
+            first = next(epoch_batches(epoch=epoch)).rows[:NUM_SAMPLES]
             show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):

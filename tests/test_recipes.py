@@ -146,12 +146,23 @@ def test_what_only_inference_uses_is_no_difference_of_what_is_learned():
     assert recipe == other
 
 
+def test_the_window_of_the_order_is_a_number_of_shards_or_none_and_old_recipes_have_none():
+    recipe = recipes.eva_x("b")
+    assert with_overrides(recipe, ["shuffle_window=8"]).shuffle_window == 8
+    assert differences(recipe, with_overrides(recipe, ["shuffle_window=none"])) == []
+    for wrong in ("0", "-1", "2.5", "all"):
+        with pytest.raises(UserError, match=f"--set shuffle_window={wrong}"):
+            with_overrides(recipe, [f"shuffle_window={wrong}"])
+    before = {name: value for name, value in json.loads(to_json(recipe)).items() if name != "shuffle_window"}
+    assert from_json(json.dumps(before)) == recipe
+
+
 def test_each_field_of_another_type_is_named():
     text = to_json(recipes.eva_x("b"))
     for name in json.loads(text):
         for wrong in (None, [], {}, "text", 1e400):
             data = json.loads(text)
-            if (name in ("clip_grad_norm", "layer_decay") and wrong is None) or (
+            if (name in ("clip_grad_norm", "layer_decay", "shuffle_window") and wrong is None) or (
                 name in ("groups", "model_kwargs", "augment") and wrong == []
             ):
                 continue

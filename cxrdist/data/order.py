@@ -4,6 +4,9 @@ An epoch is a sequence of global batches. Every rank computes the same sequence 
 all ranks take equal numbers of steps, every image is used exactly once, and neither the world size nor threads nor
 shards change what is learned. A cursor (epoch, step) is all that resuming needs. Planning costs some seconds for ten
 million images.
+
+Rows are in random order over the whole epoch, which needs all shards at hand; or within windows of some shards, which
+follow one another in random order: then a shard is read in one window of each epoch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,9 +39,11 @@ class MicroBatch:
     epoch: int
 
 
-def epoch_order(rows: SomeRows, seed: int, epoch: int) -> Rows:
+def epoch_order(
+    rows: SomeRows, seed: int, epoch: int, shards: NDArray[np.integer[Any]] | None = None, window: int | None = None
+) -> Rows:
     """`rows` in the order in which `epoch` uses them, (N,) int64, all at once; see `EpochOrder`."""
-    return EpochOrder(rows, seed, epoch)[:]
+    return EpochOrder(rows, seed, epoch, shards, window)[:]
 
 
 def num_steps(num_rows: int, global_batch_size: int) -> int:
@@ -63,13 +68,17 @@ def train_batches(
     start_step: int = 0,
     group: int = 1,
     count_cells: Callable[[Rows, int], int] | None = None,
+    shards: NDArray[np.integer[Any]] | None = None,
+    window: int | None = None,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of `rank` from `start_step` to the end of `epoch`.
 
     group: images that stay together, counted from the beginning of a global batch.
     count_cells: of rows in an epoch, how many label cells are not masked; None where none is. Every rank counts those
     of the global batch by itself: no collective.
-    The global batches depend only on (rows, seed, epoch, global_batch_size). Slices differ by at most one group.
+    shards, window: see `EpochOrder`.
+    The global batches depend only on (rows, seed, epoch, global_batch_size) and the windows. Slices differ by at most
+    one group.
     Raises UserError when a batch size would split a group, when there is no image, or when `start_step` lies behind the
     epoch (a checkpoint of another split).
     """
@@ -84,7 +93,7 @@ def train_batches(
         there = f"an epoch of {len(rows)} images has {steps} steps of {global_batch_size}"
         remedy = "the checkpoint belongs to another split or batch size"
         raise UserError(f"cannot start at step {start_step}: {there}; {remedy}")
-    order = EpochOrder(rows, seed, epoch)
+    order = EpochOrder(rows, seed, epoch, shards, window)
 
     def generate() -> Iterator[MicroBatch]:
         for step in range(start_step, steps):

@@ -55,6 +55,28 @@ def as_array(rows: range | NDArray[np.integer[Any]]) -> Rows:
     return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else np.asarray(rows, np.int64)
 
 
+def count_rows(shards: NDArray[np.integer[Any]], rows: SomeRows) -> NDArray[np.int64]:
+    """How many of the rows each shard has, up to the last one that has any; shards: of every row of the index."""
+    counts = np.zeros(int(shards.max(initial=-1)) + 1, np.int64)
+    for piece in in_pieces(rows):
+        counts += np.bincount(shards[piece], minlength=len(counts))
+    return counts
+
+
+def windows(shards: NDArray[np.integer[Any]], seed: int, epoch: int, window: int) -> list[Rows]:
+    """The distinct `shards` in the order of `epoch`, `window` of them at a time; the last window may have fewer.
+
+    Sorted by a hash, as rows are in `EpochOrder`; another one, so that it says nothing of the rows.
+    """
+    numbers = np.asarray(shards, np.int64)
+    order = numbers[np.argsort(mix(mix(_key(seed, epoch) ^ GAMMA) + numbers.astype(np.uint64) * GAMMA))]
+    return [order[first : first + window] for first in range(0, len(order), window)]
+
+
+def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
+    return mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+
+
 class EpochOrder:
     """`rows` in the order in which `epoch` uses them; a slice of it is an array. Which way `rows` come does not matter.
 
@@ -63,13 +85,31 @@ class EpochOrder:
     Source of the hash: SplitMix64 (Steele et al. 2014).
     """
 
-    def __init__(self, rows: SomeRows, seed: int, epoch: int) -> None:
+    def __init__(
+        self,
+        rows: SomeRows,
+        seed: int,
+        epoch: int,
+        shards: NDArray[np.integer[Any]] | None = None,
+        window: int | None = None,
+    ) -> None:
+        """shards: the shard of every row of the index. window: shards among whose rows the order is random at a time,
+        see `windows`; None, or at least as many as there are: all.
+        """
         self._rows = rows
-        self._key = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+        self._key = _key(seed, epoch)
+        self._shards, self._window_of = shards, np.empty(0, np.int64)
         # Of each part: the first of its places in the order, and of the first bits of its hashes.
         self._places, self._bits = [0, len(rows)], [0, 2**BITS]
         self._part: tuple[int, Rows] = (-1, np.empty(0, np.int64))
-        if len(rows) > SORTED_AT_ONCE:
+        if window is not None and shards is not None:  # a part is a window
+            of_shard = count_rows(shards, rows)
+            groups = windows(np.flatnonzero(of_shard), seed, epoch, window)
+            self._window_of = np.empty(len(of_shard), np.int64)
+            for number, group in enumerate(groups):
+                self._window_of[group] = number
+            self._places = [0, *np.cumsum([int(of_shard[group].sum()) for group in groups]).tolist()]
+        elif len(rows) > SORTED_AT_ONCE:
             counts = np.zeros(2**BITS, np.int64)
             for piece in in_pieces(rows):
                 counts += np.bincount(self._first_bits(self._hashes(piece)), minlength=2**BITS)
@@ -96,9 +136,12 @@ class EpochOrder:
     def _sorted(self, part: int) -> Rows:
         """The rows of one part in their order; it is kept until another one is asked for."""
         if self._part[0] != part:
-            low, high = self._bits[part], self._bits[part + 1]
+            in_windows = len(self._window_of) > 0
+            low, high = (part, part + 1) if in_windows else self._bits[part : part + 2]
             found = []
             for rows in in_pieces(self._rows):
+                if in_windows and self._shards is not None:
+                    rows = rows[self._window_of[self._shards[rows]] == part]
                 hashes = self._hashes(rows)
                 if len(self._bits) > 2:
                     bits = self._first_bits(hashes)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrdist.data.order import MicroBatch, accum_steps, epoch_order, eval_batches, num_steps, train_batches
-from cxrdist.data.rows import Chosen, EpochOrder, in_pieces
+from cxrdist.data.rows import Chosen, EpochOrder, in_pieces, windows
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -75,6 +75,43 @@ def test_interruptions_on_changing_world_sizes_use_each_image_once_in_the_same_g
     assert seen == undisturbed
     assert sorted(flat(seen)) == rows.tolist()
     assert len(seen) == steps >= 1
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    sizes=st.lists(st.integers(1, 17), min_size=1, max_size=9),
+    window=st.sampled_from([1, 2, 3, 9, 100]),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 5),
+    global_batch_size=st.integers(1, 40),
+    worlds=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    device_batch_sizes=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    cuts=st.lists(st.integers(0, 90), max_size=3),
+    left_out=st.integers(0, 5),
+)
+def test_windows_change_nothing_of_that_and_a_shard_is_read_in_one_window(
+    sizes, window, seed, epoch, global_batch_size, worlds, device_batch_sizes, cuts, left_out
+):
+    shards = np.repeat(np.arange(len(sizes)) * 2, sizes)  # some shards without a row
+    rows = np.arange(len(shards), dtype=np.int64)[min(left_out, len(shards) - 1) :]
+    plan = {"seed": seed, "epoch": epoch, "global_batch_size": global_batch_size, "shards": shards, "window": window}
+    steps = num_steps(len(rows), global_batch_size)
+    bounds = [0, *sorted(min(cut, steps) for cut in cuts), steps]
+    seen: list[list[int]] = []
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        device, world = device_batch_sizes[i % 4], worlds[i % len(worlds)]
+        parts = {"world_size": world, "start_step": start, "stop_step": stop}
+        seen += global_batches(rows, device_batch_size=device, **parts, **plan)
+    order = flat(seen)
+    assert sorted(order) == rows.tolist()
+    position = 0
+    for group in windows(np.unique(shards[rows]), seed, epoch, window):
+        count = int(np.isin(shards[rows], group).sum())
+        assert set(shards[order[position : position + count]].tolist()) == set(group.tolist())
+        position += count
+    assert position == len(rows)
+    if window >= len(np.unique(shards[rows])):
+        assert order == epoch_order(rows, seed, epoch).tolist()
 
 
 @settings(deadline=None, max_examples=60)
@@ -201,6 +238,23 @@ def test_an_epoch_holds_the_order_of_a_part_only():
     tracemalloc.stop()
     assert held < 4_000_000
     assert most < 14_000_000
+
+
+def test_windows_are_those_that_checkpoints_in_the_world_were_written_with():
+    shards = np.repeat(np.arange(6), 2)
+    assert epoch_order(np.arange(12), 48, 3, shards, 2).tolist() == [8, 1, 0, 9, 7, 6, 10, 11, 2, 5, 4, 3]
+    assert [group.tolist() for group in windows(np.arange(6), 48, 3, 4)] == [[0, 4, 3, 5], [2, 1]]
+
+
+def test_windows_come_in_another_order_in_each_epoch_and_say_nothing_of_the_rows():
+    shards = np.repeat(np.arange(500), 40)
+    first, second = (np.concatenate(windows(np.arange(500), 1, epoch, 8)) for epoch in (0, 1))
+    rows = epoch_order(np.arange(500), 1, 0)
+    for other in (second, rows, np.arange(500)):
+        assert abs(np.corrcoef(np.argsort(first), np.argsort(other))[0, 1]) < 4 / np.sqrt(500)
+    order = epoch_order(np.arange(len(shards)), 1, 0, shards, 8)
+    inside = order[:320]  # of the first window
+    assert abs(np.corrcoef(inside[:-1], inside[1:])[0, 1]) < 4 / np.sqrt(320)
 
 
 def test_order_is_evenly_spread_and_successive_epochs_are_unrelated():

@@ -71,6 +71,29 @@ def test_five_kills_later_the_run_is_the_undisturbed_one_bit_for_bit(uneven_shar
     training_runs.assert_same_result(run, undisturbed)
 
 
+def test_a_run_in_windows_that_is_killed_and_resumed_on_other_ranks_is_the_undisturbed_one(uneven_shards, tmp_path):
+    flags = ["--set", "shuffle_window=2"]
+    assert train(uneven_shards, tmp_path / "whole", *flags).code == 0
+    for kill in ({"rank": 1, "at": "step", "count": 3}, {"rank": 0, "at": "step", "count": 4}, None):
+        ended = train(uneven_shards, tmp_path / "run", *flags, "--resume", fault={"kill": kill} if kill else {})
+        assert (ended.code == 0) == (kill is None), ended.output
+    training_runs.assert_same_result(tmp_path / "run", tmp_path / "whole")
+    ended = train(uneven_shards, tmp_path / "run", "--resume")
+    assert ended.code != 0
+    assert "shuffle_window: 2 -> None" in ended.output
+
+
+def test_a_run_from_before_there_were_windows_resumes(uneven_shards, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    ended = train(uneven_shards, run, "--max-steps", "3")
+    assert ended.code == 0, ended.output
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert recipe.pop("shuffle_window", "there") is None
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    assert train(uneven_shards, run, "--resume").code == 0
+    training_runs.assert_same_result(run, undisturbed)
+
+
 def test_three_ranks_resume_bit_for_bit_although_their_sums_have_an_order(uneven_shards, tmp_path):
     flags = ["--set", "epochs=2", "--set", "member_epochs=2"]
     for name, kill in (("whole", None), ("run", {"rank": 2, "at": "step", "count": 3}), ("run", None)):
