@@ -120,8 +120,10 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--csv": flag(Path, "FILE", "label CSV (train) or sample submission (test)"),
     "--shards": flag(Path, "DIR", "shard set made by cxrdist.preprocess; it says its task (default: shards/<task>)"),
     "--shards-url": flag(
-        str, "URL", "copy the shards from s3://, https:// or hf:// into --shards first, checking all hashes"
+        str, "URL", "copy the shards from s3://, gs://, https:// or hf:// into --shards first, checking all hashes"
     ),
+    "--cache": flag(Path, "DIR", "with --shards-url and --cache-gb: stream the shards through this folder"),
+    "--cache-gb": flag(at_least(0, float), "G", "most that --cache may hold, in 10^9 bytes, over all runs that use it"),
     "--out": flag(Path, "DIR", "where to write"),
     "--init": flag(str, "FILE|timm|random", "weights to start from (default: the official file in weights/)"),
     "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),

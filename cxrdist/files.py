@@ -267,6 +267,20 @@ def lock(path: Path, *, wait: bool, message: str) -> Iterator[str]:
         yield holder
 
 
+def try_lock(file: io.IOBase, *, shared: bool) -> bool:
+    """Lock an open file until it is closed, or change its lock; False where another process (or file) keeps it.
+
+    Any number may share it, or one has it alone. UserError on a file system that cannot lock.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{getattr(file, 'name', '')}: cannot be locked ({_why(error)}); use a local disk") from None
+    return True
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[str]:
     """Hold `folder` for this process, made where it is missing; UserError when another process has it.

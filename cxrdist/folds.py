@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cxrdist import recipes, train
-from cxrdist.cli import Parser, at_least, flag, run_entry, shards_of
-from cxrdist.data.fetch import fetch_shards
+from cxrdist.cli import Parser, at_least, flag, run_entry
 from cxrdist.distributed import environment
 from cxrdist.distributed.plan import LaunchPlan, plan_launch
 from cxrdist.errors import UserError
@@ -31,7 +30,8 @@ from cxrdist.recipes import Inference, Recipe
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, read_members, write_table
-from cxrdist.shards.index import open_index, read_meta, task_of
+from cxrdist.shard_sets import STREAMING, ShardSet, find_shards
+from cxrdist.shards.index import read_meta, task_of
 from cxrdist.steps import Step, path_hash, run_steps, stop_as_interrupted, unfinished
 
 ALL = -1
@@ -52,7 +52,7 @@ class Job:
     words: tuple[str, ...]
     recipe: Recipe
     identity: tuple[str, ...]  # of a training, but for its fold
-    shards: Path
+    at: ShardSet
     task_name: str
     member: str
     num_folds: int
@@ -105,17 +105,16 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
         args.only = ALL if array is None else array
     if args.only != ALL and args.only >= args.folds:
         raise UserError(f"fold {args.only} is not possible (--only, or a Slurm array): they are 0 to {args.folds - 1}")
-    shards = shards_of(given)
-    if given.shards_url:
-        fetch_shards(given.shards_url, shards, "train", given.task)
-    task = given.task or task_of(shards)
-    num_images = read_meta(shards, "train", task).counts.images
+    at = find_shards(given)
+    at.fetch("train", given.task)
+    task = given.task or task_of(at.folder)
+    num_images = read_meta(at.folder, "train", task).counts.images
     recipe = train.asked_for(given, task.name, num_images)[1]
     job = Job(
         words=tuple(words),
         recipe=recipe,
         identity=identity_of(given, recipe),
-        shards=shards,
+        at=at,
         task_name=task.name,
         member=args.member or recipe.name,
         num_folds=args.folds,
@@ -123,7 +122,7 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
         plan=plan_launch(),
     )
     parse_member(f"{job.member}={job.out}")  # a name that inference would refuse
-    check_outputs(with_json([job.table]), [shards], folder=job.out)
+    check_outputs(with_json([job.table]), [at.folder], folder=job.out)
     return args, job
 
 
@@ -150,7 +149,7 @@ def fold_steps(job: Job, fold: int) -> list[Step]:
         name=f"train fold {fold}",
         words=(*job.plan.command("cxrdist.train"), *job.words, *folds, "--out", str(run)),
         identity=(*job.identity, *folds),
-        inputs=(job.shards / "train.json",),
+        inputs=(job.at.folder / "train.json",),
         results=tuple(epoch_folder(run, epoch) / "manifest.json" for epoch in inference.member_epochs),
         folder=run,
         keep=True,
@@ -171,7 +170,7 @@ def fold_steps(job: Job, fold: int) -> list[Step]:
 def words_for_infer(words: tuple[str, ...]) -> list[str]:
     """Those of training's flags that inference takes, too, as given."""
     shared = Parser(add_help=False)
-    for name in FOR_INFER:
+    for name in (*FOR_INFER, *(STREAMING if "--cache-gb" in " ".join(words) else ())):
         shared.add_argument(*((name, "--div") if name == "--task" else (name,)))
     found = vars(shared.parse_known_args(words)[0])
     return [word for name, text in found.items() if text is not None for word in (f"--{name.replace('_', '-')}", text)]
@@ -180,7 +179,7 @@ def words_for_infer(words: tuple[str, ...]) -> list[str]:
 def join(job: Job) -> None:
     """Write the folds' tables as one, in the order of the shards; UserError unless it holds every image, unseen."""
     (table,), _ = read_members([job.part(fold) for fold in range(job.num_folds)], None)
-    index = open_index(job.shards, "train")
+    index = job.at.open("train")
     if missing := table.without_score(index.image_names):
         raise UserError(f"{len(missing):,} images are in no fold's table, e.g. {missing[0]!r}; give another --out")
     if not table.meta.out_of_fold:

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, shards_of, task_type
-from cxrdist.data.fetch import fetch_shards
+from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, task_type
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import EvalBatches, num_steps
 from cxrdist.data.reader import NO_XXH3
@@ -42,8 +41,8 @@ from cxrdist.inference.wanted import SomeOf, choose_rows, choose_template, hash_
 from cxrdist.models.compiled import graphs_told
 from cxrdist.scoring.submission import check_unreadable, unreadable_note, write_submission
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
+from cxrdist.shard_sets import STREAMING, ShardSet, find_shards, scoring_stream
 from cxrdist.shards.index import ShardIndex, task_of
-from cxrdist.shards.verify import open_together
 from cxrdist.tables import Template
 from cxrdist.task import Task
 
@@ -73,19 +72,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     environment.check_processes(args.expect_processes)
     start = time.monotonic()
-    shards = shards_of(args)
+    at = find_shards(args)
     if args.dry_run:
         if environment.rank() == 0:
-            print(infer_dry_run(args.task or task_of(shards), shards, args.precision, args.split))
+            print(infer_dry_run(args.task or task_of(at.folder), at.folder, args.precision, args.split))
         return
     check_gpus_seen()
-    if args.shards_url:  # before the process group, whose timeout is shorter than a download
-        fetch_shards(args.shards_url, shards, args.split, args.task)
+    at.fetch(args.split, args.task)  # before the process group, whose timeout is shorter than a download
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
         found = ranks.gather(hardware_of(ranks.device))
-        index = open_together(ranks, shards, args.split, args.task)
+        index = at.open_together(ranks, args.split, args.task)
         with ranks.agree():
-            members = prepare_members(args, shards, index)
+            members = prepare_members(args, at.folder, index)
         rows = ranks.on_main(choose_rows, index, *members[:2], args.fold)
         with ranks.agree():
             job = prepare(args, index, members, rows, found, ranks.rank)
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         with ranks.agree():
             if ranks.rank == 0:
                 stack.enter_context(folder_lock(job.out))
-        score_missing(args, job, ranks)
+        score_missing(args, job, at, ranks, stack)
         with ranks.working("reading scores"):
             parts = collect(job.store, ranks)
         note = ranks.on_main(write_results, args, job, parts)
@@ -102,12 +100,14 @@ def main(argv: list[str] | None = None) -> None:
         ranks.say(f"inference took {seconds:.0f} s on {ranks.world_size} processes, start and reading included{note}")
 
 
-def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
+def score_missing(args: argparse.Namespace, job: Job, at: ShardSet, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     """Score this rank's share of the batches that are in no part yet, and write it in parts."""
     size = job.basis.device_batch_size
     done = batches_done(job.store.read_all(), ranks)
-    own = [number for number in job.batches if number not in done][ranks.rank :: ranks.world_size]
-    batches = dataclasses.replace(job.batches, numbers=own)
+    left = [number for number in job.batches if number not in done]
+    batches = dataclasses.replace(job.batches, numbers=left[ranks.rank :: ranks.world_size])
+    # for all ranks, until all of them have their scores
+    stream = scoring_stream(at, job.index, dataclasses.replace(job.batches, numbers=left), ranks, stack)
     ranks.say("\n".join([describe_plan(job.ensemble.members, job.passes, len(job.rows)), *job.ensemble.notes]))
     ranks.say(f"  {ranks.world_size} processes on {ranks.device.type}, {job.basis.precision}, {size} images a batch")
     if done:
@@ -116,9 +116,10 @@ def score_missing(args: argparse.Namespace, job: Job, ranks: Ranks) -> None:
     every_s = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs few lines
     show = tqdm(total=total, unit=" images", desc=desc, disable=ranks.rank != 0, mininterval=every_s, maxinterval=60)
     none = torch.zeros(len(job.basis.columns), 0, job.task.num_labels, device=ranks.device)
+    most_bad = job.most_unreadable - len(job.left_out)
     with (
         out_of_memory_named(ranks.device, size, "with which all images are scored again"),
-        Loader(job.index, ranks.device, on_bad="skip", max_bad=job.most_unreadable - len(job.left_out)) as loader,
+        Loader(job.index, ranks.device, on_bad="skip", max_bad=most_bad, stream=stream) as loader,
         show,
         graphs_told(ranks.say) if args.compile else contextlib.nullcontext(),
     ):
@@ -225,7 +226,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fold", **flag(at_least(0), "K", fold))
     add_flags(
         parser,
-        *("--task", "--shards", "--shards-url", "--out", "--template", "--average", "--average-studies"),
+        *("--task", "--shards", *STREAMING, "--out", "--template", "--average", "--average-studies"),
         *("--backbone", "--device-batch-size", "--precision", "--compile", "--expect-processes", "--dry-run"),
         *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
         out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},

@@ -17,9 +17,8 @@ import torch
 from cxrdist import recipes
 from cxrdist.augment.mixing import mixing_of
 from cxrdist.augment.pipeline import TrainingAugment
-from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry, shards_of
+from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry
 from cxrdist.data import folds, order, selection
-from cxrdist.data.fetch import fetch_shards
 from cxrdist.data.loader import Loader
 from cxrdist.distributed import environment
 from cxrdist.distributed.control import Control
@@ -37,20 +36,19 @@ from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState, StoredImages
+from cxrdist.shard_sets import STREAMING, ShardSet, find_shards, training_streams
 from cxrdist.shards.index import ShardIndex, read_meta, task_of
-from cxrdist.shards.verify import open_together
-from cxrdist.task import LAYOUTS, Task
+from cxrdist.task import Task
 from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
 from cxrdist.training.losses import label_sums, make_criterion, part_names
 from cxrdist.training.meter import Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors, rates_table
-from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
+from cxrdist.training.tracking import NUM_SAMPLES, Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
 
 NO_FOLD = -1
-NUM_SAMPLES = 4  # augmented images shown on the dashboard
 AGAIN = "run the same command with --resume"
 SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
@@ -89,7 +87,7 @@ def parser() -> Parser:
     which = flags.add_mutually_exclusive_group()
     which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
     which.add_argument("--model", default="eva_x", help=MODEL)
-    add_flags(flags, "--task", "--shards", "--shards-url", "--out", "--init", "--backbone", "--resume", "--set")
+    add_flags(flags, "--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set")
     add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
     add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
     for name, options in OWN_FLAGS.items():
@@ -101,13 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     """Check, build, restore, train. Every mistake that can be seen beforehand is named before anything is written."""
     args = parser().parse_args(argv)
     environment.check_processes(args.expect_processes)
-    shards = shards_of(args)
-    if args.shards_url and not args.dry_run:  # before the process group, whose timeout is shorter than a download
+    at = find_shards(args)
+    if not args.dry_run:
         check_gpus_seen()
-        fetch_shards(args.shards_url, shards, "train", args.task)
-    task = args.task or task_of(shards)
-    if args.shards_url and not args.dry_run and validates_on_split(args, task):
-        fetch_shards(args.shards_url, shards, "valid", task, optional=True)
+    at.fetch("train", args.task)  # before the process group, whose timeout is shorter than a download
+    shards, task = at.folder, args.task or task_of(at.folder)
+    if selection.validates_on_split(args.validate_fold, task):
+        at.fetch("valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
     published, recipe = asked_for(args, task.name, num_images)
     architecture_of(recipe.model)  # an unknown name ends here
@@ -117,12 +115,11 @@ def main(argv: list[str] | None = None) -> None:
             names = ("device_batch_size", "precision", "grad_checkpointing")
             print(dry_run(recipe, task, shards, run, **{name: getattr(args, name) for name in names}))
         return
-    check_gpus_seen()
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
         if published.global_batch_size != recipe.global_batch_size:
             changed = "; ".join(recipes.differences(published, recipe))
             ranks.say(f"another global batch than the recipe's (learning rates: --scale-lr {args.scale_lr}): {changed}")
-        train(args, recipe, task, shards, run, ranks, stack)
+        train(args, recipe, task, at, run, ranks, stack)
 
 
 def asked_for(args: Namespace, task: str, num_images: int | None) -> tuple[Recipe, Recipe]:
@@ -136,29 +133,31 @@ def asked_for(args: Namespace, task: str, num_images: int | None) -> tuple[Recip
 
 
 def train(
-    args: Namespace, recipe: Recipe, task: Task, shards: Path, run: Path, ranks: Ranks, stack: contextlib.ExitStack
+    args: Namespace, recipe: Recipe, task: Task, at: ShardSet, run: Path, ranks: Ranks, stack: contextlib.ExitStack
 ) -> None:
     """Build what learns, restore it where the run stood, and train to the last epoch, a signal or a time limit."""
     # What is trained on, and where it begins
     found = ranks.gather(hardware_of(ranks.device))
     with ranks.agree():
         precision, why = resolve_precision(args.precision, found)
-    index = open_together(ranks, shards, "train", task)
-    has_valid = ranks.on_main(validates_on_split, args, task, shards)
-    valid = open_together(ranks, shards, "valid", task) if has_valid else None
+    index = at.open_together(ranks, "train", task)
+    has_valid = ranks.on_main(selection.validates_on_split, args.validate_fold, task, at.folder)
+    valid = at.open_together(ranks, "valid", task) if has_valid else None
     facts, rows = ranks.on_main(choose_data, index, valid, recipe, run, args)
     ranks.say("\n".join(ranks.on_main(selection.describe_data, index, rows, valid)))
     sums = ranks.on_main(label_sums, selection.targets_in_pieces(index, rows.train))
     holder = ""
     with ranks.agree():
         if ranks.rank == 0:
-            start.check_folder(run, shards)
+            start.check_folder(run, at.folder)
             holder = stack.enter_context(folder_lock(run))
     begin = ranks.on_main(start.find_start, run, recipe, facts, resume=args.resume, say=ranks.say, own=args.recipe)
     if begin.finished:
         ranks.say(f"{run} is finished: all {recipe.epochs} epochs are trained; nothing to do")
         return
     device_batch_size = args.device_batch_size or default_device_batch(recipe, task, precision, ranks, args)
+
+    streams = training_streams(at, index, valid, rows, recipe, device_batch_size, ranks, stack)
 
     # What learns
     torch.manual_seed(recipe.seed)
@@ -223,9 +222,11 @@ def train(
             tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, images=args.wandb_images, config=config))
     threads = environment.decode_threads() if args.threads is None else args.threads
     read = functools.partial(Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad)
-    loader = valid_loader = stack.enter_context(read(index, max_bad=args.max_unreadable.of(len(index))))
-    if valid is not None:
-        valid_loader = stack.enter_context(read(valid, max_bad=args.max_unreadable.of(len(valid))))
+    streams.start(state.epoch, state.step * recipe.global_batch_size, ranks)
+    most_bad, held_out = args.max_unreadable.of, index if valid is None else valid
+    loader = valid_loader = stack.enter_context(read(index, max_bad=most_bad(len(index)), stream=streams.train))
+    if valid is not None or streams.valid is not None:
+        valid_loader = stack.enter_context(read(held_out, max_bad=most_bad(len(held_out)), stream=streams.valid))
     hardware = {name: getattr(session, name) for name in ("world_size", "device_batch_size", "precision")}
     step_state = StepState(data=facts, frozen=frozen, parts=parts, **hardware)
     meta = EpochMeta(data=facts, frozen=frozen, recipe=recipe.name, model=recipe.model, task=task)
@@ -259,10 +260,10 @@ def train(
         window=recipe.shuffle_window,
     )
     with ranks.agree("showing samples"):
-        if tracker is not None and tracker.dashboard is not None:
-            epoch = min(state.epoch, recipe.epochs - 1)
-            first = next(epoch_batches(epoch=epoch)).rows[:NUM_SAMPLES]
-            show_samples(tracker, loader, first, functools.partial(augment.levels, epoch=epoch), state.global_step)
+        if tracker is not None and tracker.dashboard is not None and state.epoch < recipe.epochs:
+            coming = epoch_batches(epoch=state.epoch, start_step=state.step)
+            levels = functools.partial(augment.levels, epoch=state.epoch)
+            show_samples(tracker, loader, coming, levels, state.global_step)
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
             norms.train(model)
@@ -298,6 +299,7 @@ def train(
                 if decision.stop:
                     ranks.say(f"stopped after step {state.global_step} ({decision.stop}); to continue, {AGAIN}")
                     return
+            loader.next_pass()
             save_step(folder, learner, tracker, ranks)
             validation = None
             if rows.validation is not None:
@@ -307,6 +309,7 @@ def train(
                         *(model, valid_loader, rows.validation, resize, criterion_on_cpu, ranks),
                         *(device_batch_size, precision),
                     )
+                valid_loader.next_pass()
             meter.log_epoch(validation)
             scores = None if validation is None else validation.summary()
             place = {"epoch": epoch + 1, "global_step": state.global_step}
@@ -316,18 +319,12 @@ def train(
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
 
 
-def validates_on_split(args: Namespace, task: Task, shards: Path | None = None) -> bool:
-    """Whether validation is on split `valid` where the shard set has one, as `shards` has if given."""
-    there = shards is None or (shards / "valid.json").is_file()
-    return there and args.validate_fold is None and task.name not in LAYOUTS
-
-
 def choose_data(
     index: ShardIndex, valid: ShardIndex | None, recipe: Recipe, run: Path, args: Namespace
 ) -> tuple[Facts, selection.Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
-    fold = args.validate_fold
-    if valid is None and validates_on_split(args, index.task) and index.patients.has_distinct(args.folds):
+    fold, by_split = args.validate_fold, selection.validates_on_split(args.validate_fold, index.task)
+    if valid is None and by_split and index.patients.has_distinct(args.folds):
         fold = 0
     fold = None if fold == NO_FOLD else fold
     facts = Facts(

@@ -190,3 +190,9 @@ def test_a_fold_that_another_command_works_on_is_left_alone(office: Office, tmp_
     with pytest.raises(KeyboardInterrupt):
         office.folds("out", "--only", "1")
     assert office.commands == []
+
+
+def test_scoring_streams_where_training_does_and_else_reads_the_copy():
+    streaming = ("--shards-url", "s3://bucket/x", "--cache", "c", "--cache-gb", "5")
+    assert folds.words_for_infer((*streaming, "--seed", "1")) == [*streaming]
+    assert folds.words_for_infer(streaming[:2]) == []

@@ -28,7 +28,7 @@ LAYERS = (
     {"distributed"},
     {"shards", "data", "augment", "models", "training", "runs", "inference", "scoring", "report", "estimate", "web"},
     {"cli", "steps", "truth"},
-    {"external", "model_flags"},
+    {"external", "model_flags", "shard_sets"},
     ENTRIES,
     {"__main__"},
 )

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,27 @@ class Ended:
 
 
 def start(
-    shards: Path,
+    shards: Path | None,
     run: Path,
     *flags: str,
     processes: int = 2,
     model: str = "tiny_chexfound",
     fault: dict[str, Any] | None = None,
+    launcher: Sequence[str] | None = None,
 ) -> "subprocess.Popen[str]":
-    """Start a training in a process group of its own; its output is one stream."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
+    """Start a training in a process group of its own; its output is one stream.
+
+    shards: None where flags say them. launcher: of the processes, in place of the usual one.
+    """
+    usual = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [
         sys.executable,
-        *launcher,
+        *(usual if launcher is None else launcher),
         str(WORKER),
         *FLAGS,
         "--model",
         model,
-        "--shards",
-        str(shards),
+        *([] if shards is None else ["--shards", str(shards)]),
         "--out",
         str(run),
     ]
@@ -82,7 +84,7 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 120) -> Ended:
         process.wait()
 
 
-def train(shards: Path, run: Path, *flags: str, timeout: float = 120, **options: Any) -> Ended:
+def train(shards: Path | None, run: Path, *flags: str, timeout: float = 120, **options: Any) -> Ended:
     """Run a training to its end."""
     return finish(start(shards, run, *flags, **options), timeout)
 

@@ -1,7 +1,7 @@
 """A shard set on S3, the web or the Hugging Face hub -> the same files in a local folder, each checked by its hash.
 
-Only on request (`--shards-url`), only these three kinds of address, never a shell. Training reads the local copy: an
-epoch touches every shard in random order, so all of it is needed at once anyway.
+Only on request (`--shards-url`), only these kinds of address, never a shell. Either all of a split is copied before the
+work begins (here), or its shards are fetched one after the other while it goes on (`cxrdist.data.stream`).
 """
 
 import contextlib
@@ -16,8 +16,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -26,7 +27,8 @@ from cxrdist.errors import UserError
 from cxrdist.shards.index import FileMeta, read_meta
 from cxrdist.task import Task
 
-PROTOCOLS = {"s3": "s3fs", "https": "", "hf": "huggingface_hub"}  # and the package that fsspec needs for it
+# and what fsspec needs for it
+PROTOCOLS = {"s3": "'cxrdist[s3]'", "gs": "'cxrdist[gs]'", "https": "", "hf": "huggingface_hub"}
 CHUNK = 2**23  # bytes of a read
 DOWNLOADS = 4  # files at the same time
 READ_S = 120.0  # for one read of CHUNK bytes (70 kB/s), a connection or a response: whatever takes longer is given up
@@ -51,20 +53,35 @@ class Web:
 
 
 def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None, *, optional: bool = False) -> None:
-    """Copy one split from `url` (s3://bucket/path, https://host/path, hf://datasets/name/path) into `folder`.
+    """Copy one split from `url` (s3://bucket/path, gs://, https://host/path, hf://datasets/name/path) into `folder`.
 
     What lies there already is kept. The processes of a machine may call it together: one copies, the others wait.
     optional: a split that the address does not have is left out. What fails and may pass is tried again a few times.
     Raises UserError, naming URL and file, for another kind of address, a file that is missing or not what its hash
     says, a server that refuses, fails or gives no data in time, another shard set or task, or too little disk space.
     """
+    remote = open_remote(url)
+    copy_shards(remote.source, remote.root, folder, split, task, optional=optional)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder at an address: `source` opens what lies below `root`; `url` is what people are told."""
+
+    source: Any
+    root: str
+    url: str
+
+
+def open_remote(url: str) -> Remote:
+    """The folder at `url`; UserError for another kind of address, or one whose package is not installed."""
     protocol, separator, rest = url.partition("://")
     if not separator or protocol not in PROTOCOLS or "::" in url:
         raise UserError(f"{url}: shards are fetched from {', '.join(f'{name}://' for name in PROTOCOLS)} only")
     if set("@?#") & set(rest):
         raise UserError("the shards' URL may not hold credentials or queries: use the environment of s3fs or the hub")
     source: Any = Web()
-    root = url.rstrip("/")
+    root = url = url.rstrip("/")
     try:
         if protocol != "https":
             source, root = fsspec.core.url_to_fs(root)
@@ -72,7 +89,7 @@ def fetch_shards(url: str, folder: Path, split: str, task: Task | None = None, *
         raise UserError(f"{url}: needs a package that is not installed; pip install {PROTOCOLS[protocol]}") from error
     except Exception as error:  # of the package's own kind
         raise UserError(f"{url}: cannot be used ({reason(error)}); check the address") from error
-    copy_shards(source, str(root), folder, split, task, optional=optional)
+    return Remote(source, str(root), url)
 
 
 def copy_shards(
@@ -88,7 +105,7 @@ def copy_shards(
             files.refuse_links(work, flag="--shards")
             work.mkdir(exist_ok=True)
         name = f"{split}.json"
-        content = _json(source, f"{root}/{name}", optional)
+        content = read_json(source, f"{root}/{name}", optional)
         if content is None:
             shutil.rmtree(work)
             return
@@ -108,58 +125,87 @@ def copy_shards(
                     raise UserError(f"{path}: is there, and not what {root} holds under this name; move it away")
         needed, free = sum(file.bytes for file in missing), shutil.disk_usage(folder).free
         if needed > free:
-            raise UserError(f"{folder}: {needed:,} bytes are to be fetched and {free:,} are free")
+            raise UserError(
+                f"{folder}: {needed:,} bytes are to be fetched and {free:,} are free; to stream: --cache-gb"
+            )
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(lambda file: _copy(source, root, file, work, folder), missing))
         files.replace(work / name, folder / name)  # last: a split without its JSON does not count
         shutil.rmtree(work)
 
 
-def _json(source: Any, path: str, optional: bool) -> bytes | None:
+def read_json(source: Any, path: str, optional: bool = False, shown: str = "") -> bytes | None:
     """The content of a split's JSON; None where it is optional and not there, or may not be read."""
 
     def get() -> bytes:
         content = b"".join(_chunks(source, path, documents.MAX_BYTES))
         if len(content) > documents.MAX_BYTES:
-            raise UserError(f"{path}: more than {documents.MAX_BYTES:,} bytes are too many for the JSON of a split")
+            raise UserError(
+                f"{shown or path}: more than {documents.MAX_BYTES:,} bytes are too many for the JSON of a split"
+            )
         return content
 
     try:
-        return _tried(path, get)
+        return _tried(shown or path, get)
     except UserError as error:
         # S3 answers 403 for a file that is not there to those who may not list the folder.
         if optional and (isinstance(error.__cause__, FileNotFoundError) or _status(error.__cause__) == 403):
-            print(f"{path}: not there, so this split is not fetched", flush=True)
+            print(f"{shown or path}: not there, so this split is not fetched", flush=True)
             return None
         raise
 
 
 def _copy(source: Any, root: str, file: FileMeta, work: Path, folder: Path) -> None:
-    path, temporary = f"{root}/{file.name}", work / file.name
+    temporary = work / file.name
+    with contextlib.ExitStack() as stack:
+        with files.disk_errors_named(temporary, file.bytes):
+            temporary.unlink(missing_ok=True)
+            local = stack.enter_context(temporary.open("x+b"))
+        try:
+            download(source, f"{root}/{file.name}", file, local)
+        except UserError:
+            temporary.unlink()
+            raise
+    files.replace(temporary, folder / file.name)
+
+
+def download(
+    source: Any,
+    path: str,
+    file: FileMeta,
+    local: BinaryIO,
+    *,
+    shown: str = "",
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write what is at `path` of `source` into `local`, synced; UserError, naming `shown` or path, unless it is `file`.
+
+    What fails and may pass is tried again. Never more than the file's bytes are written. `stopped`: end soon.
+    """
+    name = Path(str(local.name))
 
     def get() -> str:
         digest, size = hashlib.sha256(), 0
-        with contextlib.ExitStack() as stack:
-            with files.disk_errors_named(temporary, file.bytes):
-                temporary.unlink(missing_ok=True)
-                local = stack.enter_context(temporary.open("xb"))
-            for chunk in _chunks(source, path, file.bytes):
-                with files.disk_errors_named(temporary, file.bytes):
-                    local.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            with files.disk_errors_named(temporary, file.bytes):
-                local.flush()
-                os.fsync(local.fileno())
+        local.seek(0)
+        for chunk in _chunks(source, path, file.bytes):
+            if stopped():
+                raise UserError(f"{shown or path}: stopped")
+            size += len(chunk)
+            if size > file.bytes:
+                return ""
+            with files.disk_errors_named(name, file.bytes):
+                local.write(chunk)
+            digest.update(chunk)
+        with files.disk_errors_named(name, file.bytes):
+            local.flush()
+            os.fsync(local.fileno())
         if size < file.bytes:
             raise EOFError(f"ended after {size:,} of {file.bytes:,} bytes")
-        return digest.hexdigest() if size == file.bytes else ""
+        return digest.hexdigest()
 
-    if _tried(path, get) != file.sha256:
-        temporary.unlink()
+    if _tried(shown or path, get) != file.sha256:
         what = f"not the {file.bytes:,} bytes that its JSON names (size or SHA-256 differs)"
-        raise UserError(f"{path}: {what}; run again, and if it stays so, upload the shard set again")
-    files.replace(temporary, folder / file.name)
+        raise UserError(f"{shown or path}: {what}; run again, and if it stays so, upload the shard set again")
 
 
 def _chunks(source: Any, path: str, most: int) -> Iterator[bytes]:

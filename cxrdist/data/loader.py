@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cxrdist.data.order import MicroBatch
 from cxrdist.data.reader import ShardReader
+from cxrdist.data.stream import Stream
 from cxrdist.distributed.environment import MAX_DECODE_THREADS, usable_cores
 from cxrdist.errors import UserError
 from cxrdist.shards.index import ShardIndex
@@ -72,6 +73,7 @@ class Loader:
         prefetch: int = 2,
         on_bad: Literal["error", "skip"] = "error",
         max_bad: int = 100,
+        stream: Stream | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,8 @@ class Loader:
             prefetch: batches decoded ahead, at least 1; with those that the caller keeps, the memory in use.
             on_bad: of an image that was stored as no JPEG of the split's size: raise a UserError that names shard and
                 key, or skip it, count it in `skipped`, and raise after `max_bad` of them. Damage is never skipped.
+            stream: brings the shards, which then need not be in the index's folder; it is closed by its owner. Batches
+                are to be read in the order of its passes; see `next_pass`.
         """
         if prefetch < 1:
             raise ValueError(f"prefetch {prefetch}: at least 1 batch must be in work")
@@ -91,7 +95,7 @@ class Loader:
         self.wait_s = 0.0
         self.skipped: list[SkippedImage] = []
         self._prefetch, self._on_bad, self._max_bad = prefetch, on_bad, max_bad
-        self._reader = ShardReader(index)
+        self._reader = ShardReader(index, stream)
         self._buffers = _Buffers(self.device, (index.size_px, index.size_px, index.num_channels))
         # A thread starts on GPU 0, and to leave the stream would open a context there (0.5 GB) in every process.
         start = (torch.cuda.set_device, (self.device,)) if on_gpu else (None, ())
@@ -108,10 +112,20 @@ class Loader:
     def close(self) -> None:
         """Stop the threads, each after the image it is at, and close the files. Using the loader afterwards raises."""
         self._closed = True
+        self._reader.stop()
         self._cancel(list(self._jobs))
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
+
+    @property
+    def shards_wait_s(self) -> float:
+        """Of `wait_s`, about: the time in which threads waited for shards to come."""
+        return 0.0 if self._reader.stream is None else self._reader.stream.wait_s
+
+    def next_pass(self) -> None:
+        """All batches of an epoch, or of another pass over the rows, were read: a stream goes on with the next."""
+        self._reader.next_pass()
 
     def batches(self, plan: Iterable[MicroBatch | NDArray[np.int64]]) -> Iterator[Batch]:
         """The batches of `plan` (`order.train_batches` or `eval_batches`), in its order; waiting is added to `wait_s`.
@@ -166,6 +180,8 @@ class Loader:
             if self._on_bad == "error":
                 raise UserError(f"{error}; preprocess again, or train without it by --on-bad skip") from error
             self._skip(int(job.micro.rows[max(position, 0)]), error)
+        if job.micro.last:
+            self._reader.passed(job.micro.rows)
         if job.batch is not None and job.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(job.copied)

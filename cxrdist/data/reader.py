@@ -18,6 +18,7 @@ import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
+from cxrdist.data.stream import Stream
 from cxrdist.errors import UserError
 from cxrdist.shards.convert import resized_to_store
 from cxrdist.shards.index import AdoptedMeta, ShardIndex
@@ -34,10 +35,14 @@ NO_XXH3 = (
 
 
 class ShardReader:
-    """Reads images of `index`; thread-safe. Files are opened when needed and closed by `close` or with the reader."""
+    """Reads images of `index`; thread-safe. Files are opened when needed and closed by `close` or with the reader.
 
-    def __init__(self, index: ShardIndex) -> None:
-        self.index = index
+    stream: where the shards come from, and are waited for; None: the index's own folder.
+    """
+
+    def __init__(self, index: ShardIndex, stream: Stream | None = None) -> None:
+        self.index, self.stream = index, stream
+        self._stopped = False
         self._files: dict[int, int] = {}
         self._max_open = _most_open()
         self._lock = threading.Lock()
@@ -58,7 +63,7 @@ class ShardReader:
             intact = xxhash.xxh3_64_intdigest(data) == expected
         if not intact:
             what = "damaged: these are not the bytes that were preprocessed, their hash is not the index's"
-            raise UserError(f"{self.where(row)}: {what}; {self.index.meta.make_again}")
+            raise UserError(f"{self.where(row)}: {what}; {self._remedy}")
 
     def decode(self, data: bytes, target: NDArray[np.uint8]) -> None:
         """The pixels of an image's `data` into `target` (S, S, 1 or 3). Raises ValueError where they are not such.
@@ -91,13 +96,13 @@ class ShardReader:
             if file is not None:
                 data = os.pread(file, length, offset)
             else:
-                with open(self._path(shard), "rb", buffering=0) as once:
+                with open(self._awaited(shard), "rb", buffering=0) as once:
                     data = os.pread(once.fileno(), length, offset)
         except OSError as error:
             raise UserError(f"{self.where(row)}: {error.strerror}; check the shards with cxrdist.verify") from error
         if len(data) != length:
             what = f"only {len(data)} of {length} bytes are there, the shard was cut"
-            raise UserError(f"{self.where(row)}: {what}; {index.meta.make_again}")
+            raise UserError(f"{self.where(row)}: {what}; {self._remedy}")
         return data
 
     def where(self, row: int) -> str:
@@ -105,18 +110,47 @@ class ShardReader:
         about = f"key {self.index.key_text(row)} ({self.index.image_names[row]})"
         return f"{self._path(self.index.shard_of(row))}, {about}"
 
+    def passed(self, rows: NDArray[np.int64]) -> None:
+        """A batch of `rows` is read, as is every one before it, on this rank: a stream may go on."""
+        if self.stream is not None:
+            self.stream.passed(rows, self._forget)
+
+    def next_pass(self) -> None:
+        """All of a pass (an epoch) is read: a stream goes on with the next one."""
+        if self.stream is not None:
+            self.stream.next_pass(self._forget)
+
+    def stop(self) -> None:
+        """Threads that wait for a shard get an error."""
+        self._stopped = True
+
     def close(self) -> None:
         """Close the files. Must not run while another thread reads."""
         self._closer()
 
     def _path(self, shard: int) -> Path:
-        return self.index.tar(shard)
+        return self.index.tar(shard) if self.stream is None else self.stream.file(shard)
+
+    @property
+    def _remedy(self) -> str:
+        """For a damaged tar."""
+        again = "delete this file of the cache and run the same command again"
+        return self.index.meta.make_again if self.stream is None else again
+
+    def _awaited(self, shard: int) -> Path:
+        return self._path(shard) if self.stream is None else self.stream.wait(shard, lambda: self._stopped)
 
     def _keep_open(self, shard: int) -> int | None:
+        path = self._awaited(shard)
         with self._lock:
             if shard not in self._files and len(self._files) < self._max_open:
-                self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._files.get(shard)
+
+    def _forget(self, shards: list[int]) -> None:
+        for shard in shards:
+            if (file := self._files.pop(shard, None)) is not None:
+                os.close(file)
 
 
 def _is_jpeg_of(data: bytes, size_px: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from cxrdist.data.rows import Chosen, Rows, SomeRows, in_pieces
 from cxrdist.errors import UserError
 from cxrdist.shards.columns import Targets
 from cxrdist.shards.index import ShardIndex
+from cxrdist.task import LAYOUTS, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,12 @@ class Selection:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"fold_of": None}
+
+
+def validates_on_split(fold: int | None, task: Task, shards: Path | None = None) -> bool:
+    """Whether a run with this --validate-fold validates on split `valid` where there is one; in `shards`, if given."""
+    there = shards is None or (shards / "valid.json").is_file()
+    return there and fold is None and task.name not in LAYOUTS
 
 
 def targets_of(index: ShardIndex) -> Targets:

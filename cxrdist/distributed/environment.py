@@ -39,6 +39,11 @@ def local_rank() -> int:
     return _from_launcher("LOCAL_RANK", 0, least=0)
 
 
+def local_world_size() -> int:
+    """The number of processes that the launcher started on this node; 1 without a launcher."""
+    return _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)
+
+
 def _from_launcher(name: str, without: int, least: int) -> int:
     text = os.environ.get(name, str(without))
     if not text.isdecimal() or int(text) < least:
@@ -64,7 +69,7 @@ def usable_cores() -> int:
 
 def decode_threads() -> int:
     """Decode threads for this rank: the cores it may use, shared with the node's other ranks, 1 to 8."""
-    return max(1, min(MAX_DECODE_THREADS, usable_cores() // _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)))
+    return max(1, min(MAX_DECODE_THREADS, usable_cores() // local_world_size()))
 
 
 def raise_file_limit() -> None:
@@ -79,7 +84,7 @@ def check_processes(expected: int | None) -> None:
     """UserError unless `expected` processes were started, and told so alike; before the process group, which would
     wait for the others.
     """
-    _from_launcher("LOCAL_WORLD_SIZE", 1, least=1)
+    local_world_size()
     local_rank()
     if rank() >= world_size():
         raise UserError(f"RANK={rank()} with WORLD_SIZE={world_size()} in the environment: unset both, or ./launch.sh")

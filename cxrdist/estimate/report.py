@@ -236,7 +236,7 @@ def infer_dry_run(task: Task, shards: Path, precision: str, split: str = "test")
 def _count_images(task: Task, shards: Path, split: str) -> tuple[int, int, str]:
     """(images, their side in px, note): of the shard set where it is there, else of the published division."""
     if (shards / f"{split}.json").is_file():
-        index = open_index(shards, split, task)
+        index = open_index(shards, split, task, tars=False)
         return len(index), index.size_px, ""
     published = PUBLISHED_IMAGES.get(task.name, {}).get(split)
     if published is None:

@@ -407,17 +407,20 @@ def _from_version_1(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"task": dataclasses.asdict(task), "fit": "squash"}
 
 
-def open_index(folder: Path, split: str, task: Task | None = None, *, checked: bool = False) -> ShardIndex:
+def open_index(
+    folder: Path, split: str, task: Task | None = None, *, checked: bool = False, tars: bool = True
+) -> ShardIndex:
     """Open one split after checking that its tars are the ones the index was written for, by name and size, and that
     the columns which training uses are as they were written. Text is checked when it is first used. An index without
     hashes of its columns, from before there were any, is read and checked as a whole.
 
     checked: another process of this machine has just opened the split so; nothing of this is done again.
+    tars: whether they are there; not where they are streamed.
     No image is read. Raises UserError, naming the file, what was expected and the remedy, when anything is missing,
     extra, damaged, unfinished or of another task.
     """
     meta = read_meta(folder, split, task)
-    if not checked:
+    if tars and not checked:
         _check_tars(folder, meta)
     path = folder / meta.index.name
     if meta.counts.images == 0:

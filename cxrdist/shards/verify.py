@@ -41,18 +41,22 @@ def verify(
     return index
 
 
-def open_together(ranks: "Ranks", folder: Path, split: str, task: Task | None = None) -> ShardIndex:
+def open_together(
+    ranks: "Ranks", folder: Path, split: str, task: Task | None = None, *, tars: bool = True
+) -> ShardIndex:
     """`open_index` on every rank, where one process of each node reads and checks for the others, then `check_headers`.
-    Collective: a UserError on one rank ends all.
+    Collective: a UserError on one rank ends all. tars: whether they are there; a streamed one's hash is compared as it
+    comes.
     """
     index = None
     for checks in (True, False):
         with ranks.agree(f"opening {folder}"):
             if (ranks.local_rank == 0) == checks:
-                index = open_index(folder, split, task, checked=not checks)
+                index = open_index(folder, split, task, checked=not checks, tars=tars)
     assert index is not None
     with ranks.agree(f"checking {folder}"):
-        check_headers(index, ranks.rank, ranks.world_size)
+        if tars:
+            check_headers(index, ranks.rank, ranks.world_size)
     return index
 
 

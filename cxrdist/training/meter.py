@@ -42,7 +42,7 @@ class Meter:
         self._names = ("loss", *self.learner.state.parts[1:])  # under which the parts are shown
         self._num_bad = self._images = 0
         self._finite: list[tuple[Rows, Tensor]] = []
-        self._since, self._waited = time.perf_counter(), self.loader.wait_s
+        self._since, self._waited, self._awaited = time.perf_counter(), self.loader.wait_s, self.loader.shards_wait_s
         self._skipped = float(self.learner.optimizer.num_skipped)
         quiet = self.ranks.rank != 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=self.learner.state.global_step, unit="step", disable=quiet)
@@ -77,6 +77,8 @@ class Meter:
             self.tracker.metrics(row)
             self.tracker.timings({"step": state.global_step, **speed})
         facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
+        if speed["shards_wait_share"]:
+            facts += f" ({speed['shards_wait_share']:.0%} for shards)"
         if self.bar.disable:
             images_left = (self.total_steps - state.global_step) * self.global_batch_size
             left = datetime.timedelta(seconds=round(images_left / max(speed["images_per_s"], 1e-9)))
@@ -116,12 +118,13 @@ class Meter:
         return [value / (taken / self.ranks.world_size) if taken else None for value in sums]
 
     def _speed(self) -> dict[str, Any]:
-        now, wait_s = time.perf_counter(), self.loader.wait_s
+        now, wait_s, awaited_s = time.perf_counter(), self.loader.wait_s, self.loader.shards_wait_s
         seconds = max(now - self._since, 1e-9)
         memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.ranks.device.type == "cuda":
             memory_bytes = torch.cuda.max_memory_allocated(self.ranks.device)
         own = {"images_per_s": self._images / seconds, "wait_share": (wait_s - self._waited) / seconds}
+        own["shards_wait_share"] = min(own["wait_share"], (awaited_s - self._awaited) / seconds)
         own["memory_bytes"] = memory_bytes
         new = [f"{item.image_name}: {item.reason}" for item in self.loader.skipped[self._num_bad :]]
         parts, bad = zip(*self.ranks.gather((own, new)), strict=True)
@@ -129,10 +132,11 @@ class Meter:
         for rank, reasons in enumerate(bad):
             for reason in reasons:
                 self.ranks.say(f"warning: rank {rank} leaves out {reason}")
-        self._since, self._waited, self._images = now, wait_s, 0
+        self._since, self._waited, self._awaited, self._images = now, wait_s, awaited_s, 0
         return {
             "images_per_s": sum(part["images_per_s"] for part in parts),
             "wait_share": max(part["wait_share"] for part in parts),
+            "shards_wait_share": max(part["shards_wait_share"] for part in parts),
             **{f"rank{rank}/{name}": value for rank, part in enumerate(parts) for name, value in part.items()},
         }
 

@@ -5,9 +5,11 @@ slow, offline or broken without the training noticing.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
+import itertools
 import json
 import math
 import netrc
@@ -15,7 +17,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.loader import Loader
+from cxrdist.data.order import MicroBatch
 from cxrdist.data.rows import Rows
 from cxrdist.documents import read_json_lines
 from cxrdist.errors import UserError, redacted
@@ -34,6 +37,7 @@ WandbMode = Literal["auto", "online", "offline", "off"]
 INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting for 90 s
 QUEUE_ROWS = 1000  # rows waiting for wandb; further ones are dropped there, never in the local files
 CLOSE_TIMEOUT_S = 60.0
+NUM_SAMPLES = 4  # augmented images that are shown
 SENT = "recipe, versions, hardware, losses, validation scores and curves, speeds, the run folder's name"
 
 
@@ -119,10 +123,12 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
 
 def show_samples(
-    tracker: Tracker, loader: Loader, rows: Rows, levels: Callable[[Tensor, Rows], Tensor], step: int
+    tracker: Tracker, loader: Loader, plan: Iterable[MicroBatch], levels: Callable[[Tensor, Rows], Tensor], step: int
 ) -> None:
-    """What the model sees of some rows, on the dashboard; `levels` makes grey levels of stored images and keys."""
-    for batch in loader.batches([rows]):
+    """What the model sees first of a plan, on the dashboard; `levels` makes grey levels of stored images and keys."""
+    # none is `last`, so a stream does not take them for read
+    first = [dataclasses.replace(one, rows=one.rows[:NUM_SAMPLES], last=False) for one in itertools.islice(plan, 1)]
+    for batch in loader.batches(first):
         pictures = levels(batch.images, batch.keys).permute(0, 2, 3, 1).squeeze(-1).to(torch.uint8).cpu().numpy()
         names = [loader.index.image_names[int(row)] for row in batch.rows]
         tracker.images(step, "augmented samples", pictures, names)

@@ -114,7 +114,7 @@ def test_a_name_that_leaves_the_folder_is_refused(bucket, tmp_path):
     "url",
     [
         "pipe:touch touched",
-        "gs://bucket/div_b",
+        "ftp://bucket/div_b",
         "http://host/div_b",
         "simplecache::https://host/div_b",
         "https://x::file:///etc",
@@ -127,6 +127,16 @@ def test_other_addresses_are_refused_and_secrets_not_repeated(url, tmp_path):
         fetch_shards(url, tmp_path / "new", "train", TASKS["b"])
     assert "secret" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://bucket/x", "s3"), ("gs://bucket/x", "gs")])
+def test_a_package_that_is_missing_is_named_with_the_command(url, package, tmp_path, monkeypatch):
+    def missing(*_: object) -> None:
+        raise ImportError(f"Install {package}")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError, match=rf"{url}: .*pip install 'cxrdist\[{package}\]'"):
+        fetch_shards(url, tmp_path, "train")
 
 
 def test_a_set_of_version_1_is_copied_as_it_is(tmp_path):

@@ -14,6 +14,6 @@ def test_training_and_inference_refuse_a_shell_before_anything_starts(entry, tmp
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"cxrdist.{entry}")
     out = [] if entry == "train" else ["--out", "scores"]
-    with pytest.raises(UserError, match=r"s3://, https://, hf:// only"):
+    with pytest.raises(UserError, match=r"s3://, gs://, https://, hf:// only"):
         module.main(["--task", "b", "--shards-url", "pipe:touch touched", *out])
     assert not list(tmp_path.iterdir())

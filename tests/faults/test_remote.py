@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cxrdist import train
+from cxrdist import shard_sets, train
 from cxrdist.data import fetch
 from cxrdist.data.fetch import Web, copy_shards, fetch_shards
 from cxrdist.errors import UserError, redacted
@@ -188,7 +188,7 @@ def test_training_fetches_the_split_it_will_validate_on(server, tmp_path, monkey
             source = Source(0, path.name, str(path), path.stat().st_size, "", "1", "1", targets=(1.0,))
             write_split(SplitJob(server.folder, task, split, [source], Pixels(), 24, {}))
     monkeypatch.setattr(
-        train, "fetch_shards", lambda url, *args, **options: copy_shards(Web(), server.url, *args, **options)
+        shard_sets, "fetch_shards", lambda url, *args, **options: copy_shards(Web(), server.url, *args, **options)
     )
     with pytest.raises(UserError, match="nope"):  # named after what is fetched
         train.main(["--shards-url", "https://host/x", "--shards", str(tmp_path / "new"), "--model", "nope", *more])

@@ -8,6 +8,7 @@
   slow: {"rank", "module", "name", "seconds"[, "count"]}: that function sleeps on that rank (the first `count` times)
   stop: {"rank", "module", "name"}: SIGSTOP where that rank calls that function
   fail: {"rank", "module", "name", "kind", "text"}: that function raises it on that rank
+  set: {module: {name: value}}: constants that are other ones
 PROGRAM is the entry: train (default) or infer. `module` is below cxrdist, e.g. "train"; `name` may be Class.method.
 """
 
@@ -123,6 +124,9 @@ def inject(fault: dict[str, Any]) -> None:
         before(fault["stop"], functools.partial(os.kill, os.getpid(), signal.SIGSTOP))
     if "fail" in fault:
         before(fault["fail"], functools.partial(raise_error, fault["fail"]))
+    for module, values in fault.get("set", {}).items():
+        for name, value in values.items():
+            setattr(importlib.import_module(f"cxrdist.{module}"), name, value)
     kill = fault.get("kill")
     if kill is not None and kill["rank"] == rank:
         left = [kill["count"]]
