@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def augment_sheet(args: Namespace, out: Path) -> None:
-    """Write the figure of `report.saliency.augmented_figure` to `out`; UserError for what the recipe cannot do."""
+    """Write the figure of `report.sheet.augmented_figure` to `out`; UserError for what the recipe cannot do."""
     from cxrdist.data.loader import Loader  # kornia and matplotlib, which --plan shall not wait for
-    from cxrdist.report.saliency import augmented_figure
+    from cxrdist.report.sheet import augmented_figure
 
     shards = shards_of(args)
     files.check_outputs([out], [shards], flag="--augment-sheet")

@@ -2,7 +2,8 @@
 
   python -m cxrdist.evaluate --scores OUT/scores/*.csv --csv labels.csv --out report
   ... --calibration calibration       what the thresholds that cxrdist calibrate chose do on these images
-  ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps
+  ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps,
+                                      of each label the most confident right and wrong ones
   cxrdist evaluate --external b=b.csv@shards/div_b --external nih=nih.csv@shards/nih --external site=s.csv@l.csv#t.toml
 
 Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
@@ -33,17 +34,17 @@ from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
 from cxrdist.external import FORM, check_flags, evaluate_external
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
+from cxrdist.models.architecture import Maps
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
 from cxrdist.report.calibrated import points_section, reliability_section
-from cxrdist.report.page import Section, write_report
+from cxrdist.report.page import PRIVACY, Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
-from cxrdist.scoring.operating import Calibration, identity_of, performance, read_calibration
+from cxrdist.scoring.operating import Calibration, OperatingPoint, identity_of, performance, read_calibration
 from cxrdist.scoring.tables import ScoreTable, read_members, task_of, with_ensemble
 from cxrdist.shards.index import open_index
-from cxrdist.tables import LabelTable
 from cxrdist.truth import check_rows, open_scored, read_truth
 
 DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
@@ -71,19 +72,23 @@ def main(argv: list[str] | None = None) -> None:
     write_output(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
     targets = truth.targets.astype(np.float64)
     logged = {run: read_metrics(run) for run in args.run}
+    patients = truth.about["patient"].to_numpy(object)
+    points = [] if calibration is None else performance(calibration, tables[0].probs, targets, patients)
+    shown = args.shards is not None and args.run
+    images, pictures = read_pictures(args, tables, targets, result) if shown else ({}, [])
+    private = [PRIVACY] if shown else []
     sections = [
-        figures.summary_section(result, [*notes(tables), *unscored, *ema_notes(logged)]),
-        figures.label_section(result),
-        *(figures.curves_section(kind, tables, targets, result) for kind in (figures.ROC, figures.PRECISION)),
+        figures.summary_section(result, [*notes(tables), *unscored, *ema_notes(logged), *private]),
+        figures.label_section(result, points),
+        figures.panel_section(tables, targets, result, points, images),
         figures.calibration_section(tables, targets, result),
-        *operating_sections(calibration, tables, truth),
+        *operating_sections(calibration, points, tables[0], targets),
         figures.comparison_section(result),
     ]
     if args.run:
         rows = {run.name: found for run, found in logged.items()}
         sections.append(figures.training_section(rows, colours_of_runs(args.run, tables)))
-    if args.shards is not None:
-        sections += picture_sections(args, tables, targets, result)
+    sections += pictures
     paths = {
         "scores": ", ".join(map(str, args.scores)),
         "labels": str(args.csv or args.shards),
@@ -114,13 +119,13 @@ def calibration_of(path: Path | None, tables: Sequence[ScoreTable]) -> Calibrati
     return given
 
 
-def operating_sections(given: Calibration | None, tables: Sequence[ScoreTable], truth: LabelTable) -> Iterator[Section]:
-    """What a calibration makes of the first table's probabilities, and what its thresholds do on these images."""
-    if given is None:
-        return
-    probs, targets = tables[0].probs, truth.targets.astype(np.float64)
-    yield reliability_section(targets, probs, given.apply(probs), given.task.labels)
-    yield points_section(given, performance(given, probs, targets, truth.about["patient"].to_numpy(object)))
+def operating_sections(
+    given: Calibration | None, points: Sequence[OperatingPoint], table: ScoreTable, targets: NDArray[np.float64]
+) -> Iterator[Section]:
+    """What a calibration makes of the table's probabilities, and what its thresholds do on these images."""
+    if given is not None:
+        yield reliability_section(targets, table.probs, given.apply(table.probs), given.task.labels)
+        yield points_section(given, points)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -132,7 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         scores={"required": False, "default": []},
         csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
-        shards={"help": "shard set of the scored images: labels without --csv, and pictures"},
+        shards={"help": "shard set of the scored images: labels without --csv; with --run, pictures"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
     )
     add = parser.add_argument
@@ -185,14 +190,13 @@ def ema_notes(logged: dict[Path, list[LogRow]]) -> list[str]:
     return [f"{name}: {warning}" for name, warning in warnings.items() if warning]
 
 
-def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[str, str]:
+def colours_of_runs(runs: Sequence[Path], tables: Sequence[ScoreTable]) -> dict[str, int]:
     """The colour of each run's table, so that a member looks the same in every picture; others get the next ones."""
     sources = [(item.source, place) for place, table in enumerate(tables) for item in table.meta.checkpoints]
-    colours = {}
-    for number, run in enumerate(runs, start=len(tables)):
-        place = next((place for source, place in sources if source.startswith(f"{run}@")), number)
-        colours[run.name] = figures.COLOURS[place % len(figures.COLOURS)]
-    return colours
+    return {
+        run.name: next((place for source, place in sources if source.startswith(f"{run}@")), number)
+        for number, run in enumerate(runs, start=len(tables))
+    }
 
 
 def read_metrics(run: Path) -> list[LogRow]:
@@ -221,31 +225,42 @@ def read_timings(path: Path) -> dict[str, float]:
         raise UserError(f'--timings {path}: needs a JSON object {{"step": seconds}} ({error})') from None
 
 
-def picture_sections(
+def read_pictures(
     args: argparse.Namespace, tables: Sequence[ScoreTable], targets: NDArray[np.float64], result: Evaluation
-) -> Iterator[Section]:
-    """Augmented training images, and maps of every run over a choice of scored images."""
-    table = tables[0]
+) -> tuple[dict[int, str], list[Section]]:
+    """Each label's images with the first model's maps (HTML, by the label's place), and sections of images.
+
+    The sections: augmented training images, and maps of every run over a choice of scored images.
+    """
+    table, sections = tables[0], []
     task = args.task or table.meta.task
-    if args.run and (args.shards / "train.json").is_file():
+    if (args.shards / "train.json").is_file():
         with Loader(open_index(args.shards, "train", task), num_threads=1) as loader:
-            yield saliency.augmented_section(loader, read_recipe(args.run[0]))
-    index = open_scored(args.shards, tables, task)
+            sections.append(saliency.augmented_section(loader, read_recipe(args.run[0])))
     examples = saliency.choose_examples(args.show, table, targets, result)
-    names = np.array([example.image_name for example in examples], dtype=object)
-    rows = index.rows_of(names)
-    if len(unknown := names[rows < 0]):
-        raise UserError(f"{args.shards}: no {unknown[0]!r}, which was scored, in split {index.split!r}; other shards?")
-    if not examples:
-        return
-    with Loader(index, num_threads=1) as loader:
-        images = saliency.read_images(loader, rows)
-    for run in args.run:
-        member = load_member(run, max(epochs_of(run), default=0), backbone=args.backbone)
-        if member.architecture.saliency is not None:
-            name, size = f"{run.name}@{member.meta.epoch}", member.recipe.image_size
-            shown = (size, images, examples, table.labels)
-            yield saliency.saliency_section(name, member.architecture, member.model, *shown)
+    confident = saliency.confident_examples(table, targets, figures.shown_labels(result))
+    maps: dict[str, Maps] = {}
+    abouts: dict[str, None] = {}
+    images: dict[int, str] | None = None
+    with Loader(open_scored(args.shards, tables, task), num_threads=1) as loader:
+        stored = saliency.read_images(loader, saliency.rows_of(loader, examples)) if examples else None
+        for run in args.run:
+            member = load_member(run, max(epochs_of(run), default=0), backbone=args.backbone)
+            kind = member.architecture
+            if kind.saliency is None:
+                continue
+            title = f"{kind.saliency_title} of {run.name}@{member.meta.epoch}"
+            abouts[f"{kind.saliency_title}: {kind.saliency_about}"] = None
+            if stored is not None:
+                maps[title] = saliency.maps_of(member, stored, examples)
+            if images is None:
+                print(f"maps of {len(confident)} images by {run.name}", flush=True)
+                images = saliency.label_images(loader, confident, table.labels, member, title)
+        if images is None:
+            images = saliency.label_images(loader, confident, table.labels)
+    if stored is not None and maps:
+        sections.append(saliency.saliency_section(stored, examples, table.labels, maps, " ".join(abouts)))
+    return images, sections
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from cxrdist import __version__
 from cxrdist.cli import with_readings
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, with_json, write_output
-from cxrdist.report.external import STYLE, auroc_text, external_sections, macro_text, share_text, shared_text
+from cxrdist.report.external import auroc_text, external_sections, macro_text, share_text, shared_text
 from cxrdist.report.figures import files_section
 from cxrdist.report.page import write_report
 from cxrdist.scoring.evaluation import match_labels
@@ -86,7 +86,7 @@ def evaluate_external(args: argparse.Namespace) -> None:
     sections = [*external_sections(result, notes), files_section(paths | {"this report": str(args.out)}, {})]
     about = f"external validation on {', '.join(one.name for one in sets)}; cxrdist {__version__}"
     write_output(outputs[0], result.to_json())
-    write_report(outputs[1], args.title, about, sections, head=STYLE)
+    write_report(outputs[1], args.title, about, sections)
     print("\n".join(lines_of(result)))
     print(f"report: {outputs[1]}; numbers: {outputs[0]}")
 

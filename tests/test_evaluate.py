@@ -45,9 +45,15 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
     assert f"macro AUROC {numbers['scores'][0]['macro_auroc']:.4f}" in capsys.readouterr().out
     page = (tmp_path / "report" / "report.html").read_text()
     assert "not for clinical use" in page
+    assert "holds images of patients" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
-    assert page.count("data:image/png") >= 8
-    for title in ("AUROC per label", "Grad-CAM of eva_x_b@2", "GLoRI attention of chexfound_b@2", "Files and times"):
+    assert page.count("data:image/jpeg") >= 14 * 6
+    for title in (
+        "Curves and images of each label",
+        "Grad-CAM of eva_x_b@2",
+        "GLoRI attention of chexfound_b@2",
+        "Files and times",
+    ):
         assert title in page
     assert np.isfinite(numbers["scores"][0]["macro_interval"]).all()
 
@@ -119,3 +125,23 @@ def test_blank_and_uncertain_cells_are_read_as_the_flags_say(world, tmp_path):
         evaluate.main([*base, "--blank", "zero", "--uncertain", reading])
         counts.append(json.loads((tmp_path / "r" / "metrics.json").read_text())["positives"])
     assert [one - zero for zero, one in zip(*counts, strict=True)] == [0] * 13 + [1]
+
+
+def test_images_are_in_a_report_only_where_a_run_is_shown(world, tmp_path):
+    world.run(tmp_path / "out", "--split", "train")
+    table = str(tmp_path / "out" / "scores" / "eva_x.csv")
+    base = ["--scores", table, "--shards", str(world.shards), "--out", str(tmp_path / "r"), "--resamples", "5"]
+    evaluate.main(base)
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "holds images of patients" not in page
+    assert "<img" not in page
+    evaluate.main([*base, "--run", str(run_with_a_log(world.eva_x, tmp_path))])
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "holds images of patients" in page
+    assert "<img" in page
+
+
+def run_with_a_log(run, folder):
+    copy = shutil.copytree(run, folder / run.name)
+    (copy / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "epoch": 1, "loss": 0.5}) + "\n")
+    return copy

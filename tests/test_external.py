@@ -39,6 +39,15 @@ def by_pairs(targets, probs):
     return sum(pairs) / len(pairs)
 
 
+def drawn_at(page, label, place):
+    """The AUROC at which the dot of that set is drawn in the label's row, by the texts of the axis."""
+    ticks = re.findall(r'<text x="([\d.]+)%" y="12" text-anchor="middle">([\d.]+)</text>', page)
+    at, values = np.array(ticks[:2], dtype=float).T
+    row = next(row for row in page.split("<tr>") if row.startswith(f"<td>{label}</td>"))
+    dot = float(re.search(rf'<circle class="dot c{place}" cx="([\d.]+)%"', row)[1])
+    return values[0] + (dot - at[0]) / (at[1] - at[0]) * (values[1] - values[0])
+
+
 def make_set(folder, name, task, count, seed, **columns):
     """Scores of the models' labels, and a label CSV of the set's own; `columns` replace labels by cells."""
     rng = np.random.default_rng(seed)
@@ -90,7 +99,7 @@ def test_the_table_of_three_sets_of_two_tasks_equals_aurocs_counted_by_hand_and_
     }
     printed, page = capsys.readouterr().out, Path("report/report.html").read_text()
     counted = {}
-    for found in result["sets"]:
+    for place, found in enumerate(result["sets"]):
         name = found["name"]
         probs, frame = sets[name]
         assert tuple(cell["own"] for cell in found["cells"]) == called[name]
@@ -119,7 +128,8 @@ def test_the_table_of_three_sets_of_two_tasks_equals_aurocs_counted_by_hand_and_
                     assert cell["interval"] == pytest.approx(interval(drawn))
                 assert cell["interval"][0] < wanted < cell["interval"][1]
                 assert re.search(rf"{label} +{name} +{wanted:.3f} \(", printed)
-                assert f"<td>{wanted:.3f} (" in page
+                assert f"<td>{wanted:.3f}<br><small>{cell['interval'][0]:.3f} to " in page
+                assert wanted == pytest.approx(drawn_at(page, label, place), abs=1e-3)
     assert result["shared"] == ["Pleural Effusion"]
     for found in result["sets"]:
         assert found["macro_auroc"] == pytest.approx(counted[found["name"], "Pleural Effusion"])
@@ -159,7 +169,7 @@ def test_sets_without_a_shared_label_have_no_macro_and_any_label_can_be_drawn(tm
     assert [found["cells"][0]["blank"] for found in result["sets"]] == ["", "masked in every image"]
     page = Path("report/report.html").read_text()
     assert "&lt;b&gt;$x$" in page
-    assert "The picture shows the 48 labels with most positives" in page
+    assert page.count('<svg class="row" height="30"') == len(labels) + 1, "a line for each set, in every row"
     assert "macro over the 0 of 122 labels" in capsys.readouterr().out
 
 

@@ -8,24 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cxrdist.data.inspection import ROWS_AT_ONCE, Example, Finding, Splits, label_counts
 from cxrdist.errors import UserError
-from cxrdist.report.page import Section, figure_html, html_table, plain, write_report
-
-matplotlib.use("Agg")
+from cxrdist.report.page import PRIVACY, Section, html_table, write_report
 
 THUMB_PX = 160  # shown at 118; 5 kB of the page
 SHEET_IMAGES = 240  # in the sheet of all labels, at most MAX_PER_LABEL of one: 1.2 MB
 MAX_PER_LABEL = 8
-HEAT_LABELS, PICTURE_LABELS = 16, 48  # up to so many co-occur in a table, in a picture; beyond, pairs are listed
+HEAT_LABELS, SMALL_HEAT_LABELS = 16, 48  # up to so many co-occur with numbers, without; beyond, pairs are listed
 MAX_PAIRS, MAX_LINES = 40, 15  # of co-occurring labels; of a distribution or a list
 COLUMNS = "grid-template-columns: repeat(auto-fill, minmax({}px, 1fr))"
-PRIVACY = "This page holds images of patients and their ids: treat it like the data, and do not send it around."
 STYLE = """
 h3 { margin: 20px 0 6px; font-size: 16px; overflow-wrap: anywhere; }
 section p, section li, section h2 { overflow-wrap: anywhere; }
@@ -38,6 +33,8 @@ table.heat { width: auto; font-size: 12.5px; }
 table.heat td { padding: 4px 6px; text-align: center; min-width: 36px; }
 table.heat td:first-child { text-align: left; white-space: nowrap; }
 table.heat th { padding: 4px 2px; }
+table.heat.small td { padding: 0 4px; min-width: 15px; height: 15px; }
+table.heat td, table.heat th { position: static; }
 table.heat th span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; }
 .sheet { display: flex; flex-wrap: wrap; gap: 8px; margin: 6px 0 4px; }
 .sheet figure { margin: 0; width: 118px; font-size: 11.5px; line-height: 1.3; color: var(--soft); }
@@ -50,7 +47,7 @@ table.heat th span { writing-mode: vertical-rl; transform: rotate(180deg); white
 .examples > div { max-width: 100%; }
 .labels { display: grid; align-items: end; gap: 0 14px; }
 .labels h3 { font-size: 13.5px; line-height: 1.3; margin-top: 14px; }
-.good { color: #2f7a58; }
+.good { color: var(--good); }
 @media (max-width: 640px) {
   .wrap { padding: 0 12px; }
   section { padding: 16px 14px; margin: 14px 0; }
@@ -137,7 +134,7 @@ def _labels(splits: Splits) -> Section:
                 [name, f"{positive:,}", share, f"{observed - positive:,}", f"{observed:,}", f"{masked:,}", f"{soft:,}"]
             )
         head = ["label", "positive", "prevalence", "negative", "observed", "masked", "soft"]
-        tables.append(f'<div class="tall">{html_table(head, rows)}</div>')
+        tables.append(f'<div class="tall">{html_table(head, rows, kind="sortable")}</div>')
     about = (
         "Positive: 0.5 and more. Prevalence: the mean of the observed cells. Masked: not known, so that it counts "
         "neither way in loss and metrics. Soft: between 0 and 1."
@@ -167,10 +164,8 @@ def _co_occurrence(splits: Splits) -> Section:
     if len(labels) == 1 or not alone.any():
         text = "The task has one label." if len(labels) == 1 else "No image is positive for any label."
         return Section(title, text, "")
-    if len(labels) <= HEAT_LABELS:
+    if len(labels) <= SMALL_HEAT_LABELS:
         return Section(title, about, _heat_table(labels, alone, share))
-    if len(labels) <= PICTURE_LABELS:
-        return Section(title, about, figure_html(_heat_figure(labels, share), title))
     rows, columns = np.nonzero(np.triu(both, 1))
     best = np.argsort(-both[rows, columns], kind="stable")[:MAX_PAIRS]
     pairs = [
@@ -183,28 +178,21 @@ def _co_occurrence(splits: Splits) -> Section:
 
 
 def _heat_table(labels: Sequence[str], alone: NDArray[np.int64], share: NDArray[np.float64]) -> str:
+    small = len(labels) > HEAT_LABELS
     head = "".join(f"<th><span>{html.escape(label)}</span></th>" for label in labels)
     rows = []
     for a, label in enumerate(labels):
         cells = []
         for b in range(len(labels)):
-            level = share[a, b]
-            style = f"background:rgba(31,58,95,{level:.2f});color:{'#fff' if level > 0.5 else 'inherit'}"
-            cells.append(f'<td style="{style}">{f"{100 * level:.0f}" if alone[a] else "-"}</td>')
+            text = f"{100 * share[a, b]:.0f}" if alone[a] else "-"
+            text = f' title="{text} %">' if small else f">{text}"
+            cells.append(
+                f'<td style="background:rgba(var(--heat),{(1 - 0.5 * (not small)) * share[a, b]:.2f})"{text}</td>'
+            )
         rows.append(f"<tr><td>{html.escape(label)} <small>{alone[a]:,}</small></td>{''.join(cells)}</tr>")
-    table = f'<table class="heat"><thead><tr><th>%</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    kind = "heat small" if small else "heat"
+    table = f'<table class="{kind}"><thead><tr><th>%</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
-
-
-def _heat_figure(labels: Sequence[str], share: NDArray[np.float64]) -> Figure:
-    side = 2.5 + 0.19 * len(labels)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
-    names = [plain(label if len(label) <= 32 else f"{label[:31]}…") for label in labels]
-    axis.set_xticks(range(len(labels)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(labels)), names, fontsize=7)
-    return figure
 
 
 def _distributions(splits: Splits) -> Section:

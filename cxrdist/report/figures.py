@@ -2,117 +2,100 @@
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cxrdist.report.page import Section, duration_text, figure_html, grid, html_table, interval_text, number_text, plain
+from cxrdist.report import curves
+from cxrdist.report.page import Cell, Html, Section, duration_text, html_table, interval_text, number_text
+from cxrdist.report.plots import (
+    Series,
+    axis_of,
+    colour,
+    forest_axis,
+    forest_low,
+    forest_row,
+    key,
+    legend,
+    plot,
+    plots,
+)
 from cxrdist.scoring import metrics
-from cxrdist.scoring.calibration import reliability
 from cxrdist.scoring.evaluation import Evaluation
+from cxrdist.scoring.operating import OperatingPoint, Rate
 from cxrdist.scoring.tables import ScoreTable
 
-matplotlib.use("Agg")
-
-MAX_SHOWN = 48  # labels in a picture: 12 rows of panels
-COLOURS = ("#1f3a5f", "#d1762a", "#3b8c6e", "#8a5a9e", "#a33b4a", "#7a7a7a")
-GREY = "#c5ccd5"
-
-
-@dataclass(frozen=True)
-class Curves:
-    """A kind of curve with a panel for each label. values: the field of a `TableScore` that sums it up."""
-
-    title: str
-    about: str
-    x: str
-    y: str
-    curve: Callable[..., tuple[NDArray[Any], NDArray[Any]]]
-    values: str
-
-
-ROC = Curves(
-    "ROC curves",
-    "True against false positive rate. In brackets: positives and their share; in the legends: AUROC.",
-    *("false positive rate", "true positive rate", metrics.roc_curve, "auroc"),
-)
-PRECISION = Curves(
-    "Precision and recall",
-    "The grey line is the share of positives: what a random score reaches. In the legends: average precision.",
-    *("recall", "precision", metrics.precision_recall_curve, "average_precision"),
-)
+MAX_SHOWN = 48  # labels with curves and images of their own
+NO_RATE = Rate(math.nan, None)
 
 
 def summary_section(result: Evaluation, notes: Sequence[str]) -> Section:
     about = "AUROC: the chance that an image with the finding scores above one without. Intervals from "
     about += f"{result.num_resamples:,} resamples of the patients."
     cards = []
-    for score, colour in zip(result.scores, cycle(COLOURS)):
+    for place, score in enumerate(result.scores):
         counted = f"{interval_text(score.macro_interval)}, {score.num_labels} of {len(result.labels)} labels"
         text = f"macro AUROC, {html.escape(score.name)}<br>95 % {counted}"
-        cards.append((colour, number_text(score.macro_auroc), text))
-    cards.append(("#aab4c0", f"{result.num_images:,}", f"images of {result.num_patients:,} patients"))
-    body = "".join(
-        f'<div class="card" style="border-left-color:{colour}"><b>{number}</b><span>{text}</span></div>'
-        for colour, number, text in cards
-    )
+        cards.append((colour(place), number_text(score.macro_auroc), text))
+    cards.append(("", f"{result.num_images:,}", f"images of {result.num_patients:,} patients"))
+    body = "".join(f'<div class="card {kind}"><b>{number}</b><span>{text}</span></div>' for kind, number, text in cards)
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return Section("Summary", about, f'<div class="cards">{body}</div>' + (f"<ul>{listed}</ul>" if listed else ""))
 
 
-def label_section(result: Evaluation) -> Section:
-    """The AUROC of each label and table as a picture, and as a table with average precision."""
-    return Section(
-        "AUROC per label",
-        "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
-        "positives or negatives has no AUROC and is left out of the macro. AP: average precision of the first table; a "
-        "random score has the positives' share." + _note(result, "The picture shows only"),
-        figure_html(_forest(result), "AUROC per label with intervals") + _label_table(result),
-    )
+def label_section(result: Evaluation, points: Sequence[OperatingPoint] = ()) -> Section:
+    """The table of labels. points: what the first table's threshold of each label does, where one was chosen."""
+    about = "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
+    about += "positives or negatives has no AUROC and is left out of the macro. AP: average precision of "
+    about += f"{result.scores[0].name}; a random score has the positives' share."
+    about += " Sensitivity and specificity are at its calibrated threshold." if points else ""
+    about += " A label leads to its curves and images." + _note(result, "These are there for")
+    return Section("Labels", about, legend([score.name for score in result.scores]) + _label_table(result, points))
 
 
-def curves_section(kind: Curves, tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
-    """Curves of all tables in one panel for each label."""
-    labels = shown_labels(result)
-    figure, axes = _panels(len(labels))
-    for label, axis in zip(labels, axes, strict=True):
+def panel_section(
+    tables: Sequence[ScoreTable],
+    targets: NDArray[Any],
+    result: Evaluation,
+    points: Sequence[OperatingPoint] = (),
+    images: Mapping[int, str] | None = None,
+) -> Section:
+    """Each label's curves, and its images (HTML, by its place), to be opened. targets: (N, K), nan where masked."""
+    panels = []
+    for number, label in enumerate(shown_labels(result)):
+        truth, name = targets[:, label], result.labels[label]
+        columns = [(table.name, table.probs[:, label]) for table in tables]
+        aurocs = [score.auroc[label] for score in result.scores]
+        precisions = [score.average_precision[label] for score in result.scores]
+        sens, spec, ppv, _ = rates_of(points[label]) if points else (NO_RATE,) * 4
+        pictures = [
+            curves.roc(name, truth, columns, aurocs, (sens.value, spec.value)),
+            curves.precision_recall(name, truth, columns, precisions, (sens.value, ppv.value)),
+            curves.calibration(name, truth, columns),
+        ]
         share = result.positives[label] / max(result.observed[label], 1)
-        axis.plot([0, 1], [0, 1] if kind is ROC else [share, share], color=GREY, lw=0.8)
-        for table, score, colour in zip(tables, result.scores, cycle(COLOURS)):
-            value = getattr(score, kind.values)[label]
-            if not math.isnan(value):
-                points = kind.curve(targets[:, label], table.probs[:, label])
-                axis.plot(*points, color=colour, lw=1.4, label=plain(f"{score.name} {value:.2f}"))
-        axis.set_title(
-            f"{short_label(result.labels[label], 26)} ({result.positives[label]:,.5g}, {share:.1%})", fontsize=8.5
+        told = f"AUROC {number_text(aurocs[0])}, {result.positives[label]:,.5g} of {result.observed[label]:,} images"
+        told += f" ({share:.1%})"
+        if not math.isnan(sens.value + spec.value):
+            told += f"; sensitivity {sens.value:.3f}, specificity {spec.value:.3f}"
+        panels.append(
+            f"<details{'' if number else ' open'}><summary><b>{html.escape(name)}</b> <span>{told}</span></summary>"
+            f'<div id="label-{label}">{plots(pictures)}'
+            f"{(images or {}).get(label, '')}</div></details>"
         )
-        ends, ticks = (-0.02, 1.02), (0, 0.5, 1)
-        axis.set(xlim=ends, ylim=ends, aspect="equal", xticks=ticks, yticks=ticks)
-        axis.tick_params(labelsize=7)
-        if not _legend(axis, fontsize=7, loc="lower right" if kind is ROC else "best", handlelength=1.2):
-            axis.text(0.5, 0.5, "undefined", ha="center", color="#8893a0", fontsize=8)
-    figure.supxlabel(kind.x, fontsize=9)
-    figure.supylabel(kind.y, fontsize=9)
-    return Section(kind.title, kind.about + _note(result, "Only"), figure_html(figure, kind.title))
+    about = "ROC, precision against recall, and calibration in ten bins. Grey: what a random score reaches; "
+    about += "of calibration, what honest probabilities do."
+    about += " The ring is at the calibrated threshold." if points else ""
+    about += _note(result, "Only")
+    tools = legend([table.name for table in tables]) + '<p class="tools"></p>'
+    return Section("Curves and images of each label", about, tools + "".join(panels))
 
 
 def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], result: Evaluation) -> Section:
-    figure, ((diagram, histogram),) = grid(1, 2, 11, 3.9)
-    diagram.plot([0, 1], [0, 1], color=GREY, lw=0.8)
-    for table, colour in zip(tables, cycle(COLOURS)):
-        curve, style = reliability(targets, table.probs), {"color": colour, "label": plain(table.name)}
-        diagram.plot(curve.mean_prob, curve.positive_share, "o-", ms=4, lw=1.3, **style)
-        histogram.hist(table.probs.ravel(), bins=np.linspace(0, 1, 41).tolist(), histtype="step", **style)
-    diagram.set(xlabel="mean probability in the bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
-    histogram.set(xlabel="probability", ylabel="image-label pairs", yscale="log", xlim=(0, 1))
-    for axis in (diagram, histogram):
-        _legend(axis)
+    columns = [(table.name, table.probs) for table in tables]
+    pictures = [curves.calibration("all labels", targets, columns), curves.histogram("all labels", columns)]
     head = ("table", "calibration error", "temperature", "error after scaling (fitted on other patients)")
     numbers = [(s.name, s.calibration_error, s.temperature, s.calibration_error_after) for s in result.scores]
     rows = [(name, f"{error:.3f}", f"{value:.2f}", f"{after:.3f}") for name, error, value, after in numbers]
@@ -120,7 +103,7 @@ def calibration_section(tables: Sequence[ScoreTable], targets: NDArray[Any], res
         "Calibration",
         "Over all labels together, in ten bins. A temperature above 1 means overconfident, below 1 too cautious. The "
         "training loss (focal, with class weights) is not made for calibrated probabilities; AUROC does not need them.",
-        figure_html(figure, "reliability diagram") + html_table(head, rows),
+        legend([table.name for table in tables]) + plots(pictures) + html_table(head, rows),
     )
 
 
@@ -158,30 +141,36 @@ def comparison_section(result: Evaluation) -> Section:
         "Comparisons and subgroups",
         "Differences are paired: both tables are scored on the same resamples of the patients. Macros of subgroups "
         "may hold fewer labels; compare them with care.",
-        "<br>".join(html_table(head, rows) for head, rows in tables if rows),
+        "<br>".join(html_table(head, rows, kind="sortable") for head, rows in tables if rows),
     )
 
 
-def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, str]) -> Section:
-    """Training loss (and validation AUROC where there is one) of each run, from the rows of its metrics.jsonl."""
-    validated = any(row["kind"] == "validation" for rows in runs.values() for row in rows)
-    figure, (axes,) = grid(1, 2 if validated else 1, 11, 3.6)
-    for name, rows in runs.items():
-        style = {"color": colours[name], "label": plain(name)}
+def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, int]) -> Section:
+    """Training loss (and validation AUROC where there is one) of each run, from the rows of its metrics.jsonl.
+
+    colours: the place in the palette of each run.
+    """
+    losses, aurocs, names = [], [], sorted(runs, key=colours.__getitem__)
+    for name in names:
+        rows, place = runs[name], colours[name]
         per_epoch = next((row["step"] / row["epoch"] for row in reversed(rows)), 1)
         if points := [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]:
             x, y = np.array(points, dtype=float).T
             window = max(1, len(y) // 25)
-            axes[0].plot(x, y, color=colours[name], lw=0.7, alpha=0.35)
-            axes[0].plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid"), lw=1.8, **style)
+            losses.append(Series(x, y, place, ("thin",)))
+            losses.append(Series(x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid"), place))
         points = [(row["epoch"], row.get("validation/auroc_macro")) for row in rows if row["kind"] == "validation"]
         if points := [point for point in points if point[1] is not None]:
-            axes[1].plot(*np.array(points, dtype=float).T, "o-", ms=4, **style)
-    for axis, name in zip(axes, ("training loss", "validation macro AUROC"), strict=False):
-        axis.set(xlabel="epoch", ylabel=name)
-        _legend(axis)
+            x, y = np.array(points, dtype=float).T
+            aurocs.append(Series(x, y, place, ("line", "dot")))
+    pictures = []
+    for title, series in (("training loss", losses), ("validation macro AUROC", aurocs)):
+        if series:
+            x, y = (np.concatenate([getattr(one, side) for one in series]) for side in "xy")
+            pictures.append(plot(axis_of("epoch", x), axis_of(title, y), series, title, f"<b>{title.capitalize()}</b>"))
     about = "Loss of each run per logged step (thin) and its moving average."
-    return Section("Training", about, figure_html(figure, "loss curves"))
+    items = "".join(f"<li>{key(colours[name])}{html.escape(name)}</li>" for name in names)
+    return Section("Training", about, f'<ul class="legend">{items}</ul>{plots(pictures)}')
 
 
 def files_section(paths: Mapping[str, str], timings: Mapping[str, float]) -> Section:
@@ -193,7 +182,7 @@ def files_section(paths: Mapping[str, str], timings: Mapping[str, float]) -> Sec
 
 
 def shown_labels(result: Evaluation) -> list[int]:
-    """The labels that get a place in pictures: all, or where there are too many those with the most positives."""
+    """The labels with a panel: all, or where there are too many those with the most positives."""
     return sorted(sorted(range(len(result.labels)), key=lambda label: -result.positives[label])[:MAX_SHOWN])
 
 
@@ -201,62 +190,50 @@ def _note(result: Evaluation, start: str) -> str:
     return f" {start} the {MAX_SHOWN} labels with the most positives." if len(result.labels) > MAX_SHOWN else ""
 
 
-def _forest(result: Evaluation) -> Figure:
-    labels = shown_labels(result)
-    num, count = len(labels), len(result.scores)
-    height = max(2.2, 1 + 0.32 * (num + 1))
-    figure, ((axis,),) = grid(1, 1, 11, height)
-    for place, (score, colour) in enumerate(zip(result.scores, cycle(COLOURS))):
-        y = np.arange(num + 1) + (place - (count - 1) / 2) * 0.7 / max(count, 2)
-        values = [*(score.auroc[label] for label in labels), score.macro_auroc]
-        low, high = np.array([*(score.auroc_interval[label] for label in labels), score.macro_interval]).T
-        axis.hlines(y, low, high, color=colour, lw=1.6, alpha=0.75)
-        axis.plot(values, y, "o", color=colour, ms=5, label=plain(score.name))
-    names = [f"{short_label(result.labels[label], 48)} ({result.positives[label]:,.5g})" for label in labels]
-    axis.set_yticks(range(num + 1), [*names, "macro"])
-    axis.axhline(num - 0.5, color="#1d2733", lw=0.8)
-    axis.axvline(0.5, color=GREY, lw=1)
-    axis.set(ylim=(num + 0.5, -0.6), xlabel="AUROC (positives in brackets)", xlim=(None, 1.005))
-    axis.grid(axis="x", color="#e8ecf1", lw=0.8)
-    axis.set_axisbelow(True)
-    above = 0.5, 1 + 0.464 / height  # half an inch above the axes at any height
-    _legend(axis, fontsize=9, loc="upper center", ncols=count, bbox_to_anchor=above)
-    return figure
+def rates_of(point: OperatingPoint) -> tuple[Rate, Rate, Rate, Rate]:
+    """Sensitivity, specificity, positive and negative predictive value."""
+    return point.sensitivity, point.specificity, point.ppv, point.npv
 
 
-def _label_table(result: Evaluation) -> str:
-    first = result.scores[0]
-    columns = [zip(map(number_text, s.auroc), map(interval_text, s.auroc_interval), strict=True) for s in result.scores]
-    counts = zip(result.positives, result.observed, strict=True)
+def rate_cell(rate: Rate) -> Cell:
+    return number_text(rate.value), "" if rate.interval is None else interval_text(rate.interval)
+
+
+def name_head(place: int, name: str) -> Html:
+    """The head of a column: the colour at that place, and the name."""
+    return Html(f"{key(place)}{html.escape(name)}")
+
+
+def _label_table(result: Evaluation, points: Sequence[OperatingPoint]) -> str:
+    first, shown = result.scores[0], set(shown_labels(result))
+    low = forest_low([ends for score in result.scores for ends in [*score.auroc_interval, score.macro_interval]])
     some_masked = min(result.observed) < result.num_images
-    cases = (f"{some:,.7g} of {seen:,}" if some_masked else f"{some:,.7g}" for some, seen in counts)
-    names = zip(result.labels, cases, strict=True)
-    precisions = map(number_text, first.average_precision)
-    rows = [(*name, *cells, ap) for name, *cells, ap in zip(names, *columns, precisions, strict=True)]
+    rows: list[list[Cell]] = []
+    for label, name in enumerate(result.labels):
+        some, seen = result.positives[label], result.observed[label]
+        cells = [(score.auroc[label], score.auroc_interval[label]) for score in result.scores]
+        link = Html(f'<a href="#label-{label}">{html.escape(name)}</a>') if label in shown else name
+        bars = Html(forest_row([value for value, _ in cells], [ends for _, ends in cells], low))
+        numbers = [(number_text(value), interval_text(ends)) for value, ends in cells]
+        rates = [rate_cell(rate) for rate in rates_of(points[label])[:2]] if points else []
+        cases = f"{some:,.7g} of {seen:,}" if some_masked else f"{some:,.7g}"
+        rows.append([link, bars, numbers[0], *rates, *numbers[1:], number_text(first.average_precision[label]), cases])
     macros = [(number_text(s.macro_auroc), interval_text(s.macro_interval)) for s in result.scores]
+    bars = Html(forest_row([s.macro_auroc for s in result.scores], [s.macro_interval for s in result.scores], low))
     mean_precision = number_text(metrics.macro(np.array(first.average_precision))[0])
-    rows.append((f"macro ({first.num_labels} of {len(result.labels)})", "", *macros, mean_precision))
+    empty = [""] * (2 if points else 0)
+    title = f"macro ({first.num_labels} of {len(result.labels)})"
+    rows.append([title, bars, macros[0], *empty, *macros[1:], mean_precision, ""])
+    heads = [name_head(place, score.name) for place, score in enumerate(result.scores)]
+    rates_heads = ["sensitivity", "specificity"] if points else []
     cases_title = "positives of observed" if some_masked else "positives"
-    return html_table(["label", cases_title, *(score.name for score in result.scores), "AP"], rows, total=True)
-
-
-def short_label(label: str, most: int) -> str:
-    """The label as a picture has room for: of a longer one both ends, since long names often differ in the last."""
-    return plain(label if len(label) <= most else f"{label[: most // 2 - 1]}...{label[2 - most // 2 :]}")
-
-
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels, at most four in a row."""
-    per_row = min(4, count)
-    num_rows = -(-count // per_row)
-    figure, axes = grid(num_rows, per_row, 2.75 * per_row, 2.35 * num_rows)
-    for axis in axes.ravel()[count:]:
-        axis.axis("off")
-    return figure, list(axes.ravel()[:count])
-
-
-def _legend(axis: Any, **style: Any) -> bool:
-    """A legend of what is drawn; False where nothing is."""
-    if drawn := bool(axis.get_legend_handles_labels()[0]):
-        axis.legend(**{"fontsize": 8, "edgecolor": "none", "framealpha": 0.8} | style)
-    return drawn
+    head: list[Cell] = [
+        "label",
+        Html(f"AUROC{forest_axis(low)}"),
+        heads[0],
+        *rates_heads,
+        *heads[1:],
+        "AP",
+        cases_title,
+    ]
+    return html_table(head, rows, total=True, kind="scores sortable", bars=1)

@@ -1,67 +1,73 @@
-"""Sections with images: what training saw, and where each model looked."""
+"""Images of a report: what training saw, the most confident scores of each label, and where each model looked."""
 
+import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 from cxrdist.augment.pipeline import TrainingAugment
 from cxrdist.augment.views import make_views, resize
 from cxrdist.data.loader import Loader
 from cxrdist.errors import UserError
-from cxrdist.models.architecture import Architecture, Maps
+from cxrdist.models.architecture import Maps
 from cxrdist.recipes import Recipe
-from cxrdist.report.page import Section, figure_html, grid, plain
+from cxrdist.report.page import Section, jpeg_html
+from cxrdist.runs.member import LoadedMember
 from cxrdist.scoring.evaluation import Evaluation
 from cxrdist.scoring.metrics import Floats
 from cxrdist.scoring.tables import ScoreTable
 
 MEANING = "A map shows what moved the score, not the disease."
-NUM_EXAMPLES = 6  # images with saliency maps
+NUM_EXAMPLES = 6  # images with maps of every model
+PER_KIND = 2  # images of a label that are right or wrong in one way
+MAX_CONFIDENT = 100  # of these in all, but one of each kind: 2 MB of the page, a pass of the model each
+KINDS = (  # (the image has the finding, its score is high)
+    ("Right: with the finding, highest scores", True, True),
+    ("Wrong: without it, highest scores", False, True),
+    ("Wrong: with it, lowest scores", True, False),
+)
+SMALL_PX, WIDE_PX = 224, 320  # of pictures in the page: 10 kB, 20 kB with colours
+IMAGES_AT_ONCE = 8  # through a model
 NUM_AUGMENTED = 4  # training images, each in as many epochs
 NOTHING = ("no ", "normal")  # beginnings of labels that say that nothing was found, so there is nothing to look at
 
 
 @dataclass(frozen=True)
 class Example:
-    """A scored image, and the label whose map is shown (its place) with its probability."""
+    """A scored image, and the label whose map is shown (its place) with its probability; kind: of KINDS, its place."""
 
     image_name: str
     label: int
     prob: float
+    kind: int = 0
 
 
 def augmented_section(loader: Loader, recipe: Recipe) -> Section:
     """Stored training images, a row each, and what training made of them in four epochs."""
-    figure = augmented_figure(loader, recipe, NUM_AUGMENTED)
+    names, stages = augmented_images(loader, recipe, NUM_AUGMENTED)
+    body = ""
+    for row, name in enumerate(names):
+        shown = "".join(_captioned(pixels(stage[row]), f"{title} of {name}", title) for title, stage in stages.items())
+        body += f'<div class="row"><h4>{html.escape(name)}</h4><div>{shown}</div></div>'
     about = "Stored images and what training made of them in four epochs; draws depend only on seed, epoch and image."
-    return Section("Training images", about, figure_html(figure, "augmented training images"))
+    return Section("Training images", about, body)
 
 
-def augmented_figure(loader: Loader, recipe: Recipe, num_images: int) -> Figure:
-    """So many images of a set, a row each: as stored, and as the recipe's augmentation makes them in four epochs."""
+def augmented_images(loader: Loader, recipe: Recipe, num_images: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Names and levels (B, C, S, S) of so many images of a set: stored, and as augmented in each of four epochs."""
     index = loader.index
     rows = np.linspace(0, len(index) - 1, min(num_images, len(index))).astype(np.int64)
     images = read_images(loader, rows)
     augment = TrainingAugment(recipe.image_size, recipe.augment, recipe.seed, colour=index.num_channels == 3)
     stages = {"as stored": resize(images, recipe.image_size)}
     stages |= {f"epoch {epoch + 1}": augment.levels(images, index.keys[rows], epoch) for epoch in range(4)}
-    figure, axes = grid(len(rows), len(stages), 11, 11 / len(stages) * len(rows) + 0.4)
-    for column, (title, stage) in zip(axes.T, stages.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        for axis, image in zip(column, stage, strict=True):
-            _show(axis, image)
-    for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(plain(index.image_names[row]), fontsize=7)
-    return figure
+    return [index.image_names[row] for row in rows], stages
 
 
 def choose_examples(asked: list[str], table: ScoreTable, targets: Floats, result: Evaluation) -> list[Example]:
@@ -84,32 +90,73 @@ def choose_examples(asked: list[str], table: ScoreTable, targets: Floats, result
     return [Example(name, label, float(table.probs[row_of[name], label])) for name, label in chosen.items()]
 
 
-def saliency_section(
-    name: str,
-    architecture: Architecture,
-    model: nn.Module,
-    image_size: int,
-    images: torch.Tensor,
+def confident_examples(table: ScoreTable, targets: Floats, labels: Sequence[int]) -> list[Example]:
+    """For each of the labels, up to PER_KIND images of each of KINDS, most confident first; of many labels one."""
+    found, count = [], min(PER_KIND, max(1, MAX_CONFIDENT // (len(labels) * len(KINDS))))
+    for label in labels:
+        for kind, (_, positive, high) in enumerate(KINDS):
+            rows = np.flatnonzero(targets[:, label] > 0.5 if positive else targets[:, label] < 0.5)
+            probs = table.probs[rows, label]
+            rows = rows[np.argsort(-probs if high else probs, kind="stable")[:count]]
+            found += [Example(str(table.image_names[row]), label, float(table.probs[row, label]), kind) for row in rows]
+    return found
+
+
+def label_images(
+    loader: Loader,
     examples: Sequence[Example],
     labels: Sequence[str],
+    member: LoadedMember | None = None,
+    map_title: str = "",
+) -> dict[int, str]:
+    """HTML of each label's examples, by its place, with the maps of `member` where there is one."""
+    pictures: dict[tuple[int, int], str] = {}
+    for start in range(0, len(examples), IMAGES_AT_ONCE):
+        some = examples[start : start + IMAGES_AT_ONCE]
+        images = read_images(loader, rows_of(loader, some))
+        heats = maps_of(member, images, some) if member is not None else [None] * len(some)
+        for image, heat, example in zip(images, heats, some, strict=True):
+            levels, about = pixels(image), f"{labels[example.label]}, {example.image_name}"
+            shown = jpeg_html(levels, SMALL_PX, about)
+            shown += "" if heat is None else jpeg_html(overlay(levels, heat), SMALL_PX, f"map of {about}")
+            there = "present" if KINDS[example.kind][1] else "absent"
+            told = f"{example.image_name}: {labels[example.label]} {there}, score {example.prob:.2f}"
+            caption = f"<figcaption>{html.escape(told)}</figcaption>"
+            place = example.label, example.kind
+            pictures[place] = f'{pictures.get(place, "")}<figure class="pair"><div>{shown}</div>{caption}</figure>'
+    about = "" if member is None else f"{map_title}. {MEANING}"
+    found: dict[int, str] = {}
+    for label in dict.fromkeys(example.label for example in examples):
+        kinds = "".join(
+            f"<div><h4>{title}</h4>{pictures.get((label, kind), 'no such image')}</div>"
+            for kind, (title, _, _) in enumerate(KINDS)
+        )
+        found[label] = f'<div class="kinds">{kinds}</div><p>{html.escape(about)}</p>'
+    return found
+
+
+def saliency_section(
+    images: torch.Tensor, examples: Sequence[Example], labels: Sequence[str], maps: Mapping[str, Maps], about: str
 ) -> Section:
-    """Maps of the model called `name` over stored images (B, C, S, S); its architecture must make some."""
+    """The examples' images (B, C, S, S), each beside itself under its maps, by their titles."""
+    body = ""
+    for place, (image, example) in enumerate(zip(images, examples, strict=True)):
+        levels = pixels(image)
+        shown = _captioned(levels, example.image_name, "as stored", WIDE_PX)
+        for title, heats in maps.items():
+            shown += _captioned(overlay(levels, heats[place]), f"{title}, {example.image_name}", title, WIDE_PX)
+        head = f"{labels[example.label]}: {example.image_name}, score {example.prob:.2f}"
+        body += f'<div class="row"><h4>{html.escape(head)}</h4><div>{shown}</div></div>'
+    about = f"Images with the finding and a high score of the first table. {about} {MEANING}"
+    return Section("Where the models looked", about, body)
+
+
+def maps_of(member: LoadedMember, images: torch.Tensor, examples: Sequence[Example]) -> Maps:
+    """(B, h, w) of a model whose architecture makes maps, over stored images (B, C, S, S), of each example's label."""
+    architecture = member.architecture
     assert architecture.saliency is not None
-    _, inputs = next(make_views(images, ("plain",), image_size, architecture.stats))
-    maps = architecture.saliency(model, inputs, np.array([example.label for example in examples], dtype=np.int64))
-    num_rows = -(-len(examples) // 3)  # of three pairs: the image, and the image under its map
-    figure, axes = grid(num_rows, 6, 11, num_rows * 2.3)
-    for axis in axes.ravel()[2 * len(examples) :]:
-        axis.axis("off")
-    for pair, image, heat, example in zip(axes.reshape(-1, 2), images, maps, examples, strict=False):
-        _show(pair[0], image)
-        _show(pair[1], torch.from_numpy(overlay(image.permute(1, 2, 0).numpy(), heat)).permute(2, 0, 1))
-        pair[0].set_title(plain(labels[example.label]), fontsize=8.5, loc="left", fontweight="bold")
-        caption = f"{example.image_name.rsplit('.', 1)[0]}, score {example.prob:.2f}"
-        pair[0].set_xlabel(plain(caption), fontsize=7.5, loc="left", color="#5b6776")
-    note = f" Images with the finding and a high ensemble score. {MEANING}"
-    title = f"{architecture.saliency_title} of {name}"
-    return Section(title, architecture.saliency_about + note, figure_html(figure, title))
+    _, inputs = next(make_views(images, ("plain",), member.recipe.image_size, architecture.stats))
+    return architecture.saliency(member.model, inputs, np.array([one.label for one in examples], dtype=np.int64))
 
 
 def overlay(levels: NDArray[np.uint8], heat: Maps) -> NDArray[np.uint8]:
@@ -141,10 +188,21 @@ def read_images(loader: Loader, rows: NDArray[np.int64]) -> torch.Tensor:
     return next(loader.batches([rows])).images
 
 
-def _show(axis: Any, levels: torch.Tensor) -> None:
-    """Draw an image (C, H, W) of grey levels or colours in [0, 255], without a frame."""
-    pixels = levels.round().clamp(0, 255).to(torch.uint8).numpy() if levels.is_floating_point() else levels.numpy()
-    extent = (0, pixels.shape[2], pixels.shape[1], 0)
-    axis.imshow(np.moveaxis(pixels, 0, 2), cmap="gray", vmin=0, vmax=255, extent=extent)
-    axis.set(xticks=(), yticks=())
-    axis.spines[:].set_visible(False)
+def rows_of(loader: Loader, examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Where the examples lie in the loader's index; UserError where one does not."""
+    names = np.array([example.image_name for example in examples], dtype=object)
+    rows = loader.index.rows_of(names)
+    if len(unknown := names[rows < 0]):
+        told = f"no {unknown[0]!r}, which was scored, in split {loader.index.split!r}; other shards?"
+        raise UserError(f"{loader.index.folder}: {told}")
+    return rows
+
+
+def pixels(image: torch.Tensor) -> NDArray[np.uint8]:
+    """(H, W, C) of levels (C, H, W) in [0, 255]."""
+    levels = image.round().clamp(0, 255).to(torch.uint8) if image.is_floating_point() else image
+    return np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _captioned(levels: NDArray[np.uint8], alt: str, caption: str, size_px: int = SMALL_PX) -> str:
+    return f"<figure>{jpeg_html(levels, size_px, alt)}<figcaption>{html.escape(caption)}</figcaption></figure>"

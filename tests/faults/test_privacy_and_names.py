@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from cxrdist import cli, evaluate
 from cxrdist.errors import UserError
-from cxrdist.report.page import plain
+from cxrdist.report.sheet import plain
 from cxrdist.runs import member, start
 from cxrdist.runs.documents import Facts, StepState
 from cxrdist.scoring.tables import ScoreTable, TableMeta, write_table
@@ -164,14 +164,11 @@ def test_inference_takes_the_moved_backbone(world, tmp_path):
 def test_matplotlib_draws_a_name_as_it_is(name):
     figure = Figure()
     axis = figure.subplots()
-    axis.plot([0, 1], label=plain(name))
     axis.set_title(plain(name))
-    legend = axis.legend()
     figure.canvas.draw()
-    assert len(legend.get_texts()) == 1
     shown, formula = axis.title._preprocess_math(axis.title.get_text())
     assert not formula
-    assert shown.lstrip("\u200b") == name
+    assert shown == name
 
 
 def test_odd_names_of_members_runs_labels_and_images_are_shown_in_a_report(tmp_path):
@@ -195,7 +192,7 @@ def test_odd_names_of_members_runs_labels_and_images_are_shown_in_a_report(tmp_p
     out = ("--out", str(tmp_path / "report"), "--resamples", "5")
     evaluate.main(["--scores", *files, "--csv", str(path), *runs, *out])
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1, "the page's own"
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert re.search(r"macro AUROC, \$x_\{\$<br>", page)
 

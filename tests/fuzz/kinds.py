@@ -469,8 +469,8 @@ def read_log(folder: Path) -> object:
     from cxrdist.training.tracking import _history
 
     history, rows = _history(folder), read_metrics(folder)
-    if rows and hash(str(rows)) % 20 == 0:  # a drawing takes 0.2 s
-        training_section({"run": rows}, {"run": "#000000"})
+    if rows:
+        training_section({"run": rows}, {"run": 0})
     return len(history)
 
 

@@ -1,13 +1,16 @@
-"""Pictures of a report: a place for every label, or for those that say most."""
+"""Tables and panels of a report: a place for every label, or for those that say most."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from cxrdist.report import figures
 from cxrdist.report.page import duration_text, number_text
+from cxrdist.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from cxrdist.scoring.evaluation import Evaluation, TableScore
+from cxrdist.scoring.operating import OperatingPoint, Rate
 from cxrdist.scoring.tables import ScoreTable, TableMeta
 from cxrdist.task import Task
 
@@ -42,50 +45,65 @@ def evaluation(num_labels: int) -> Evaluation:
     )
 
 
-@pytest.mark.parametrize(("count", "grid"), [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (14, (4, 4)), (48, (12, 4))])
-def test_panels_are_as_many_as_labels_in_rows_of_four(count, grid):
-    figure, axes = figures._panels(count)
-    assert len(axes) == count
-    assert figure.get_size_inches().tolist() == pytest.approx([2.75 * grid[1], 2.35 * grid[0]])
-    assert sum(axis.axison for axis in figure.axes) == count
+def scored(num_labels: int, num_images: int = 20) -> tuple[ScoreTable, np.ndarray]:
+    meta = TableMeta(task=Task(name="own", labels=tuple(f"label {i}" for i in range(num_labels))))
+    names = np.array([f"{i}.png" for i in range(num_images)], dtype=object)
+    rng = np.random.default_rng(0)
+    probs = rng.random((num_images, num_labels), dtype=np.float32)
+    return ScoreTable(names, probs, meta), (rng.random((num_images, num_labels)) < 0.5).astype(np.float64)
 
 
-def test_of_very_many_labels_those_with_the_most_positives_are_drawn_and_the_page_says_so():
+def test_of_very_many_labels_those_with_the_most_positives_have_panels_and_the_page_says_so():
     result = evaluation(1000)
     shown = figures.shown_labels(result)
     assert len(shown) == figures.MAX_SHOWN
     assert shown == sorted(shown)
     assert {result.positives[label] for label in shown} == {6}
-    meta = TableMeta(task=Task(name="own", labels=tuple(result.labels)))
-    names = np.array([f"{i}.png" for i in range(20)], dtype=object)
-    rng = np.random.default_rng(0)
-    table = ScoreTable(names, rng.random((20, 1000), dtype=np.float32), meta)
-    targets = (rng.random((20, 1000)) < 0.5).astype(np.float64)
-    for section in (
-        figures.label_section(result),
-        figures.curves_section(figures.ROC, [table], targets, result),
-        figures.curves_section(figures.PRECISION, [table], targets, result),
-    ):
-        assert "nly the 48 labels with the most positives." in section.about
-    assert "label 999" in figures.label_section(result).body, "the table holds every label"
-    assert 'class="scroll tall"' in figures.label_section(result).body, "and scrolls under its head"
+    table, targets = scored(1000)
+    panels = figures.panel_section([table], targets, result)
+    assert panels.body.count("<details") == panels.body.count('aria-label="ROC curves of ') == 48
+    labels = figures.label_section(result)
+    assert "Only the 48 labels with the most positives." in panels.about
+    assert "These are there for the 48 labels with the most positives." in labels.about
+    assert "label 999" in labels.body, "the table holds every label"
+    assert set(re.findall(r'href="#([^"]*)"', labels.body)) == set(re.findall(r'id="([^"]*)"', panels.body))
+    assert 'class="scroll tall"' in labels.body, "and scrolls under its head"
     few = figures.label_section(evaluation(48))
-    assert "nly the" not in few.about
+    assert "48 labels" not in few.about
     assert "tall" not in few.body
 
 
-def test_long_labels_keep_both_ends_within_their_panel():
-    long = "Very long finding of the left upper lobe with calcification"
-    texts = {figures.short_label(f"{long} {n}", 26) for n in range(10)}
-    assert len(texts) == 10
-    assert all(len(text) <= 26 and text.startswith("Very long") for text in texts)
-    assert figures.short_label("Enlarged Cardiomediastinum", 26) == "Enlarged Cardiomediastinum"
+def test_the_threshold_of_a_label_is_a_ring_on_its_curves_and_two_columns_of_the_table():
+    table, targets = scored(2)
+    result = evaluation(2)
+    rates = [Rate(value, (value - 0.125, value + 0.125)) for value in (0.75, 0.625, 0.875, 0.5)]
+    unknown = [Rate(math.nan, None)] * 4
+    points = [OperatingPoint("label 0", None, *unknown), OperatingPoint("label 1", 0.3, *rates)]
+    panels = figures.panel_section([table], targets, result, points).body.split("<details")
+    assert [panel.count('class="ring') for panel in panels] == [0, 0, 2]
+    rings = [tuple(map(float, ring)) for ring in re.findall(r'"ring c0" cx="([\d.]+)" cy="([\d.]+)"', panels[2])]
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    for (x, y), (across, up) in zip(rings, ((1 - 0.625, 0.75), (0.75, 0.875)), strict=True):
+        assert ((x - LEFT) / width, 1 - (y - TOP) / height) == pytest.approx((across, up), abs=1e-3)
+    body = figures.label_section(result, points).body
+    assert "<th>sensitivity</th><th>specificity</th>" in body
+    assert "0.750<br><small>0.625 to 0.875</small></td><td>0.625<br>" in body
+    assert "sensitivity" not in figures.label_section(result).body
+
+
+def test_the_same_scores_make_the_same_bytes():
+    table, targets = scored(3)
+    one, other = (figures.panel_section([table], targets, evaluation(3)).body for _ in range(2))
+    assert one == other
 
 
 def test_more_tables_than_colours_are_all_drawn():
     result = evaluation(2)
     result.scores.extend([result.scores[0]] * 20)
     assert figures.summary_section(result, []).body.count("macro AUROC") == 21
+    table, targets = scored(2)
+    panels = figures.panel_section([table] * 21, targets, result).body
+    assert panels.count("<details") == 2
 
 
 def test_numbers_are_written_for_people():
