@@ -27,6 +27,7 @@ from cxrdist.scoring.tables import ScoreTable, align, average_tables, read_membe
 from cxrdist.truth import read_truth
 
 REPORT = "calibration.html"
+CROSSED = "After: each half of the patients by lines that were fitted on the other half."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     crossed = operating.cross_fitted(together.probs, targets, patients, task, args.method)
     write_output(out / operating.FILE, fitted.to_json())
     sections = [
-        reliability_section(targets, together.probs, crossed, task.labels, notes),
+        reliability_section(targets, together.probs, crossed, task.labels, [CROSSED, *notes]),
         points_section(fitted, operating.performance(fitted, together.probs, targets, patients, args.resamples)),
     ]
     about = f"task {task.name}, {together.name}, {len(truth):,} images of {fitted.patients:,} patients; "

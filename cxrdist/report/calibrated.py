@@ -27,7 +27,7 @@ def reliability_section(
     errors = [reliability(targets, probs).expected_error for probs in (before, after)]
     rows.append(("all labels together", *(f"{error:.3f}" for error in errors)))
     about = "Share of positives among images that got about the same probability, in ten bins, and the expected "
-    about += "calibration error: the mean gap between both. On images whose patients the lines were not fitted on."
+    about += "calibration error: the mean gap between both."
     table = html_table(("label", "error before", "error after"), rows, total=True, kind="sortable")
     return Section(
         "Calibrated probabilities", " ".join([about, *notes]), legend(["after", "before"]) + plots(pictures) + table
