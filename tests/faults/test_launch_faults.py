@@ -393,6 +393,52 @@ def test_two_hosts_train_lose_the_link_and_resume_equal(
     assert_equal_runs(run, undisturbed)
 
 
+ELASTIC_EPOCHS = 60
+
+
+@pytest.mark.timeout(600)
+def test_a_node_is_lost_and_returns_and_torchrun_goes_on_with_the_same_batches(
+    start: Any, uneven_shards: Path, tmp_path: Path
+) -> None:
+    """Two nodes, one, two again through torchrun's rendezvous, with nobody at the keyboard.
+
+    The losses of every step are those of an undisturbed run, which other batches would move by a tenth and more; the
+    sum over ranks rounds by their number, so they are not equal bit for bit.
+    """
+    words = [*("--resume", "--checkpoint-minutes", "0.02"), "--timeout-s", "8"]
+    alone = start([*LAUNCH, *TWO, *train_words(uneven_shards, tmp_path / "alone", epochs=ELASTIC_EPOCHS)])
+    assert alone.wait(240) == 0, alone.output()
+    run = tmp_path / "run"
+    with two_hosts() as hosts:
+
+        def join(number: int) -> Job:
+            place = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29517", "--rdzv_id", "elastic")
+            conf = f"is_host={number == 0},last_call_timeout=2,join_timeout=120"  # a name would tell it by itself
+            limits = ("--rdzv_conf", conf, "--max_restarts", "9", "--monitor_interval", "0.5")
+            group = ("--nnodes", "1:2", "--nproc_per_node", "1", "--local_addr", f"10.77.0.{number + 1}")
+            training = train_words(uneven_shards, run, *words, epochs=ELASTIC_EPOCHS)
+            return start(
+                [sys.executable, "-m", "torch.distributed.run", *place, *limits, *group, *training],
+                before=hosts[number],
+                GLOO_SOCKET_IFNAME=f"cable{number}",
+                TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            )
+
+        first, second = join(0), join(1)
+        first.wait_for_rows(run, 8)
+        second.end()  # the machine is gone: launcher and ranks, by SIGKILL
+        wait_until(lambda: "1 processes on cpu" in first.output() or first.process.poll() is not None, 120)
+        second = join(1)
+        assert first.wait(240) == 0, first.output()
+        assert second.wait(60) == 0, second.output()
+    worlds = [line.split(" processes on cpu")[0][-1] for line in first.output().splitlines() if "processes on" in line]
+    assert worlds[:3] == ["2", "1", "2"], first.output()
+    ours, theirs = step_rows(run), step_rows(tmp_path / "alone")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 6 * ELASTIC_EPOCHS + 1))
+    differences = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(ours, theirs, strict=True)]
+    assert max(differences) < 0.01, max(differences)
+
+
 def test_wrong_interface_is_named(start: Any, uneven_shards: Path, tmp_path: Path) -> None:
     with two_hosts() as hosts:
         words = train_words(uneven_shards, tmp_path / "run")
