@@ -8,26 +8,18 @@ import runpy
 import sys
 from pathlib import Path
 
+from cxrdist import __version__
 from cxrdist.cli import Parser
 
-SAME = (
-    "preprocess",
-    "verify",
-    "train",
-    "folds",
-    "infer",
-    "ensemble",
-    "evaluate",
-    "average",
-    "predict",
-    "app",
-    "calibrate",
-    "export",
-    "doctor",
-    "demo",
-    "bench",
-)
-MODULES = {name: name for name in SAME} | {"recipes": "recipe_list"}  # recipes.py holds the recipes themselves
+GROUPS = {  # what people do, in that order
+    "data": ("preprocess", "verify"),
+    "train": ("recipes", "train", "folds", "average"),
+    "score": ("infer", "ensemble", "evaluate", "calibrate"),
+    "use": ("predict", "app", "export"),
+    "machine": ("doctor", "demo", "bench"),
+}
+RENAMED = {"recipes": "recipe_list"}  # recipes.py holds the recipes themselves
+MODULES = {name: RENAMED.get(name, name) for names in GROUPS.values() for name in names}
 
 
 def about(module: str) -> str:
@@ -39,8 +31,13 @@ def about(module: str) -> str:
 
 def main() -> None:
     """Run the command that the first argument names, with the other arguments; without any, list the commands."""
-    lines = "\n".join(f"  {name:<12}{about(module)}" for name, module in MODULES.items())
-    parser = Parser(prog="cxrdist", epilog=f"commands:\n{lines}\n\ncxrdist COMMAND --help lists a command's flags")
+    lines = [
+        "\n".join([f"{group}:", *(f"  {name:<12}{about(MODULES[name])}" for name in names)])
+        for group, names in GROUPS.items()
+    ]
+    told = "\n".join([*lines, "", "cxrdist COMMAND --help lists a command's flags"])
+    parser = Parser(prog="cxrdist", epilog=told)
+    parser.add_argument("--version", action="version", version=f"cxrdist {__version__}")
     parser.add_argument("command", choices=MODULES, metavar="COMMAND")
     command = parser.parse_args(sys.argv[1:2] or ["--help"]).command
     del sys.argv[1]

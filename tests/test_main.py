@@ -1,9 +1,11 @@
 """`cxrdist COMMAND`: every command is there by its name and runs as its module does."""
 
+import importlib.metadata
 import sys
 
 import pytest
 
+import cxrdist
 from cxrdist import __main__ as commands
 from tests.test_house import ENTRIES, PACKAGE
 
@@ -40,6 +42,12 @@ def test_without_a_command_they_are_listed_and_an_unknown_one_is_named(
     assert "  recipes     List the recipes" in capsys.readouterr().out
     assert run(monkeypatch, "recipe") == 2
     assert "invalid choice: 'recipe'" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"cxrdist {cxrdist.__version__}\n"
+    assert importlib.metadata.version("cxrdist") == cxrdist.__version__
 
 
 def test_a_commands_mistakes_end_it_as_they_end_its_module(
