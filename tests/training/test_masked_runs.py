@@ -69,8 +69,9 @@ def test_one_two_and_three_processes_agree_on_masked_cells(masked_shards: Path, 
     weights = {world: arrays(run, 2) for world, run in runs.items()}
     before = arrays(runs[1], 1)
     for world in (2, 3):
-        np.testing.assert_allclose(logged[world][:3], logged[1][:3], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(logged[world], logged[1], rtol=1e-4)  # few cells: Adam's rounding shows earlier
+        np.testing.assert_allclose(logged[world][0], logged[1][0], rtol=0, atol=2e-7)  # before the first update
+        # From there on Adam makes steps of rounding, more or less by the CPU: up to 2e-6 in the third loss.
+        np.testing.assert_allclose(logged[world], logged[1], rtol=1e-4)
         for name, tensor in weights[1].items():  # as in test_train_trace: Adam makes steps of rounding
             moved = np.linalg.norm(tensor - before[name])
             assert "bias" in name or np.linalg.norm(weights[world][name] - tensor) <= 0.01 * moved, name
