@@ -147,6 +147,24 @@ def make_world(root: Path) -> None:
     (root / "parts").mkdir()
     (root / "parts" / "00000000-0.npz").write_bytes(part.to_bytes())
     save_weights(root / "weights", weights)
+    save_bundle(root / "bundle", run)
+
+
+def save_bundle(folder: Path, run: Path) -> None:
+    from cxrdist.inference import bundle
+    from cxrdist.inference.members import load_ensemble, parse_member
+    from cxrdist.inference.predictor import AS_PUBLISHED, scores_of
+    from cxrdist.scoring.operating import fit
+    from cxrdist.task import TASKS
+
+    task, rng = TASKS["b"], np.random.default_rng(1)
+    ensemble = load_ensemble([parse_member(f"eva={run}@1,2:tta")], task)
+    probs = rng.random((60, task.num_labels), dtype=np.float32)
+    targets = (rng.random(probs.shape) < probs).astype(np.float64)
+    whose = {"scores_of": scores_of(ensemble, "prob"), "num_resamples": 5}
+    fitted = fit(probs, targets, np.arange(60), task=task, **whose)
+    more = {"version": "0", "card": "a card", "calibration": fitted}
+    bundle.write_bundle(folder, task, ensemble, AS_PUBLISHED, "prob", **more)
 
 
 def save_weights(folder: Path, weights: dict[str, Any]) -> None:
@@ -461,6 +479,28 @@ def manifest_rehashed(rng: random.Random, folder: Path) -> None:
     document = json.loads(manifest.read_bytes())
     document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest.write_text(json.dumps(document))
+
+
+BUNDLE_JSON = dict.fromkeys(("config.json", "task.json", "calibration.json"), json_damaged)
+
+
+def bundle_rehashed(rng: random.Random, folder: Path) -> None:
+    """A document of a bundle with another content, and a manifest that vouches for it."""
+    files_of(BUNDLE_JSON)(rng, folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def read_bundle(folder: Path) -> object:
+    """The model and what it says of an image."""
+    from cxrdist.inference.predictor import load
+
+    model = load(folder, device="cpu", precision="fp32")
+    found = model.predict(np.arange(2000, dtype=np.uint8).reshape(40, 50) // 9)
+    return digest(model.labels, model.calibration, found.probabilities, found.decisions)
 
 
 def read_log(folder: Path) -> object:
@@ -805,6 +845,8 @@ def _kinds() -> list[Kind]:
                 ("legacy.pth", legacy_damaged, 1.5),
             )
         ),
+        Kind("bundle", copied("bundle"), files_of(BUNDLE_FILES), read_bundle, True),
+        Kind("bundle, manifest recomputed", copied("bundle"), bundle_rehashed, read_bundle),
         Kind(
             "weights timm",
             make_backbones,
@@ -820,6 +862,7 @@ def _kinds() -> list[Kind]:
     return found
 
 
+BUNDLE_FILES = BUNDLE_JSON | {"model.safetensors": safetensors_damaged, "manifest.json": json_damaged}
 TARS = ("train-000000.tar", "train-000001.tar")
 LABEL_MAP = b'[nih]\n"Pleural Effusion" = "Effusion"\n"Lung Lesion" = "Mass"\n[site]\nFracture = ""\n'
 SPLIT = b"patient,fold\n" + b"".join(b"%08d,%d\n" % (number, number % 5) for number in range(20))
