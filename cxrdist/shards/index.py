@@ -136,6 +136,7 @@ class SplitMeta(Document):
 
     def __post_init__(self) -> None:
         check_split_name(self.split)
+        _ = self.pixels  # a size or mode that there is not
         for shard in self.shards:
             if re.fullmatch(self._shard_names, shard.name) is None:
                 raise UserError(f"{shard.name!r} is not a shard's file name")
@@ -191,7 +192,6 @@ class AdoptedMeta(SplitMeta):
         super().__post_init__()
         if re.search(r"[\x00-\x1f\x7f]", self.tars + self.pattern):
             raise UserError("the folder of the tars, or the pattern of their names, holds a control character")
-        _ = self.pixels  # a size or mode that there is not
 
     @property
     def _shard_names(self) -> str:
