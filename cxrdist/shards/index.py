@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
+from pydantic import Field
 
 from cxrdist import files
 from cxrdist.documents import Document, read_bounded
@@ -72,11 +73,14 @@ SPLIT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 MAKE_AGAIN = "copy the shard again, or delete it and run cxrdist.preprocess again"  # for one that has its old size
 
 
+Count = Annotated[int, Field(ge=0, lt=2**48)]  # sums of which stay in int64
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counts(Document):
-    rows: int
-    images: int
-    left_out: int
+    rows: Count
+    images: Count
+    left_out: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +93,13 @@ class Resize(Document):
 @dataclass(frozen=True, kw_only=True)
 class FileMeta(Document):
     name: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardMeta(FileMeta):
-    count: int
+    count: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class AdoptedTar(ShardMeta):
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut(Document):
-    key: int
+    key: Count
     image_name: str
     reason: str
 
