@@ -40,24 +40,21 @@ def main(argv: list[str] | None = None) -> None:
     for line in [*ensemble.notes, *([note] if note else [])]:
         print(line)
     card = model_card(task, ensemble, stored, calibration, metrics, args.metrics, onnx=args.onnx)
-    levels = check_levels(args.check, stored) if args.onnx else None
-    bundle.write_bundle(
+    levels = check_levels(args.check, stored) if args.onnx else []
+    names = bundle.write_bundle(
         *(args.out, task, ensemble, stored, args.average),
         version=__version__,
         card=card,
         calibration=calibration,
         with_backbone=not args.without_backbone,
     )
-    if levels is not None:
-        for number, head in enumerate(heads):
-            found = export_onnx(args.out / file_of(number), head, ensemble.models[head.sha256], task, levels)
-            print(found)
-            if not found.difference <= MAX_DIFFERENCE:
-                raise UserError(f"{args.out / file_of(number)}: more than {MAX_DIFFERENCE:g} from torch; not used")
-        sha256 = bundle.write_manifest(args.out, more)
-    else:
-        sha256 = bundle.write_manifest(args.out)
-    size = sum(path.stat().st_size for path in bundle.outputs(args.out, more) if path.is_file())
+    for number, head in enumerate(heads if args.onnx else ()):
+        found = export_onnx(args.out / file_of(number), head, ensemble.models[head.sha256], task, levels)
+        print(found)
+        if not found.difference <= MAX_DIFFERENCE:
+            raise UserError(f"{args.out / file_of(number)}: more than {MAX_DIFFERENCE:g} from torch; not used")
+    sha256 = bundle.write_manifest(args.out, [*names, *more])
+    size = sum((args.out / name).stat().st_size for name in (*names, *more))
     told = "no calibration (cxrdist calibrate makes one)" if calibration is None else f"calibrated ({calibration.rule})"
     print(
         f"bundle: {args.out}, {len(heads)} checkpoints, {len(ensemble.members)} members, {size / 1e6:,.1f} MB, {told}"

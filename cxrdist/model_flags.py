@@ -22,7 +22,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         parser,
         *("--task", "--average", "--backbone", "--precision"),
         task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
-        average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
+        average={"choices": ("prob", "logit"), "default": None, "help": "of members: prob (default) or logit"},
     )
 
 

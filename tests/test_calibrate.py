@@ -13,6 +13,7 @@ import cxrdist
 from cxrdist import calibrate, evaluate, export
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
+from cxrdist.files import write_output
 from cxrdist.runs.checkpoint import epoch_folder, read_tensors, write_checkpoint
 from cxrdist.runs.documents import EpochMeta, Facts, StoredImages
 from cxrdist.scoring.operating import Calibration
@@ -71,6 +72,17 @@ def test_what_is_fitted_travels_to_the_prediction(world, scores, truth, calibrat
     assert "thresholds by youden" in card
     same = cxrdist.load(members(world), calibration=calibrated, precision="fp32").predict(image)
     assert same.calibrated.tobytes() == found.calibrated.tobytes()
+
+
+def test_an_export_over_an_earlier_one_leaves_nothing_of_it(world, scores, truth, calibrated, tmp_path) -> None:
+    out = tmp_path / "bundle"
+    export.main([*members(world), "--out", str(out), "--calibration", str(calibrated)])
+    write_output(out / "checkpoint0.onnx", b"of an earlier export")
+    (out / "mine.onnx").write_bytes(b"not of an export")
+    export.main([*members(world), "--out", str(out)])
+    assert cxrdist.load(out).calibration is None
+    assert sorted(path.name for path in out.glob("*.onnx")) == ["mine.onnx"]
+    assert not (out / "calibration.json").exists()
 
 
 def test_a_report_shows_what_the_thresholds_do(world, scores, truth, calibrated, tmp_path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from cxrdist.documents import Document
 from cxrdist.errors import CheckpointError, UserError
-from cxrdist.files import check_outputs, write_output
+from cxrdist.files import check_outputs, is_recorded, write_output
 from cxrdist.inference.members import Ensemble
 from cxrdist.inference.passes import Member
 from cxrdist.models import architecture_of
@@ -35,7 +35,7 @@ from cxrdist.scoring.operating import Calibration, identity
 from cxrdist.scoring.tables import Average, Checkpoint
 from cxrdist.task import Task
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, TASK, WEIGHTS, CARD = "config.json", "task.json", "model.safetensors", "README.md"
 OFFICIAL = "give the official file with --backbone FILE"
 
 
@@ -104,8 +104,8 @@ def write_bundle(
     card: str,
     calibration: Calibration | None = None,
     with_backbone: bool = True,
-) -> str:
-    """Write the folder, the manifest last; returns the manifest's SHA-256 (hex), by which the bundle can be known.
+) -> list[str]:
+    """Write the files of the folder, but ONNX ones and the manifest, which `write_manifest` writes last; their names.
 
     with_backbone: False leaves frozen backbones out; they are then named by their hash.
     """
@@ -141,31 +141,28 @@ def write_bundle(
     )
     write_safetensors(out / WEIGHTS, tensors, {"format": "pt"}, recorded=True)
     write_output(out / CONFIG, config.to_json())
-    write_output(out / "task.json", task.to_json())
+    write_output(out / TASK, task.to_json())
     if calibration is not None:
         write_output(out / CALIBRATION, calibration.to_json())
     write_output(out / CARD, card)
-    return write_manifest(out)
-
-
-def outputs(out: Path, more: Sequence[str] = ()) -> list[Path]:
-    """The files that a bundle may have."""
-    return [out / name for name in (CONFIG, "task.json", CALIBRATION, WEIGHTS, CARD, *more, checkpoint.MANIFEST)]
+    return [WEIGHTS, CONFIG, TASK, *([] if calibration is None else [CALIBRATION])]
 
 
 def check_folder(out: Path, inputs: Sequence[Path], more: Sequence[str] = ()) -> None:
     """UserError, before any work, where a bundle must not be written."""
-    check_outputs(outputs(out, more), inputs, folder=out)
+    names = (CONFIG, TASK, CALIBRATION, WEIGHTS, CARD, *more, checkpoint.MANIFEST)
+    check_outputs([out / name for name in names], inputs, folder=out)
 
 
-def write_manifest(out: Path, more: Sequence[str] = ()) -> str:
-    """Name every file that is there but the card with its size and hash."""
-    names = [CONFIG, "task.json", CALIBRATION, WEIGHTS, *more]
-    files = {
-        name: FileEntry(bytes=(out / name).stat().st_size, sha256=file_sha256(out / name))
-        for name in names
-        if (out / name).is_file()
-    }
+def write_manifest(out: Path, names: Sequence[str]) -> str:
+    """Name these files with their sizes and hashes, and remove what an earlier export left beside them.
+
+    Returns the manifest's SHA-256 (hex), by which the bundle can be known.
+    """
+    for path in (*out.glob(CALIBRATION), *out.glob("*.onnx")):
+        if path.name not in names and is_recorded(path):
+            path.unlink()
+    files = {name: FileEntry(bytes=(out / name).stat().st_size, sha256=file_sha256(out / name)) for name in names}
     write_output(out / checkpoint.MANIFEST, Manifest(files=files).to_json())
     return file_sha256(out / checkpoint.MANIFEST)
 
@@ -180,9 +177,9 @@ def load_bundle(folder: Path, backbone: Path | None = None) -> Bundle:
     except CheckpointError as error:
         raise UserError(f"{error}; this is not the bundle that was exported: copy or export it again") from None
     listed = Manifest.read(folder / checkpoint.MANIFEST).files
-    if missing := [name for name in (CONFIG, "task.json", WEIGHTS) if name not in listed]:
+    if missing := [name for name in (CONFIG, TASK, WEIGHTS) if name not in listed]:
         raise UserError(f"{folder / checkpoint.MANIFEST}: does not list {missing[0]}; export the bundle again")
-    config, task = Config.read(folder / CONFIG), Task.read(folder / "task.json")
+    config, task = Config.read(folder / CONFIG), Task.read(folder / TASK)
     calibration = None
     if CALIBRATION in listed:
         calibration = Calibration.read(folder / CALIBRATION)

@@ -202,7 +202,7 @@ def load(
     source: str | Path | Sequence[str],
     *,
     task: Task | None = None,
-    how: Average = "prob",
+    how: Average | None = None,
     calibration: str | Path | None = None,
     backbone: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -210,13 +210,15 @@ def load(
 ) -> Predictor:
     """A model from a bundle's folder, a run folder, or members ("NAME=RUN@5,6:tta", as `--member` takes them).
 
-    task: of weight files, which do not say it. how: members are averaged, prob or logit (a bundle says it).
+    task: of weight files, which do not say it. how: members are averaged, prob (default) or logit. A bundle says both.
     calibration: a `calibration.json` (default: the bundle's, or one in a run's folder that was fitted on these scores).
     backbone: where to look first for a frozen backbone. device: default the GPU, else the CPU. precision: auto, bf16,
     fp16 or fp32. Raises UserError for what is missing, damaged or does not fit together.
     """
     place = None if backbone is None else Path(backbone)
     if isinstance(source, str | Path) and (Path(source) / CONFIG).is_file():
+        if task is not None or how is not None:
+            raise UserError(f"{source}: a bundle says its task and how it averages; give neither")
         bundle = load_bundle(Path(source), place)
         given = bundle.calibration if calibration is None else read_calibration(Path(calibration))
         if given is not None:
@@ -231,7 +233,7 @@ def load(
     texts = [member_text(source)] if isinstance(source, str | Path) else list(source)
     specs = [parse_member(text) for text in texts]
     runs = runs_of(specs)
-    task = task_of_models(specs, task)
+    task, how = task_of_models(specs, task), how or "prob"
     ensemble = load_ensemble(specs, task, place)
     found = find_calibration(ensemble, runs, how, None if calibration is None else Path(calibration))
     stored, note = stored_of(ensemble)

@@ -223,16 +223,17 @@ def fit(
     if pooled[0] <= 0:
         problem = "over all labels together these scores are no better than chance, so there is nothing to calibrate"
         raise UserError(f"{problem}; give more images, or another model")
-    distinct, ids = np.unique(np.asarray(patients).astype(str), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=num_resamples)
+    ids, draws = _resamples(patients, num_resamples, seed)
     labels = [
         _fit_label(
             label,
             logits[seen[:, place], place],
             targets[seen[:, place], place],
-            draws[:, ids[seen[:, place]]].astype(np.float64),
-            *(method, rule, pooled),
+            draws,
+            ids[seen[:, place]],
+            method,
+            rule,
+            pooled,
         )
         for place, label in enumerate(task.labels)
     ]
@@ -245,15 +246,32 @@ def fit(
         split="" if table is None else table.meta.split,
         shards="" if table is None else table.meta.shards,
         images=len(probs),
-        patients=len(distinct),
+        patients=draws.shape[1],
         labels=tuple(labels),
     )
 
 
+def _resamples(patients: NDArray[Any], number: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+    """The place of each image's patient (N,), and how often each patient is in each of the resamples (B, P)."""
+    distinct, ids = np.unique(np.asarray(patients).astype(str), return_inverse=True)
+    rng, share = np.random.default_rng(seed), np.full(len(distinct), 1 / len(distinct))
+    draws = np.empty((number, len(distinct)), np.uint16)
+    for row in draws:
+        row[:] = rng.multinomial(len(distinct), share)
+    return ids, draws
+
+
 def _fit_label(
-    label: str, logits: Floats, targets: Floats, counts: Floats, method: Method, rule: str, pooled: Range
+    label: str,
+    logits: Floats,
+    targets: Floats,
+    draws: NDArray[np.uint16],
+    ids: NDArray[np.int64],
+    method: Method,
+    rule: str,
+    pooled: Range,
 ) -> LabelCalibration:
-    """One label's line and threshold; counts: (B, n) of each image in each resample. pooled: all labels' line."""
+    """One label's line and threshold; ids: the patient of each image. pooled: all labels' line."""
     positives, negatives = float(targets.sum()), float((1 - targets).sum())
     line, lines = pooled, None
     shared = min(positives, negatives) < MIN_CASES
@@ -262,9 +280,9 @@ def _fit_label(
         shared = line[0] <= 0  # the scores are no better than chance: nothing to be told from them alone
         line = pooled if shared else line
     if not shared:
-        resampled = [_fit_line(method, logits, targets, weights, start=line) for weights in counts]
+        resampled = [_fit_line(method, logits, targets, draw[ids].astype(np.float64), start=line) for draw in draws]
         lines = np.array(resampled).reshape(-1, 2)
-    point = _threshold(rule, line, logits, targets, counts) if min(positives, negatives) > 0 else NO_POINT
+    point = _threshold(rule, line, logits, targets, draws, ids) if min(positives, negatives) > 0 else NO_POINT
     return LabelCalibration(
         label=label,
         positives=positives,
@@ -286,8 +304,10 @@ def _fit_line(
     return fitted_line(logits, targets, weights, with_intercept=method == "platt", start=start)
 
 
-def _threshold(rule: str, line: Range, logits: Floats, targets: Floats, counts: Floats) -> Threshold:
-    """The operating point of one label by `rule`, with its intervals over the resamples (B, n) `counts`."""
+def _threshold(
+    rule: str, line: Range, logits: Floats, targets: Floats, draws: NDArray[np.uint16], ids: NDArray[np.int64]
+) -> Threshold:
+    """The operating point of one label by `rule`, with its intervals over the resamples."""
     order = np.argsort(-logits, kind="stable")
     ordered, truth = logits[order], targets[order]
     ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)  # last row of each distinct score
@@ -305,12 +325,13 @@ def _threshold(rule: str, line: Range, logits: Floats, targets: Floats, counts: 
     plain = np.ones(len(truth))
     sensitivity, specificity = rates(plain)
     chosen = _choose(rule, sensitivity, specificity, share)
-    resampled = [rates(row) for row in counts[:, order]]
-    samples = [
-        (cuts[_choose(rule, sens, spec, float(np.average(truth, weights=row)))], sens[chosen], spec[chosen])
-        for (sens, spec), row in zip(resampled, counts[:, order], strict=True)
-        if not np.isnan(sens[0])
-    ]
+    samples = []
+    for draw in draws:
+        weights = draw[ids[order]].astype(np.float64)
+        sens, spec = rates(weights)
+        if not np.isnan(sens[0]):
+            cut = cuts[_choose(rule, sens, spec, float(np.average(truth, weights=weights)))]
+            samples.append((cut, sens[chosen], spec[chosen]))
     columns = np.array(samples or [(np.nan,) * 3]).T
     low, high = interval(line[0] * columns[0] + line[1])
     return Threshold(
@@ -367,18 +388,14 @@ def performance(
     Args: probs (N, K) not yet calibrated; targets (N, K) in [0, 1], nan where masked; patients (N,).
     """
     decided = calibration.decide(calibration.apply(probs))
-    distinct, ids = np.unique(np.asarray(patients).astype(str), return_inverse=True)
-    draws = np.random.default_rng(0).multinomial(
-        len(distinct), np.full(len(distinct), 1 / len(distinct)), size=num_resamples
-    )
+    ids, draws = _resamples(patients, num_resamples, seed=0)
     points = []
     for place, each in enumerate(calibration.labels):
         rows = ~np.isnan(targets[:, place]) & (decided[:, place] >= 0)
         truth, called = targets[rows, place], decided[rows, place] == 1
-        weights = np.concatenate([np.ones((1, int(rows.sum()))), draws[:, ids[rows]]])
-        positive, negative = weights * truth, weights * (1 - truth)
-        found, missed = positive[:, called].sum(1), positive[:, ~called].sum(1)
-        alarms, cleared = negative[:, called].sum(1), negative[:, ~called].sum(1)
+        kinds = (truth * called, truth * ~called, (1 - truth) * called, (1 - truth) * ~called)
+        of_patient = [np.bincount(ids[rows], kind, minlength=draws.shape[1]) for kind in kinds]
+        found, missed, alarms, cleared = (np.append(each.sum(), draws @ each) for each in of_patient)
         with np.errstate(invalid="ignore", divide="ignore"):
             shares_of = (
                 *(found / (found + missed), cleared / (cleared + alarms)),

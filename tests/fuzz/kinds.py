@@ -164,7 +164,7 @@ def save_bundle(folder: Path, run: Path) -> None:
     whose = {"scores_of": scores_of(ensemble, "prob"), "num_resamples": 5}
     fitted = fit(probs, targets, np.arange(60), task=task, **whose)
     more = {"version": "0", "card": "a card", "calibration": fitted}
-    bundle.write_bundle(folder, task, ensemble, AS_PUBLISHED, "prob", **more)
+    bundle.write_manifest(folder, bundle.write_bundle(folder, task, ensemble, AS_PUBLISHED, "prob", **more))
 
 
 def save_weights(folder: Path, weights: dict[str, Any]) -> None:

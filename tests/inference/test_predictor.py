@@ -220,6 +220,8 @@ def test_an_unreadable_image_is_named_and_the_others_are_scored(world, bundle, t
         (["{image}", "--bundle", "{bundle}", "--csv", "{image}"], "is an input of this command"),
         (["{image}", "--bundle", "{bundle}", "--json", "{bundle}/o.json"], "lies in an input folder"),
         (["{image}", "--bundle", "{bundle}", "--csv", "a.csv", "--json", "a.json"], "give another"),
+        (["{image}", "--bundle", "{bundle}", "--average", "logit"], "a bundle says its task and how it averages"),
+        (["{image}", "--bundle", "{bundle}", "--task", "a"], "a bundle says its task and how it averages"),
         (["{image}", "--bundle", "{bundle}", "--device", "tpu"], "give cpu, cuda or cuda:N"),
         (["{image}", "--bundle", "{bundle}", "--calibration", "nowhere"], "nowhere: no such file"),
         (["{image}", "--member", "eva_x=nowhere"], "neither a run folder nor a weight file"),
