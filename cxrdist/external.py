@@ -16,7 +16,7 @@ from cxrdist.report.figures import files_section
 from cxrdist.report.page import write_report
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.external import LabelMap, ScoredSet, Validation, read_map, validate
-from cxrdist.scoring.tables import ScoreTable, TableMeta, read_members, task_of, with_ensemble
+from cxrdist.scoring.tables import ScoreTable, TableMeta, read_members, task_of, was_seen, with_ensemble
 from cxrdist.shards.index import task_of as task_of_shards
 from cxrdist.tables import LabelTable
 from cxrdist.task import Task, load_task
@@ -111,11 +111,9 @@ def read_set(spec: SetSpec, args: argparse.Namespace) -> ScoredSet:
 
 def may_be_seen(meta: TableMeta, task: Task) -> bool:
     """Whether the models behind a table were trained on its shards or, where it does not say that, may have been."""
-    trained_on = {item.trained_on for item in meta.checkpoints}
-    if trained_on and all(trained_on):
-        return meta.shards in trained_on and not meta.out_of_fold
     own = meta.task is not None and not task.differences(meta.task)
-    return own and meta.split == "train" and not meta.out_of_fold
+    seen = was_seen(meta)
+    return own and meta.split == "train" if seen is None else seen
 
 
 def read_labelled(spec: SetSpec, tables: Sequence[ScoreTable], args: argparse.Namespace) -> tuple[LabelTable, Task]:

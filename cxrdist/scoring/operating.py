@@ -20,7 +20,7 @@ from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.scoring.calibration import fitted_line
 from cxrdist.scoring.metrics import Floats, interval
-from cxrdist.scoring.tables import Average, Checkpoint, Probs, ScoreTable, logit, shares
+from cxrdist.scoring.tables import Average, Checkpoint, Probs, ScoreTable, logit, shares, was_seen
 from cxrdist.task import Task
 
 Method = Literal["platt", "temperature"]
@@ -167,23 +167,21 @@ def check_unseen(tables: Sequence[ScoreTable], *, trusted: bool) -> list[str]:
     """
     notes = []
     for table in tables:
-        meta = table.meta
-        if meta.out_of_fold:
-            continue
-        seen = [item.source for item in meta.checkpoints if item.trained_on and item.trained_on == meta.shards]
+        meta, seen = table.meta, was_seen(table.meta)
         if seen:
+            source = next(item.source for item in meta.checkpoints if item.trained_on == meta.shards)
             raise UserError(
-                f"{table.name!r}: {seen[0]} was trained on these very images (split {meta.split!r}), which says "
+                f"{table.name!r}: {source} was trained on these very images (split {meta.split!r}), which says "
                 "nothing of others; give out-of-fold scores (cxrdist folds, or infer --split train --fold K) or those "
                 "of a split that it has not seen"
             )
-        known = bool(meta.checkpoints) and all(item.trained_on for item in meta.checkpoints)
-        if not known and not trusted:
+        if seen is None and not trusted:
             raise UserError(
                 f"{table.name!r} does not say what its models were trained on; where none of them has seen these "
                 "images, say so with --unseen"
             )
-        notes += [] if known else [f"{table.name}: that no model has seen these images is the user's word (--unseen)"]
+        if seen is None:
+            notes.append(f"{table.name}: that no model has seen these images is the user's word (--unseen)")
     return notes
 
 

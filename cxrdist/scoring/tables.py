@@ -75,6 +75,16 @@ class TableMeta(Document):
     sha256: str = ""
 
 
+def was_seen(meta: TableMeta) -> bool | None:
+    """Whether a model behind a table was trained on the very shards that it scored; None where that is not known."""
+    trained_on = {item.trained_on for item in meta.checkpoints}
+    if meta.out_of_fold:
+        return False
+    if meta.shards in trained_on - {""}:
+        return True
+    return False if meta.shards and trained_on and "" not in trained_on else None
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """Probabilities of one member, or of an average.

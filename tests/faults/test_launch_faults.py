@@ -467,22 +467,27 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
 """
 
 
+def slurm(tmp_path: Path, **more: str) -> dict[str, str]:
+    """The environment of a job whose Slurm is stand-ins on the path: one that starts a task a node here, one that notes
+    the requeue, and `more` scripts by name.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, **more}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+
+
 def test_slurm_script_starts_a_launcher_a_node_checkpoints_on_the_signal_and_requeues(
     start: Any, uneven_shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Slurm itself is two stand-ins on the path: one that starts a task a node here, and one that notes the requeue."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
     run, requeued = tmp_path / "run", tmp_path / "requeued"
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+        **slurm(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "node[0-1]",
-        "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "CXRDIST_PYTHON": sys.executable,
         "CXRDIST_PROCESSES_PER_NODE": "1",
         "CXRDIST_ACCEL_CONFIG": "accel_configs/cpu.yaml",
@@ -505,20 +510,14 @@ def test_slurm_array_task_of_folds_starts_one_process_passes_the_signal_on_and_r
     start: Any, tmp_path: Path
 ) -> None:
     """A stand-in python notes how it is called, and ends as cxrdist.folds does on SIGTERM."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
     python = '#!/usr/bin/env bash\ntrap "exit 130" TERM\necho "$@"\nfor i in $(seq 600); do sleep 0.1; done\n'
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
     requeued = tmp_path / "requeued"
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+        **slurm(tmp_path, python=python),
         "SLURM_JOB_ID": "17",
         "SLURM_NNODES": "1",
         "SLURM_JOB_NODELIST": "node0",
-        "SLURM_SUBMIT_DIR": str(REPOSITORY),
-        "CXRDIST_PYTHON": str(folder / "python"),
+        "CXRDIST_PYTHON": str(tmp_path / "bin" / "python"),
         "CXRDIST_PROCESSES_PER_NODE": "1",
         "REQUEUED": str(requeued),
     }
@@ -539,16 +538,10 @@ def test_slurm_array_tasks_of_preprocess_are_nodes_that_share_the_work(
     start: Any, make_division: Any, tmp_path: Path
 ) -> None:
     """Three tasks of an array of four: the fourth never starts. No GPU is asked for."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
     images, table = make_division([f"{number}.jpg" for number in range(12)])
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+        **slurm(tmp_path),
         "SLURM_NNODES": "1",
-        "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "SLURM_ARRAY_TASK_COUNT": "4",
         "SLURM_ARRAY_TASK_MIN": "0",
         "CXRDIST_PYTHON": sys.executable,
