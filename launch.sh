@@ -6,24 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
   cat <<'TEXT'
 usage: ./launch.sh COMMAND [ARGUMENTS]
-  demo [--images DIR --csv FILE]   all steps on a small division: shards, models, submission, report; with --folds [N]
-                                   each model by folds, and an ensemble with weights fitted on what they held out
-  setup [dev]                      make the environment (every command does it when it is missing); dev adds the test tools
+  demo                 all steps on synthetic X-rays, two processes, no GPU needed; ends with a report
   test [--all] [PYTEST ARGS]       the tests; --all adds faults and slow ones
-  check | format                   format, lint, types and fast tests | rewrite the formatting
-  preprocess TASK [ARGS]           images -> shards; TASK is a, b or a .toml file
-  train TASK [ARGS]                train on all GPUs of this machine (accel_configs/), e.g. --model chexfound
-  infer TASK [ARGS]                test-time augmentation and averaging -> submission.csv; for these and folds TASK may also
-                                   be the name of a shard set below shards/
-  folds TASK [ARGS]                train by folds, e.g. --model chexfound --folds 5 -> one out-of-fold table, on which
-                                   python -m cxrdist.ensemble --fit finds weights; --only K, or a Slurm array: one fold
-  calibrate | export | predict | app [ARGS]    thresholds on unseen scores; one folder to use anywhere; X-rays in, findings
-                                   out; the same as a page. verify, ensemble, evaluate and average are there, too
-  doctor [--bill]                  versions, GPUs, precision, disk, and what would be used | name, version and licence
-                                   of every dependency
-  recipes [NAME]                   what can be trained, and what it costs | all of one recipe, field by field
-  gpu-check [ARGS]                 first on a rented machine: tests, memory, speeds, a resume; ends with the flags to use
-  fuzz | soak [ARGS]               mutated inputs | random SIGKILLs of every kind of run, resumed and compared
+  setup [dev]          make the environment (every command does it when it is missing); dev adds the test tools
+  check | format       format, lint, types and fast tests | rewrite the formatting
+  gpu-check [ARGS]     first on a rented machine: tests, memory, speeds, a resume; ends with the flags to use
+  fuzz | soak [ARGS]   mutated inputs | random SIGKILLs of every kind of run, resumed and compared
+  COMMAND [ARGS]       whatever else `cxrdist --help` lists: preprocess, train, infer, evaluate, predict, doctor, ...
 TEXT
 }
 
@@ -96,30 +85,6 @@ setup() { # core, or dev: also the tools and the extras that the tests need
 
 python() { "${CXRDIST_PYTHON:-.venv/bin/python}" "$@"; }
 
-find_task() { # TASK: sets flag and task, a built-in task, a file or the name of a shard set
-  flag=--task
-  task=$1
-  case "$task" in
-    a | b | *.toml | *.json) ;;
-    *)
-      [ -d "shards/$task" ] || fail "'$task' is not a, b or a .toml file, and there is no shard set shards/$task"
-      flag=--shards
-      task=shards/$task
-      ;;
-  esac
-}
-
-launch() { # MODULE TASK [ARGS]: accelerate with the YAML that fits this machine
-  local module=$1 task flag plan config processes settings
-  find_task "$2"
-  shift 2
-  plan=$(python -m cxrdist.doctor --plan)
-  IFS=$'\t' read -r config processes settings <<< "$plan"
-  [ -z "$settings" ] || export $settings
-  python -m accelerate.commands.launch --quiet --config_file "$config" --num_processes "$processes" \
-    -m "$module" "$flag" "$task" --expect-processes "$processes" "$@"
-}
-
 command=${1:-}
 [ $# -eq 0 ] || shift
 case "$command" in # `setup X && ...` would switch off `set -e` inside setup
@@ -128,35 +93,9 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     setup "${1:-core}"
     [ -n "${CXRDIST_PYTHON:-}" ] || echo 'ready; to use the environment in this shell: source .venv/bin/activate'
     ;;
-  demo | doctor)
-    setup core
-    python -m "cxrdist.$command" "$@"
-    ;;
-  recipes | verify | ensemble | evaluate | calibrate | average | predict | export | app)
-    setup core
-    python -m cxrdist "$command" "$@"
-    ;;
   gpu-check)
     setup dev
-    python -m cxrdist.bench gpu --json gpu_check.json "$@"
-    ;;
-  preprocess)
-    task=${1:?"say which task: ./launch.sh preprocess b"}
-    shift
-    setup core
-    python -m cxrdist.preprocess --task "$task" "$@"
-    ;;
-  train | infer)
-    task=${1:?"say which task: ./launch.sh $command b"}
-    shift
-    setup core
-    launch "cxrdist.$command" "$task" "$@"
-    ;;
-  folds) # starts accelerate itself, for every training and inference
-    find_task "${1:?"say which task: ./launch.sh folds b"}"
-    shift
-    setup core
-    python -m cxrdist.folds "$flag" "$task" "$@"
+    python -m cxrdist bench gpu --json gpu_check.json "$@"
     ;;
   format)
     setup dev
@@ -188,6 +127,9 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     setup dev
     python -m "tests.$command" "$@"
     ;;
-  -h | --help | help) usage ;;
-  *) usage >&2; exit 2 ;;
+  '' | -h | --help | help) usage ;;
+  *)
+    setup core
+    python -m cxrdist "$command" "$@"
+    ;;
 esac

@@ -1,8 +1,4 @@
-"""Average the weights of several checkpoints into one: `python -m cxrdist.average --from RUN@5,6 --out runs/NAME`.
-
-The result is a run folder with one epoch, which inference takes like any other (`--member eva_x=runs/NAME@6`). The
-published solution averaged probabilities, which needs a pass per checkpoint; averaged weights need one.
-"""
+"""Average the weights of several checkpoints into one. Its flags: `cxrdist.flags.average`."""
 
 import dataclasses
 import os
@@ -14,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cxrdist import recipes
-from cxrdist.cli import Parser, add_flags, flag, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import disk_errors_named, write_atomically
+from cxrdist.flags.average import parser
 from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
 from cxrdist.runs.documents import EpochMeta, RunDocument
 from cxrdist.runs.member import LoadedMember, load_member
@@ -24,12 +21,7 @@ from cxrdist.runs.member import LoadedMember, load_member
 
 def main(argv: list[str] | None = None) -> None:
     """Check that the checkpoints are of one kind, average them in float64 and write them as the last one's epoch."""
-    parser = Parser(prog="cxrdist.average", description=__doc__)
-    about = "run folder and epochs, e.g. runs/eva_x_b@5,6 (repeatable)"
-    parser.add_argument("--from", **flag(str, "RUN@EPOCHS", about, action="append", required=True, dest="sources"))
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of each checkpoint")
-    add_flags(parser, "--out", out={"required": True, "help": "run folder to write"})
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     names = [name for text in args.sources for name in parse_source(text)]
     print(average(names, args.out, args.weights))
 

@@ -1,23 +1,14 @@
-"""Fit what turns a model's scores into calibrated probabilities and decisions, on images that it has not seen.
+"""Fit what turns scores into calibrated probabilities and decisions. Its flags: `cxrdist.flags.calibrate`."""
 
-  cxrdist calibrate --scores runs/*_folds/*.csv --labels train.csv --out calibration      out-of-fold tables
-  cxrdist calibrate --scores out/scores/*.csv --shards shards/tb --threshold sensitivity=0.9    a split not trained on
-
-Per label: Platt scaling (or a temperature), and a threshold (Youden, F1, or a wanted sensitivity or specificity), each
-with an interval from resampled patients. A label with few cases takes the line of all labels, and it is said. Writes
-calibration.json, which belongs to exactly these members, epochs, views and weights, and calibration.html; for scores of
-a single run by default into the run's folder, where predict and export find it.
-"""
-
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from cxrdist import __version__
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
+from cxrdist.cli import run_entry, with_readings
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, with_json, write_output
+from cxrdist.flags.calibrate import parser
 from cxrdist.report.calibrated import points_section, reliability_section
 from cxrdist.report.page import write_report
 from cxrdist.scoring import operating
@@ -31,7 +22,8 @@ CROSSED = "After: each half of the patients by lines that were fitted on the oth
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
+    rule = operating.parse_rule(args.threshold)
     more = {"allow_missing": args.allow_missing}
     tables, weights = read_members(args.scores, args.task, args.weights, **more)
     notes = operating.check_unseen(tables, trusted=args.unseen)
@@ -49,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         *(together.probs, targets, patients),
         task=task,
         method=args.method,
-        rule=args.threshold,
+        rule=rule,
         num_resamples=args.resamples,
         scores_of=scores_of,
         table=together,
@@ -91,30 +83,6 @@ def summary(fitted: operating.Calibration) -> str:
         line += f"{texts[0]:>11}{texts[1]:>13}{texts[2]:>13}"
         lines.append(line + ("  line of all labels (few cases)" if each.shared else ""))
     return "\n".join(lines)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cxrdist calibrate", description=__doc__)
-    labels = "label table of the scored images (default: the labels in --shards)"
-    parser.add_argument("--csv", "--labels", **flag(Path, "FILE", labels))
-    add_flags(
-        parser,
-        *("--scores", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average", "--allow-missing"),
-        "--out",
-        shards={"help": "shard set of the scored images, which holds their labels"},
-        task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
-        average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
-        out={"help": "where to write (default: the run's folder, for scores of one run)"},
-    )
-    parser.add_argument("--method", choices=("platt", "temperature"), default="platt", help="default %(default)s")
-    rule = "youden, f1, sensitivity=0.9 or specificity=0.9"
-    parser.add_argument("--threshold", **flag(str, "RULE", rule, default="youden"))
-    parser.add_argument("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=200))
-    unseen = "no model behind these scores was trained on these patients, which the tables do not say"
-    parser.add_argument("--unseen", action="store_true", help=unseen)
-    args = parser.parse_args(argv)
-    args.threshold = operating.parse_rule(args.threshold)
-    return args
 
 
 if __name__ == "__main__":

@@ -23,11 +23,21 @@ from cxrdist.task import Task, load_task, parse_readings
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with no abbreviations, and "did you mean" for a mistyped flag."""
+    """argparse with no abbreviations, defaults in its help, and "did you mean" for a mistyped flag or command.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    check: raises UserError for flags that contradict each other.
+    """
+
+    def __init__(self, *args: Any, check: Callable[[argparse.Namespace], None] | None = None, **kwargs: Any) -> None:
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Help}
         super().__init__(*args, **(ours | kwargs))
+        self._check, self._words = check, list[str]()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_args(args, namespace)
+        if self._check is not None:
+            self._check(found)
+        return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -37,16 +47,28 @@ class Parser(argparse.ArgumentParser):
         for place in range(len(words) - 1, 0, -1):  # argparse takes `-clahe` for a flag
             if words[place - 1] == "--augment" and re.match(r"-[A-Za-z]", words[place]):
                 words[place - 1 : place + 1] = [f"--augment={words[place]}"]
+        self._words = words
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            known = [option for action in self._actions for option in action.option_strings]
-            for word in message.split(":", 1)[1].split():
-                if word.startswith("-") and (close := difflib.get_close_matches(word.split("=")[0], known, n=1)):
-                    message += f" (did you mean {close[0]}?)"
+        known = [option for action in self._actions for option in action.option_strings]
+        if message.startswith(("unrecognized arguments:", "the following arguments are required:")):
+            for word in (word.split("=")[0] for word in self._words if word.startswith("--")):
+                if word not in known and (close := difflib.get_close_matches(word, known, n=1)):
+                    message += f" (you wrote {word}: did you mean {close[0]}?)"
         line = f"error: {redacted(message)}; see `{self.prog} --help`\n"
         self.exit(2, line if environment.rank_text() == "0" else "")  # every rank makes the same mistake: said once
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Every default that there is stands in the help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, "")
+        if not shown or "default" in text or isinstance(action.default, list):
+            return text
+        return f"{text} (default %(default)s)".lstrip()
 
 
 def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
@@ -107,11 +129,12 @@ def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> di
 
 
 AGAIN = "run the same command again to resume from what is already written"
-REPORT = "please report the lines above, the command, and what `python -m cxrdist.doctor` prints"
+REPORT = "please report the lines above, the command, and what `cxrdist doctor` prints"
 AUGMENT = (
     "published, crop_flip or none; +NAME:arg=value,p=0.2 adds a step (of kornia.augmentation), -NAME removes one, "
     "NAME:arg=value changes one (repeatable)"
 )
+STREAMING = ("--shards-url", "--cache", "--cache-gb")
 READINGS = "error, zero, one, masked, a number, or LABEL=... (default: as the task says)"
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
@@ -222,8 +245,11 @@ def run_entry(main: Callable[[], None], *, again: str = AGAIN) -> int:
 def _tell(text: str) -> None:
     """The last line of this process, and of its launcher, where there is one."""
     rank, text = environment.rank_text(), redacted(text)
-    where = "" if rank == "0" else f" [rank {rank}]"
-    print(f"error{where}: {text}", file=sys.stderr, flush=True)
+    written = False
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch's launcher then ends its own traceback with it
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": f"error: {text}", "timestamp": int(time.time())}, file)
+            written = True
+    if rank == "0" or not written or environment.LAUNCHER not in os.environ:  # our own launcher reads these files
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"error{where}: {text}", file=sys.stderr, flush=True)

@@ -1,10 +1,4 @@
-"""What this machine has and what cxrdist would use on it; problems are named with their remedy.
-
-  python -m cxrdist.doctor          the report
-  python -m cxrdist.doctor --bill   name, version and licence of every installed dependency
-
-Ends with exit code 0 also when something is wrong: it reports, it does not judge. Prints no secret.
-"""
+"""What this machine has and what cxrdist would use on it. Its flags: `cxrdist.flags.doctor`."""
 
 import contextlib
 import importlib.metadata
@@ -24,11 +18,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from cxrdist import files, recipes
-from cxrdist.cli import Parser, add_flags, run_entry, shards_of
+from cxrdist.cli import run_entry, shards_of
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
 from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
+from cxrdist.flags.doctor import parser
 from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.compiled import LAUNCH_BOUND_BATCH
 from cxrdist.models.weights.fit import init_files
@@ -41,29 +36,13 @@ MIN_FREE_GB = 20  # shards of one division (13 GB) and the checkpoints of both r
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m cxrdist.doctor", description=__doc__)
-    plan_help = "print only config, number of processes and environment, for launch.sh"
-    parser.add_argument("--plan", action="store_true", help=plan_help)
-    parser.add_argument("--bill", action="store_true", help="print name, version and licence of every dependency")
-    sheet_help = "draw what a recipe's augmentation does to eight images of --shards, as a PNG"
-    parser.add_argument("--augment-sheet", type=Path, metavar="FILE", help=sheet_help)
-    parser.add_argument("--model", default="eva_x", help="the recipe for --augment-sheet (default %(default)s)")
-    add_flags(parser, "--task", "--shards", "--set", "--augment")
     problems: list[str] = []
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.augment_sheet:
         augment_sheet(args, args.augment_sheet)
         return
     if args.bill:
         print(*("\t".join(row) for row in bill()), sep="\n")
-        return
-    if args.plan:
-        gpus(problems)
-        if problems and "CXRDIST_ACCEL_CONFIG" not in os.environ:
-            raise UserError(f"{problems[0]}; to run on the CPU set CXRDIST_ACCEL_CONFIG=accel_configs/cpu.yaml")
-        plan = plan_launch()
-        settings = " ".join(f"{name}={value}" for name, value in plan.environment.items())
-        print(plan.config, plan.num_processes, settings, sep="\t")
         return
     rows = {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()} ({sys.executable})",
@@ -80,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in [*rows.items(), *(("problem", text) for text in problems)]:
         print(f"{name:<11}{text}")
     if not problems:
-        print("no problem found; `./launch.sh demo` runs all steps on a small division")
+        print("no problem found; `cxrdist demo` runs all steps on a small division")
 
 
 def augment_sheet(args: Namespace, out: Path) -> None:

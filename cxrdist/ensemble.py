@@ -1,21 +1,13 @@
-"""Average score tables into a submission, in seconds: no images, no models.
-
-  python -m cxrdist.ensemble --scores OUT/scores/*.csv --template sample_submission_2.csv --out submission.csv
-  ... --weights 2 1                      weights in the order of the members
-  ... --fit FOLDS/*.csv --shards shards/div_b      weights fitted on out-of-fold tables of the same members
-  python -m cxrdist.ensemble --fit FOLDS/*.csv --csv train2.csv --out oof.csv      only that: their weighted average
-
-Tables of one member over disjoint images (its folds) are joined. A submission CSV is a table, too.
-"""
+"""Average score tables into a submission: no images, no models. Its flags: `cxrdist.flags.ensemble`."""
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from cxrdist.cli import Parser, add_flags, flag, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.data.folds import assign_folds
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, with_json, write_output
+from cxrdist.flags.ensemble import parser
 from cxrdist.scoring import tables as score_tables
 from cxrdist.scoring.evaluation import match_labels
 from cxrdist.scoring.submission import unreadable_note, write_submission
@@ -29,7 +21,7 @@ NUM_FOLDS = 5  # of the patients, on which weights found on the others are score
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
     check_out(args)
     if args.fit:
         tables, fitted = fit_weights(args)
@@ -56,34 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     template = read_template(args.template, task_of(final, args.task))
     fallback = write_submission(final, template, args.out, args.max_unreadable.of(len(template)))
     print(f"submission: {args.out}, {len(template):,} images{unreadable_note(fallback, ' (class means)')}")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m cxrdist.ensemble", description=__doc__)
-    about = "out-of-fold tables of the same members to fit the weights on (labels: --csv or --shards)"
-    parser.add_argument("--fit", **flag(Path, "FILE", about, nargs="+") | {"default": []})
-    add_flags(
-        parser,
-        *("--scores", "--template", "--weights", "--average", "--average-studies", "--csv", "--out", "--shards"),
-        *("--task", "--max-unreadable", "--allow-missing", "--json"),
-        scores={"required": False, "default": [], "help": "score tables to average (default: those of --fit)"},
-        template={"help": "sample submission (default: write a table)"},
-        csv={"help": "label CSV of the images in --fit"},
-        json={"help": "also write the weights of --fit and their gain as JSON"},
-        out={"metavar": "FILE", "help": "what to write (default %(default)s)", "default": Path("submission.csv")},
-        shards={"help": "shard set that says the labels for --fit, and the studies (default: the images' names do)"},
-        task={"help": "task of the tables: a built-in one or a .toml or .json file (default: what they say)"},
-    )
-    args = parser.parse_args(argv)
-    if not args.fit and not args.scores:
-        raise UserError("give --scores FILES to average, or --fit FILES to find weights on, or both")
-    if args.fit and args.weights is not None:
-        raise UserError("--weights and --fit exclude each other: give the weights, or have them found")
-    if not args.fit and (args.csv is not None or args.json is not None):
-        raise UserError("--csv and --json go with --fit: the labels that weights are fitted to, and what is found")
-    if args.template is not None and not args.scores:
-        raise UserError("--template goes with --scores: the tables of --fit are of training images")
-    return args
 
 
 def check_out(args: argparse.Namespace) -> None:

@@ -1,22 +1,4 @@
-"""Compare score tables with labels: metrics.json, and report.html, one self-contained page.
-
-  python -m cxrdist.evaluate --scores OUT/scores/*.csv --csv labels.csv --out report
-  ... --calibration calibration       what the thresholds that cxrdist calibrate chose do on these images
-  ... --run runs/eva_x_b --run runs/chexfound_b --shards shards/div_b     adds loss curves, images and saliency maps,
-                                      of each label the most confident right and wrong ones
-  cxrdist evaluate --external b=b.csv@shards/div_b --external nih=nih.csv@shards/nih --external site=s.csv@l.csv#t.toml
-
-Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
-others, it is taken as it is. AUROC and average precision per label, intervals from resampled
-patients, paired comparisons, calibration, subgroups by view, sex and age.
-
---external NAME=SCORES@LABELS, once a set, is external validation on sets of several tasks (scores: `cxrdist infer
---external`): AUROC and prevalence by label and set. LABELS is a shard set, or a label CSV with #TASK where that is
-another one than the scores'. Labels of equal names are compared, and what --map FILE says, in TOML:
-
-  [nih]
-  "Pleural Effusion" = "Effusion"     # label of the scores = what the set calls it; "" leaves the label out
-"""
+"""Compare score tables with labels: metrics.json and report.html. Its flags: `cxrdist.flags.evaluate`."""
 
 import argparse
 import json
@@ -28,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist import __version__
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
+from cxrdist.cli import run_entry, with_readings
 from cxrdist.data.loader import Loader
 from cxrdist.documents import LogRow, read_json_lines
 from cxrdist.errors import UserError
-from cxrdist.external import FORM, check_flags, evaluate_external
+from cxrdist.external import evaluate_external
 from cxrdist.files import check_outputs, read_bytes, with_json, write_output
+from cxrdist.flags.evaluate import parser
 from cxrdist.models.architecture import Maps
 from cxrdist.recipes import ema_warning
 from cxrdist.report import figures, saliency
@@ -51,7 +34,7 @@ DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
     if args.external:
         evaluate_external(args)
         return
@@ -126,33 +109,6 @@ def operating_sections(
     if given is not None:
         yield reliability_section(targets, table.probs, given.apply(table.probs), given.task.labels)
         yield points_section(given, points)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m cxrdist.evaluate", description=__doc__)
-    add_flags(
-        parser,
-        *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
-        *("--allow-missing", "--backbone"),
-        scores={"required": False, "default": []},
-        csv={"help": "label table of the scored images (default: the labels in --shards)"},
-        out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
-        shards={"help": "shard set of the scored images: labels without --csv; with --run, pictures"},
-        task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
-    )
-    add = parser.add_argument
-    add("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000))
-    add("--run", **flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []})
-    add("--show", **flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []})
-    add("--calibration", **flag(Path, "FILE", "what cxrdist calibrate fitted to these members: thresholds at work"))
-    add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
-    about = "a set of external validation: its scores and labels (repeatable)"
-    add("--external", **flag(str, FORM, about, action="append") | {"default": []})
-    add("--map", **flag(Path, "FILE", "with --external: what the sets call a label of the scores, in TOML"))
-    add("--title", **flag(str, "TEXT", "of the report", default="Chest X-ray findings: evaluation"))
-    args = parser.parse_args(argv)
-    check_flags(args)
-    return args
 
 
 def notes(tables: Sequence[ScoreTable]) -> list[str]:

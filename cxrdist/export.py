@@ -1,20 +1,10 @@
-"""Write a trained model as a bundle: one folder to use anywhere with `cxrdist predict`, `cxrdist.load` or ONNX.
-
-  cxrdist export runs/eva_x_tb --out my_model
-  cxrdist export eva_x=runs/eva_x_tb@5,6:tta convnext=runs/convnext_tb --calibration calibration --out my_model --onnx
-
-The folder holds the EMA weights (frozen backbones included, or only named: --without-backbone), task, preparation,
-views, calibration and a model card, laid out as Hugging Face has it: `hf upload NAME my_model`. Nothing in it names
-this machine or a patient. --onnx adds a file per checkpoint and checks it against torch at once.
-"""
-
-import argparse
-from pathlib import Path
+"""Write a trained model as a bundle. Its flags: `cxrdist.flags.export`."""
 
 from cxrdist import __version__
-from cxrdist.cli import Parser, add_flags, flag, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
+from cxrdist.flags.export import parser
 from cxrdist.inference import bundle
 from cxrdist.inference.card import model_card
 from cxrdist.inference.members import load_ensemble, parse_member, task_of_models
@@ -23,7 +13,7 @@ from cxrdist.inference.predictor import find_calibration, member_text, runs_of, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
     specs = [parse_member(member_text(text)) for text in args.members]
     task = task_of_models(specs, args.task)
     files = [path for path in (args.calibration, args.backbone, args.metrics) if path is not None]
@@ -60,30 +50,6 @@ def main(argv: list[str] | None = None) -> None:
         f"bundle: {args.out}, {len(heads)} checkpoints, {len(ensemble.members)} members, {size / 1e6:,.1f} MB, {told}"
     )
     print(f"its id (SHA-256 of manifest.json): {sha256}")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cxrdist export", description=__doc__)
-    about = "a run folder, or members as in cxrdist infer --member"
-    parser.add_argument("members", nargs="+", metavar="RUN|NAME=RUN@5,6[:tta]", help=about)
-    add_flags(
-        parser,
-        *("--out", "--task", "--average", "--backbone"),
-        out={"required": True, "help": "folder of the bundle"},
-        task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
-        average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
-    )
-    parser.add_argument("--calibration", **flag(Path, "FILE", "default: a run's own that fits these members"))
-    parser.add_argument("--metrics", **flag(Path, "FILE", "metrics.json of cxrdist evaluate, for the model card"))
-    without = "leave frozen backbones out and name them by their hash; users then give --backbone"
-    parser.add_argument("--without-backbone", action="store_true", help=without)
-    parser.add_argument("--onnx", action="store_true", help="also write ONNX files (pip install 'cxrdist[onnx]')")
-    check = "X-rays on which ONNX is compared with torch (default: made-up images)"
-    parser.add_argument("--check", **flag(Path, "IMAGE|DIR", check))
-    args = parser.parse_args(argv)
-    if args.check is not None and not args.onnx:
-        raise UserError("--check goes with --onnx")
-    return args
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from cxrdist import __version__
 from cxrdist.cli import with_readings
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, with_json, write_output
+from cxrdist.flags.evaluate import FORM
 from cxrdist.report.external import auroc_text, external_sections, macro_text, share_text, shared_text
 from cxrdist.report.figures import files_section
 from cxrdist.report.page import write_report
@@ -22,12 +23,9 @@ from cxrdist.tables import LabelTable
 from cxrdist.task import Task, load_task
 from cxrdist.truth import check_rows, read_truth
 
-FORM = "NAME=SCORES.csv[,SCORES.csv]@SHARDS|LABELS.csv[#TASK]"
 SET = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<scores>.+)@(?P<labels>[^@#]+)(#(?P<task>[^@#]+))?", re.DOTALL
 )
-# Flags of the other evaluation.
-OTHERS = ("scores", "csv", "shards", "task", "run", "show", "timings", "backbone", "calibration")
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,6 @@ def parse_set(text: str) -> SetSpec:
     except UserError as error:
         raise UserError(f"--external {text}: {str(error).removeprefix('--task ')}") from None
     return SetSpec(found["name"], tuple(map(Path, found["scores"].split(","))), Path(found["labels"]), task)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError where `--external` and the flags of the other evaluation are mixed, or neither says what to score."""
-    if not args.external:
-        if args.map is not None:
-            raise UserError("--map says what the sets of --external call a label: give those, or leave it out")
-        if not args.scores:
-            raise UserError("give --scores FILES, or --external NAME=SCORES.csv@SHARDS for each set")
-        return
-    if mixed := [name for name in OTHERS if getattr(args, name)]:
-        raise UserError(f"--external says each set's scores, labels and task: leave out --{', --'.join(mixed)}")
 
 
 def evaluate_external(args: argparse.Namespace) -> None:

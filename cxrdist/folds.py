@@ -1,13 +1,4 @@
-"""Train a model fold after fold, and score each fold by the model that did not see it: one out-of-fold table.
-
-  python -m cxrdist.folds --task b --model chexfound --folds 5        (./launch.sh folds b --model chexfound --folds 5)
-  sbatch --nodes=1 --array=0-4 accel_configs/slurm.sh folds --task b --folds 5         a fold for each task of the array
-
-Further flags are those of cxrdist.train, and are passed on to it. Every training and scoring is a command, printed
-before it runs. Finished ones are reused, an interrupted one resumes, and what changes repeats only what depends on it.
-Writes the runs OUT/RECIPE_TASK_fold<K> and the table OUT/MEMBER.csv: every training image once, as scored by the model
-that was not trained on its patient. From such tables `cxrdist.ensemble --fit` finds weights.
-"""
+"""Train a model fold after fold, and score each fold by the model that did not see it: one out-of-fold table."""
 
 import argparse
 import dataclasses
@@ -18,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from cxrdist import recipes, train
-from cxrdist.cli import Parser, at_least, flag, run_entry
+from cxrdist.cli import STREAMING, Parser, run_entry
 from cxrdist.distributed import environment
-from cxrdist.distributed.plan import LaunchPlan, plan_launch
+from cxrdist.distributed.plan import plan_launch
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, lock, with_json
+from cxrdist.flags.folds import ALL, parser
 from cxrdist.inference.members import parse_member
 from cxrdist.models import architecture_of
 from cxrdist.models.weights.fit import init_files
@@ -30,18 +22,10 @@ from cxrdist.recipes import Inference, Recipe
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, read_members, write_table
-from cxrdist.shard_sets import STREAMING, ShardSet, find_shards
+from cxrdist.shard_sets import ShardSet, find_shards
 from cxrdist.shards.index import read_meta, task_of
 from cxrdist.steps import Step, path_hash, run_steps, stop_as_interrupted, unfinished
 
-ALL = -1
-REFUSED = {  # flags of cxrdist.train that have no place here, and what has
-    "validate_fold": "--only K does one fold",
-    "resume": "what was interrupted is resumed without it",
-    "dry_run": "ask cxrdist.train",
-    "max_steps": "--set epochs=1 tries things out",
-    "max_hours": "what is interrupted, by SIGTERM too, is resumed by the same command",
-}
 FOR_INFER = ("--task", "--shards", "--backbone", "--precision", "--max-unreadable")  # flags that go to both
 
 
@@ -57,7 +41,6 @@ class Job:
     member: str
     num_folds: int
     out: Path
-    plan: LaunchPlan
 
     @property
     def table(self) -> Path:
@@ -78,28 +61,25 @@ def main(argv: list[str] | None = None) -> None:
     args, job = prepare(argv)
     stop_as_interrupted()
     every = range(job.num_folds)
-    print(f"folds of {job.recipe.name}: results go to {job.out}/; {job.plan.reason}", flush=True)
+    print(f"folds of {job.recipe.name}: results go to {job.out}/; {plan_launch().reason}", flush=True)
     for fold in every if args.only == ALL else (args.only,):
         taken = f"fold {fold} in {job.out} is worked on by another command ({{holder}}); wait for it, or --only another"
         with lock(locks(job) / f"fold{fold}.lock", wait=False, message=taken):
-            run_steps(fold_steps(job, fold), job.out, job.plan.environment)
+            run_steps(fold_steps(job, fold), job.out)
     with lock(locks(job) / "join.lock", wait=True, message=""):
         if left := unfinished([step for fold in every for step in fold_steps(job, fold)], job.out):
             print(f"{job.table} is joined by the command that does the last of: {', '.join(left)}")
             return
         parts = tuple(map(job.part, every))
         call = functools.partial(join, job)
-        run_steps([Step(name="join", words=(), call=call, inputs=parts, results=(job.table,))], job.out, {})
-    print(f"out-of-fold table: {job.table}; weights: python -m cxrdist.ensemble --fit {job.table} MORE --shards ...")
+        run_steps([Step(name="join", words=(), call=call, inputs=parts, results=(job.table,))], job.out)
+    print(f"out-of-fold table: {job.table}; weights: cxrdist ensemble --fit {job.table} MORE --shards ...")
 
 
 def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
     """The flags of this entry, and what they ask for. Every mistake that can be seen beforehand ends here."""
-    args, words = parser().parse_known_args(argv)
-    given = train.parser().parse_args(words)
-    for name, instead in REFUSED.items():
-        if getattr(given, name) not in (None, False):
-            raise UserError(f"--{name.replace('_', '-')} is of one training, and this command makes several: {instead}")
+    args = parser().parse_args(argv)
+    given = args.training
     if args.only is None:
         array = environment.array_task()
         args.only = ALL if array is None else array
@@ -111,7 +91,7 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
     num_images = read_meta(at.folder, "train", task).counts.images
     recipe = train.asked_for(given, task.name, num_images)[1]
     job = Job(
-        words=tuple(words),
+        words=args.words,
         recipe=recipe,
         identity=identity_of(given, recipe),
         at=at,
@@ -119,7 +99,6 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
         member=args.member or recipe.name,
         num_folds=args.folds,
         out=args.out or Path("runs") / f"{recipe.name}_{task.name}_folds",
-        plan=plan_launch(),
     )
     parse_member(f"{job.member}={job.out}")  # a name that inference would refuse
     check_outputs(with_json([job.table]), [at.folder], folder=job.out)
@@ -147,7 +126,7 @@ def fold_steps(job: Job, fold: int) -> list[Step]:
     scored = ("--split", "train", "--fold", str(fold), "--member", f"{job.member}={run}@{epochs}:{views}")
     first = Step(
         name=f"train fold {fold}",
-        words=(*job.plan.command("cxrdist.train"), *job.words, *folds, "--out", str(run)),
+        words=("cxrdist", "train", *job.words, *folds, "--out", str(run)),
         identity=(*job.identity, *folds),
         inputs=(job.at.folder / "train.json",),
         results=tuple(epoch_folder(run, epoch) / "manifest.json" for epoch in inference.member_epochs),
@@ -155,7 +134,7 @@ def fold_steps(job: Job, fold: int) -> list[Step]:
         keep=True,
         resume=True,
     )
-    words = (*job.plan.command("cxrdist.infer"), *words_for_infer(job.words), *scored)
+    words = ("cxrdist", "infer", *words_for_infer(job.words), *scored)
     second = Step(
         name=f"score fold {fold}",
         words=(*words, "--out", str(part.parent.parent)),
@@ -197,21 +176,6 @@ def locks(job: Job) -> Path:
     folder = job.out / "steps"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def fold_choice(text: str) -> int:
-    """The fold of --only; ALL for all."""
-    return ALL if text == "all" else int(at_least(0)(text))
-
-
-def parser() -> Parser:
-    flags = Parser(prog="./launch.sh folds", description=__doc__)
-    only = "train and score this fold (default: the number of the Slurm array's task, or all)"
-    flags.add_argument("--folds", **flag(at_least(2), "N", "patient-grouped folds", default=5))
-    flags.add_argument("--only", **flag(fold_choice, "K|all", only))
-    flags.add_argument("--member", **flag(str, "NAME", "of the table (default: the recipe's)"))
-    flags.add_argument("--out", **flag(Path, "DIR", "where to write (default: runs/<recipe>_<task>_folds)"))
-    return flags
 
 
 if __name__ == "__main__":

@@ -1,13 +1,4 @@
-"""Score a shard set with trained members and average them into a submission.
-
-  accelerate launch -m cxrdist.infer --task b --member eva_x=runs/eva_x_b@5,6:tta --member chexfound=runs/chexfound_b
-
-A member is NAME=RUN@EPOCHS[:tta|:plain][*WEIGHT], or NAME=FILE for a weight file (the published ones too), which is
-scored as the published recipe of its architecture says, or as another one: NAME=FILE#eva_x_224:tta. A NAME given
-twice averages its runs, e.g. folds. Writes OUT/scores/NAME.csv (with JSON) and OUT/submission.csv. Every image is
-decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped.
---external scores shards of another task than the models', for `cxrdist evaluate --external`.
-"""
+"""Score a shard set with trained members and average them into a submission. Its flags: `cxrdist.flags.infer`."""
 
 import argparse
 import contextlib
@@ -22,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, task_type
+from cxrdist.cli import run_entry
 from cxrdist.data.loader import Loader
 from cxrdist.data.order import EvalBatches, num_steps
 from cxrdist.data.reader import NO_XXH3
@@ -30,9 +21,9 @@ from cxrdist.distributed import environment
 from cxrdist.distributed.group import check_gpus_seen, out_of_memory_named, process_group
 from cxrdist.distributed.precision import Hardware, hardware_of, resolve_precision
 from cxrdist.distributed.ranks import Ranks
-from cxrdist.errors import UserError
 from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
+from cxrdist.flags.infer import parser
 from cxrdist.inference.members import Ensemble, held_out, load_ensemble, parse_members, task_of_models
 from cxrdist.inference.parts import Basis, Part, PartStore, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
@@ -41,7 +32,7 @@ from cxrdist.inference.wanted import SomeOf, choose_rows, choose_template, hash_
 from cxrdist.models.compiled import graphs_told
 from cxrdist.scoring.submission import check_unreadable, unreadable_note, write_submission
 from cxrdist.scoring.tables import TableMeta, average_studies, average_tables, study_ids, write_table
-from cxrdist.shard_sets import STREAMING, ShardSet, find_shards, scoring_stream
+from cxrdist.shard_sets import ShardSet, find_shards, scoring_stream
 from cxrdist.shards.index import ShardIndex, task_of
 from cxrdist.tables import Template
 from cxrdist.task import Task
@@ -69,7 +60,7 @@ class Job:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
     environment.check_processes(args.expect_processes)
     start = time.monotonic()
     at = find_shards(args)
@@ -212,36 +203,6 @@ def write_results(args: argparse.Namespace, job: Job, parts: Sequence[Part]) -> 
     fallback = write_submission(final, job.template, submission, job.most_unreadable)
     print(f"submission: {submission}, {len(job.template):,} images{unreadable_note(fallback, ' (class means)')}")
     return note
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="accelerate launch -m cxrdist.infer", description=__doc__)
-    member = (
-        "whose scores (repeatable); also NAME=FILE[#RECIPE] (default: the published recipe of its architecture); "
-        "default: runs/eva_x_<task> and runs/chexfound_<task>, as their recipes say"
-    )
-    parser.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
-    parser.add_argument("--split", **flag(str, "NAME", "what to score", default="test"))
-    fold = "with --split train: only patients of this fold of the runs"
-    parser.add_argument("--fold", **flag(at_least(0), "K", fold))
-    add_flags(
-        parser,
-        *("--task", "--shards", *STREAMING, "--out", "--template", "--average", "--average-studies"),
-        *("--backbone", "--device-batch-size", "--precision", "--compile", "--expect-processes", "--dry-run"),
-        *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
-        out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
-        template={"help": "sample submission (default: the shards' order)"},
-        checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
-        timeout_s={"default": 1800.0},
-    )
-    external = (
-        "the shards are of another task than the models (the runs say theirs, or TASK): tables for evaluate --external"
-    )
-    parser.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
-    args = parser.parse_args(argv)
-    if args.fold is not None and (args.split != "train" or args.external is not False):
-        raise UserError("--fold chooses patients of the runs' training split: add --split train, without --external")
-    return args
 
 
 if __name__ == "__main__":

@@ -1,15 +1,5 @@
-"""What a trained model says of X-rays: images, folders or DICOMs in, a table of findings out; no shards needed.
+"""What a trained model says of X-rays: a table of findings; no shards needed. Its flags: `cxrdist.flags.predict`."""
 
-  cxrdist predict chest.dcm --bundle my_model                     a bundle that `cxrdist export` wrote
-  cxrdist predict xrays/ --member eva_x=runs/eva_x_tb@5,6:tta --member convnext=runs/convnext_tb --csv found.csv
-  cxrdist predict chest.png --bundle my_model --maps maps         where the model looked, for each positive finding
-
-Preparation, views and averaging are those of inference: the same probabilities as its score table. With a calibration
-(`cxrdist calibrate`) each finding has a calibrated probability and a threshold. Research software: no diagnosis may
-rest on it.
-"""
-
-import argparse
 import csv
 import dataclasses
 import io
@@ -23,12 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cxrdist.cli import Parser, add_flags, flag, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, refuse_links, write_output
+from cxrdist.flags.model import load_model
+from cxrdist.flags.predict import parser
 from cxrdist.inference.findings import NOT_CALIBRATED, is_positive, ranked, shown_prob
 from cxrdist.inference.predictor import Prediction, Predictor
-from cxrdist.model_flags import add_model_flags, check_model_flags, load_model
 from cxrdist.report.page import WARNING
 from cxrdist.report.saliency import overlay_png
 from cxrdist.shards.sources import list_images
@@ -39,7 +30,7 @@ ADDED = ("calibrated", "positive")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser().parse_args(argv)
     begun = time.monotonic()
     started_s = seconds_since_start()
     images = named_images(args.images)
@@ -203,20 +194,6 @@ def write_maps(model: Predictor, images: dict[str, Path], found: Prediction, fol
 def map_name(name: str, label: str) -> str:
     """The file name of a map, of safe letters."""
     return "--".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._") or "_" for part in (name, label)) + ".png"
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cxrdist predict", description=__doc__)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="JPEG, PNG, DICOM, TIFF, or folders")
-    add_model_flags(parser)
-    parser.add_argument("--csv", **flag(Path, "FILE", "write the probabilities as a score table"))
-    parser.add_argument("--maps", **flag(Path, "DIR", "write where the model looked, a PNG per positive finding"))
-    add_flags(parser, "--json", "--device-batch-size", json={"help": "write all findings as JSON"})
-    args = parser.parse_args(argv)
-    check_model_flags(args)
-    if args.csv is not None and args.json == args.csv.with_suffix(".json"):
-        raise UserError(f"--json {args.json}: beside a score table this name is that of its origin; give another")
-    return args
 
 
 if __name__ == "__main__":

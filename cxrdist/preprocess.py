@@ -1,13 +1,4 @@
-"""Images and a table -> shards/<task>: what training and inference read.
-
-  python -m cxrdist.preprocess --images DIR --csv FILE --labels Tuberculosis,Nodule    your own data
-  python -m cxrdist.preprocess --images DIR --csv FILE --task nih      a public set (chexpert, mimic, padchest, vindr)
-  python -m cxrdist.preprocess --images DIR --task shards/NAME --split new      images without a table, to be scored
-  python -m cxrdist.preprocess --adopt 'DIR/*.tar' --csv FILE --labels A,B     WebDataset tars: an index beside them
-  python -m cxrdist.preprocess --data DIR --task b                        the competition's folder: train and test
-
-Run the same command again after an interruption: finished shards are kept. See shards/README.md for the format.
-"""
+"""Images and a table -> shards/<task>: what training and inference read. Its flags: `cxrdist.flags.preprocess`."""
 
 import argparse
 import dataclasses
@@ -17,26 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
+from cxrdist.cli import run_entry, with_readings
 from cxrdist.distributed.environment import node_of, usable_cores
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
-from cxrdist.shards import store
+from cxrdist.flags.preprocess import COLUMN_FLAGS, parser
 from cxrdist.shards.adopt import find_tars, plan, write_indexes
-from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_PX, Pixels
+from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, Pixels
 from cxrdist.shards.index import LeftOut, open_index, splits_in, task_of
 from cxrdist.shards.sources import make_jobs
-from cxrdist.shards.writer import ROWS_PER_SHARD, Records, SplitJob, refuse_foreign, write_split
+from cxrdist.shards.writer import Records, SplitJob, refuse_foreign, write_split
 from cxrdist.tables import read_cells
-from cxrdist.task import ALL, LAYOUTS, TASKS, Columns, Task, load_task
+from cxrdist.task import ALL, LAYOUTS, Columns, Task, load_task
 
 NUM_NAMED = 10  # images left out that are printed one by one; the split's JSON lists all
-COLUMN_FLAGS = ("image", "patient", "study", "split")
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
-    args = parse(argv)
+    args = parser().parse_args(argv)
     task = task_from(args)
     out = args.out or Path("shards") / task.folder
     pixels = Pixels(args.mode, args.size, args.fit)
@@ -58,59 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         print(summary(job, write_split(job, **how, overwrite=args.overwrite, show=True)))
     print(f"shards in {out}; {time.monotonic() - started:.0f} s in all")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m cxrdist.preprocess", description=__doc__)
-    tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
-    folders = {"type": str, "metavar": "DIR|URL", "nargs": "+", "help": "folders of images; also s3:// or gs://"}
-    several = {"images": folders, "csv": {"type": table_path, "nargs": "+"}}
-    add_flags(parser, "--task", "--data", "--images", "--csv", "--out", task={"type": str, "help": tasks}, **several)
-    add_flags(parser, "--blank", "--uncertain")
-    adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
-    parser.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
-    parser.add_argument("--labels", **flag(str, "A,B|@FILE", "columns to learn; @FILE lists one a line"))
-    parser.add_argument("--name", **flag(str, "NAME", "what your task is called (default: csv)"))
-    for name in COLUMN_FLAGS:
-        parser.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column of {name}s"))
-    split = "one split: of a table that has several, else what the images are called (default: train)"
-    parser.add_argument("--split", **flag(str, "NAME", split))
-    readers = "vindr: a label of several readers is what most say, or the share who say it"
-    parser.add_argument("--readers", choices=("majority", "mean"), help=readers)
-    sides = f"px of the stored squares, {MIN_SIZE_PX} to {MAX_SIZE_PX}"
-    parser.add_argument("--size", **flag(int, "PX", sides, default=SIZE_PX))
-    fits = "squash: sides scaled apart, as published; pad: aspect kept, black added"
-    parser.add_argument("--fit", choices=("squash", "pad"), default="squash", help=fits)
-    modes = "exact: the published run's pixels; fast: a scaled decode, within 48 dB of them"
-    parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help=modes)
-    parser.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
-    rows = "rows of the table a tar covers (default %(default)s, about 100 MB); does not change training"
-    parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
-    nodes = "share the work with other nodes that have the same --out: each begins with its part and helps the others"
-    parser.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
-    parser.add_argument("--node-rank", type=int, metavar="K", help="which of the N this is, from 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
-    args = parser.parse_args(argv)
-    args.images = args.images and [store.folder_or_url(text) for text in args.images]
-    if sum(given is not None for given in (args.data, args.images, args.adopt)) != 1:
-        either = "either --images DIR (with --csv FILE), --adopt 'DIR/*.tar' or --data DIR (the competition's layout)"
-        raise UserError(f"give {either}")
-    if args.adopt:
-        if args.csv and len(args.csv) > 1:
-            raise UserError("--adopt takes one --csv FILE, or none where json or cls members say the labels")
-        return args
-    if args.csv and args.data:
-        raise UserError("--csv goes with --images; with --data the CSVs are found in the folder")
-    if args.csv and len(args.csv) not in (1, len(args.images)):
-        raise UserError(f"{len(args.images)} --images and {len(args.csv)} --csv: give a table for each folder, or one")
-    return args
-
-
-def table_path(text: str) -> Path:
-    """A path as an argparse type; an address is refused: a table is small, and read whole before the first image."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: tables are read from a disk; copy it here first")
-    return Path(text)
 
 
 def task_from(args: argparse.Namespace) -> Task:

@@ -1,4 +1,4 @@
-"""List the recipes with what they cost, or show one with every field: `cxrdist recipes [NAME|FILE.py:NAME]`."""
+"""List the recipes with what they cost, or show one with every field. Its flags: `cxrdist.flags.recipes`."""
 
 import dataclasses
 import inspect
@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cxrdist.cli import Parser, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.documents import Document
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, best_device_batch, count_cost, memory_bytes
+from cxrdist.flags.recipes import parser
 from cxrdist.models import recipe_for
 from cxrdist.recipe_file import read_recipe_file
 from cxrdist.recipes import RECIPES, Group, Inference, Recipe, Step, plain
@@ -23,9 +24,7 @@ COUNTED = f"counted in {PRECISION}, not measured"
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table line by line, since counting takes a second a recipe; or one recipe."""
-    parser = Parser(prog="cxrdist recipes", description=__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one, or one of your own: FILE.py:NAME")
-    name = parser.parse_args(argv).name
+    name = parser().parse_args(argv).name
     for line in listing() if name is None else shown(name):
         print(line, flush=True)
 

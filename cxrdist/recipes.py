@@ -255,7 +255,7 @@ def _demo(recipe: Recipe, **changes: Any) -> Recipe:
 def demo_eva_x(task: str) -> Recipe:
     """EVA-X-Ti cut to six blocks, from random weights, on the demo's phantoms: about a minute on two CPU cores.
 
-    Command: `./launch.sh demo`. Held-out macro AUROC 0.92 on phantoms.
+    Command: `cxrdist demo`. Held-out macro AUROC 0.92 on phantoms.
     From random weights the published learning rates learn nothing; steps matter more than pixels or depth.
     """
     return _demo(
@@ -274,7 +274,7 @@ def demo_eva_x(task: str) -> Recipe:
 def demo_chexfound(task: str) -> Recipe:
     """A four-block random frozen backbone with a trained GLoRI head, on the demo's phantoms: a minute on two CPU cores.
 
-    Command: `./launch.sh demo`. Held-out macro AUROC 0.86 on phantoms.
+    Command: `cxrdist demo`. Held-out macro AUROC 0.86 on phantoms.
     LayerScale is 1: at its usual 1e-5 the random blocks pass the patch embedding on unchanged.
     """
     return _demo(
@@ -292,7 +292,7 @@ def demo_chexfound(task: str) -> Recipe:
 def demo_convnet(task: str) -> Recipe:
     """A ConvNeXt of 3.7 million weights, from random ones, on the demo's phantoms.
 
-    Command: `./launch.sh demo --folds`. A member of another kind than the published pair.
+    Command: `cxrdist demo --folds`. A member of another kind than the published pair.
     """
     return _demo(
         plain("timm:convnext_atto", task, 96, frozen="", layers=True),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cxrdist.cli import shards_of
+from cxrdist.cli import STREAMING, shards_of
 from cxrdist.data.cache import GB, Cache, folder_of_set
 from cxrdist.data.fetch import DOWNLOADS, Remote, fetch_shards, open_remote
 from cxrdist.data.order import EvalBatches
@@ -24,8 +24,6 @@ from cxrdist.recipes import Recipe
 from cxrdist.shards.index import ShardIndex, open_index
 from cxrdist.shards.verify import open_together
 from cxrdist.task import Task
-
-STREAMING = ("--shards-url", "--cache", "--cache-gb")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -47,7 +46,7 @@ class Stamp(Document):
     command: str = ""
 
 
-def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict[str, tuple[float, bool]]:
+def run_steps(steps: list[Step], out: Path) -> dict[str, tuple[float, bool]]:
     """Run what is not finished yet; returns step -> (seconds it took, reused). Raises UserError for a failed command.
 
     A step's stamp holds a hash of its command, its inputs and when the steps that it needs were finished, so whatever
@@ -82,7 +81,7 @@ def run_steps(steps: list[Step], out: Path, environment: dict[str, str]) -> dict
             if step.call is not None:
                 step.call()
             else:
-                run_command(step.name, words, environment)
+                run_command(step.name, words)
         except BaseException:
             took = spent + time.monotonic() - begun
             write_atomically(stamp, Stamp(key=key, seconds=took, command=command).to_json())
@@ -162,11 +161,11 @@ def read_stamp(path: Path) -> Stamp:
         return Stamp()
 
 
-def run_command(name: str, words: list[str], environment: dict[str, str]) -> None:
+def run_command(name: str, words: list[str]) -> None:
     """Run one command with this Python; its output and bars pass through. Raises UserError when it fails."""
     print(f"  $ {shlex.join(words)}", flush=True)
-    program = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"]}
-    process = subprocess.Popen([*program[words[0]], *words[1:]], env=os.environ | environment)
+    program = {"python": [sys.executable], "cxrdist": [sys.executable, "-m", "cxrdist"]}
+    process = subprocess.Popen([*program[words[0]], *words[1:]])
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ import torch
 from cxrdist import recipes
 from cxrdist.augment.mixing import mixing_of
 from cxrdist.augment.pipeline import TrainingAugment
-from cxrdist.cli import Parser, add_flags, at_least, flag, recipe_type, run_entry
+from cxrdist.cli import run_entry
 from cxrdist.data import folds, order, selection
 from cxrdist.data.loader import Loader
 from cxrdist.distributed import environment
@@ -29,6 +29,7 @@ from cxrdist.errors import UserError
 from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
 from cxrdist.estimate.report import dry_run
 from cxrdist.files import folder_lock
+from cxrdist.flags.train import NO_FOLD, parser
 from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.compiled import graphs_told
 from cxrdist.models.weights import fit, layouts
@@ -36,7 +37,7 @@ from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint, member, start
 from cxrdist.runs.checkpoint import RunFolder, run_id
 from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState, StoredImages
-from cxrdist.shard_sets import STREAMING, ShardSet, find_shards, training_streams
+from cxrdist.shard_sets import ShardSet, find_shards, training_streams
 from cxrdist.shards.index import ShardIndex, read_meta, task_of
 from cxrdist.task import Task
 from cxrdist.training.batch_norm import BatchNorms
@@ -45,54 +46,10 @@ from cxrdist.training.learner import Learner, LoopState
 from cxrdist.training.losses import label_sums, make_criterion, part_names
 from cxrdist.training.meter import Meter
 from cxrdist.training.optim import INITIAL_LOSS_SCALE, GuardedAdamW, groups_of, lr_factors, rates_table
-from cxrdist.training.tracking import NUM_SAMPLES, Tracker, cut_metrics, show_samples
+from cxrdist.training.tracking import Tracker, cut_metrics, show_samples
 from cxrdist.training.validate import validate
 
-NO_FOLD = -1
 AGAIN = "run the same command with --resume"
-SWITCH = {"action": "store_true"}
-SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
-INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
-OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
-MODEL = f"a recipe: {', '.join(recipes.RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
-VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
-
-
-def fold_argument(text: str) -> int:
-    """The fold of --validate-fold; NO_FOLD for none."""
-    return NO_FOLD if text == "none" else int(at_least(0)(text))
-
-
-OWN_FLAGS = {
-    "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
-    "--validate-fold": flag(fold_argument, "K|none", VALIDATE),
-    "--log-every": flag(at_least(1), "N", "optimizer steps between logged rows", default=50),
-    "--keep-steps": flag(at_least(1), "K", "step checkpoints that are kept", default=2),
-    "--threads": flag(at_least(0), "N", "decode threads per process (default: its share of cores)"),
-    "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
-    "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
-    "--continue-init": SWITCH | {"help": INIT},
-    "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
-    "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
-    "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
-    "--wandb-images": SWITCH | {"help": f"also send {NUM_SAMPLES} augmented images, with their names, to wandb"},
-    "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
-    "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
-}
-
-
-def parser() -> Parser:
-    """The command line of `cxrdist.train`."""
-    flags = Parser(prog="cxrdist.train", description=__doc__)
-    which = flags.add_mutually_exclusive_group()
-    which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
-    which.add_argument("--model", default="eva_x", help=MODEL)
-    add_flags(flags, "--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set")
-    add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
-    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
-    for name, options in OWN_FLAGS.items():
-        flags.add_argument(name, **options)
-    return flags
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,14 +1,14 @@
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cxrdist.distributed.group import check_gpus_seen
+from cxrdist.distributed.launch import launch
 from cxrdist.distributed.plan import PROJECT, plan_launch
-from cxrdist.doctor import compiling, main
+from cxrdist.doctor import compiling
 from cxrdist.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -47,14 +47,14 @@ def test_every_gpu_gets_a_process_and_a_precision_it_has(monkeypatch, capabiliti
     assert (PROJECT / "accel_configs" / f"{config}.yaml").is_file()
 
 
-def test_a_gpu_that_torch_does_not_see_is_an_error_and_no_training_on_the_cpu(monkeypatch, capsys):
+def test_a_gpu_that_torch_does_not_see_is_an_error_and_no_training_on_the_cpu(monkeypatch):
     has_gpus(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    with pytest.raises(UserError, match=r"sees no GPU.*to run on the CPU set CXRDIST_ACCEL_CONFIG"):
-        main(["--plan"])
-    monkeypatch.setenv("CXRDIST_ACCEL_CONFIG", "accel_configs/cpu.yaml")
-    main(["--plan"])
-    assert capsys.readouterr().out.startswith("accel_configs/cpu.yaml\t2\tOMP_NUM_THREADS=")
+    with pytest.raises(UserError, match=r"sees no GPU.*to run on the CPU set ACCELERATE_USE_CPU=true"):
+        launch("none", [], again="")
+    monkeypatch.setenv("CXRDIST_ACCEL_CONFIG", "nowhere/cpu.yaml")
+    with pytest.raises(UserError, match=r"CXRDIST_ACCEL_CONFIG=nowhere/cpu.yaml: no such file"):
+        launch("none", [], again="")
 
 
 def test_a_cpu_configuration_means_the_cpu_also_beside_gpus(monkeypatch):
@@ -75,32 +75,15 @@ def test_training_on_the_cpu_of_a_machine_whose_gpus_are_not_seen_has_to_be_aske
     check_gpus_seen()
 
 
-def test_launch_sh_starts_what_the_doctor_plans(tmp_path):
-    """A stand-in python records how accelerate is called; the doctor is the real one."""
+def test_launch_sh_hands_every_command_to_the_package(tmp_path):
+    """A stand-in python records how it is called."""
     python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/sh\ncase "$2" in cxrdist.doctor) exec "$REAL_PYTHON" "$@" ;; esac\n'
-        'echo "$OMP_NUM_THREADS $ACCELERATE_USE_CPU" "$@"\n'
-    )
+    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0 ;; esac\necho "$@"\n')
     python.chmod(0o755)
-    environment = os.environ | {
-        "CXRDIST_PYTHON": str(python),
-        "REAL_PYTHON": sys.executable,
-        "CXRDIST_ACCEL_CONFIG": "my folder/cpu.yaml",
-        "CXRDIST_PROCESSES": "3",
-        "OMP_NUM_THREADS": "5",
-    }
-    done = subprocess.run(
-        [PROJECT / "launch.sh", "train", "b", "--seed", "7"], env=environment, capture_output=True, text=True
-    )
-    called = "5 true -m accelerate.commands.launch --quiet --config_file my folder/cpu.yaml --num_processes 3"
-    assert done.stdout == f"{called} -m cxrdist.train --task b --expect-processes 3 --seed 7\n", done.stderr
-    call = [PROJECT / "launch.sh", "folds", "b", "--model", "chexfound", "--only", "1"]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True)
-    assert done.stdout == "5  -m cxrdist.folds --task b --model chexfound --only 1\n", done.stderr
-    done = subprocess.run([PROJECT / "launch.sh", "train", "c"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 'c' is not a, b or a .toml file, and there is no shard set shards/c")
+    environment = os.environ | {"CXRDIST_PYTHON": str(python)}
+    for words in (["train", "--div", "b"], ["doctor"], ["app", "--port", "0"], ["no-such-command"]):
+        done = subprocess.run([PROJECT / "launch.sh", *words], env=environment, capture_output=True, text=True)
+        assert done.stdout == f"-m cxrdist {' '.join(words)}\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m cxrdist.folds`: whoever trained it, a row of the table is of the model that did not see the patient."""
+"""`cxrdist folds`: whoever trained it, a row of the table is of the model that did not see the patient."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from cxrdist.recipes import Inference, Recipe
 from cxrdist.scoring.tables import read_table
 from cxrdist.shards.index import open_index
 
-MODULES = {"cxrdist.train": train, "cxrdist.infer": infer}
+MODULES = {"train": train, "infer": infer}
 
 
 def tiny(task: str) -> Recipe:
@@ -37,14 +37,13 @@ class Office:
         self.commands: list[list[str]] = []
         self.break_at = ""
 
-    def run_command(self, name: str, words: list[str], environment: dict[str, str]) -> None:
+    def run_command(self, name: str, words: list[str]) -> None:
         self.commands.append(words)
-        module = words.index("-m") + 1
-        flags = words[module + 1 :]
+        command, flags = words[1], words[2:]
         if name == self.break_at:
-            MODULES[words[module]].main([*flags, "--max-steps", "1"])
+            MODULES[command].main([*flags, "--max-steps", "1"])
             raise KeyboardInterrupt
-        MODULES[words[module]].main(flags)
+        MODULES[command].main(flags)
 
     def folds(self, out: str, *more: str) -> list[str]:
         """The kinds of commands that a call runs, with their folds."""
@@ -55,9 +54,9 @@ class Office:
         return self.done()
 
     def done(self) -> list[str]:
-        number = {"cxrdist.train": "--validate-fold", "cxrdist.infer": "--fold"}
-        kinds = [next(word for word in words if word in MODULES) for words in self.commands]
-        return [f"{kind[8:]} {w[w.index(number[kind]) + 1]}" for kind, w in zip(kinds, self.commands, strict=True)]
+        number = {"train": "--validate-fold", "infer": "--fold"}
+        kinds = [words[1] for words in self.commands]
+        return [f"{kind} {w[w.index(number[kind]) + 1]}" for kind, w in zip(kinds, self.commands, strict=True)]
 
 
 @pytest.fixture
@@ -180,7 +179,7 @@ def test_a_mistyped_flag_is_named_by_trainings_own_parser(office: Office, capsys
 
 @pytest.mark.fast
 def test_a_fold_that_another_command_works_on_is_left_alone(office: Office, tmp_path: Path, monkeypatch: Any) -> None:
-    def meet(name: str, words: list[str], environment: dict[str, str]) -> None:
+    def meet(name: str, words: list[str]) -> None:
         monkeypatch.setattr(steps, "run_command", office.run_command)
         with pytest.raises(UserError, match=r"fold 1 in .* is worked on by another command"):
             office.folds("out", "--only", "1")

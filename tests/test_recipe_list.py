@@ -30,7 +30,7 @@ def test_the_table_has_a_row_and_a_command_for_each_recipe(
     recipe_list.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:5:2]] == list(SMALL)
-    assert [line.strip() for line in lines[2:5:2]] == ["./launch.sh demo"] * 2
+    assert [line.strip() for line in lines[2:5:2]] == ["cxrdist demo"] * 2
     recipe = recipes.demo_eva_x("b")
     cost = count_cost(recipe, 14, "bf16")
     memory = memory_bytes(cost, 16, "cuda", 1) / GB

@@ -49,7 +49,7 @@ class Workshop:
 
     def run(self) -> list[str]:
         self.calls.clear()
-        run_steps(self.steps(), self.folder, {})
+        run_steps(self.steps(), self.folder)
         return list(self.calls)
 
 
@@ -99,7 +99,7 @@ def test_training_is_resumed_only_when_the_same_training_was_interrupted(
 ) -> None:
     commands: list[list[str]] = []
 
-    def fail_once(name: str, words: list[str], environment: dict[str, str]) -> None:
+    def fail_once(name: str, words: list[str]) -> None:
         commands.append(words)
         (tmp_path / "run").mkdir(exist_ok=True)
         if len(commands) == 1:
@@ -113,10 +113,10 @@ def test_training_is_resumed_only_when_the_same_training_was_interrupted(
         return Step(name="train", words=("train",), inputs=(recipe,), results=(run / "done",), folder=run, resume=True)
 
     with pytest.raises(UserError):
-        run_steps([step("a")], tmp_path, {})
-    run_steps([step("a")], tmp_path, {})
+        run_steps([step("a")], tmp_path)
+    run_steps([step("a")], tmp_path)
     (tmp_path / "run" / "old").touch()
-    run_steps([step("b")], tmp_path, {})
+    run_steps([step("b")], tmp_path)
     assert commands == [["train"], ["train", "--resume"], ["train"]]
     assert not (tmp_path / "run" / "old").exists()
 
@@ -151,9 +151,9 @@ def test_words_that_change_no_result_are_not_compared_and_a_folder_to_keep_is_re
         words = ("train", word)
         return [Step(name="s", words=words, identity=(result,), call=call, results=(run,), folder=run, keep=True)]
 
-    run_steps(step("--threads=1", "one"), tmp_path, {})
+    run_steps(step("--threads=1", "one"), tmp_path)
     (tmp_path / "run" / "checkpoint").touch()
-    run_steps(step("--threads=2", "one"), tmp_path, {})
-    run_steps(step("--threads=2", "two"), tmp_path, {})
+    run_steps(step("--threads=2", "one"), tmp_path)
+    run_steps(step("--threads=2", "two"), tmp_path)
     assert calls == ["--threads=1", "--threads=2"]
     assert [path.parent.name[:10] for path in tmp_path.glob("*/checkpoint")] == ["run_until_"]

@@ -1,4 +1,4 @@
-"""`python -m cxrdist.bench NAME`: the project's benchmarks. Each module in this folder with a `run` is one.
+"""`cxrdist bench NAME`: the project's benchmarks. Each module in this folder with a `run` is one.
 
 A benchmark has `add_arguments(parser)` and `run(args) -> list[Row]`; its first docstring line is its help.
 """
@@ -22,11 +22,11 @@ NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__p
 def main(argv: list[str] | None = None) -> None:
     """Run one benchmark, print its rows as a table, and write them to `--json FILE` where asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    chooser = Parser(prog="python -m cxrdist.bench", description=f"benchmarks: {', '.join(NAMES)}")
+    chooser = Parser(prog="cxrdist bench", description=f"benchmarks: {', '.join(NAMES)}")
     chooser.add_argument("name", choices=NAMES, metavar="NAME", help="which one; NAME --help lists its flags")
     name = chooser.parse_args(argv[:1]).name
     module = importlib.import_module(f"cxrdist.bench.{name}")
-    parser = Parser(prog=f"python -m cxrdist.bench {name}", description=module.__doc__)
+    parser = Parser(prog=f"cxrdist bench {name}", description=module.__doc__)
     module.add_arguments(parser)
     add_flags(parser, "--json")
     args = parser.parse_args(argv[1:])

@@ -44,7 +44,7 @@ KILL_S = 300.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `python -m cxrdist.bench gpu`."""
+    """Flags of `cxrdist bench gpu`."""
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
 
 

@@ -19,7 +19,7 @@ HELD_OUT = 20_000  # images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `python -m cxrdist.bench order`."""
+    """Flags of `cxrdist bench order`."""
     parser.add_argument("--shards", type=int, default=256, metavar="N", help="shards of the set (default %(default)s)")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images a shard (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch (default %(default)s)")

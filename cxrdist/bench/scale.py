@@ -58,7 +58,7 @@ MB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `python -m cxrdist.bench scale`."""
+    """Flags of `cxrdist bench scale`."""
     add = parser.add_argument
     add("--images", type=int, default=10_000_000, metavar="N", help="rows of the index (default %(default)s)")
     add("--table-images", type=int, default=200_000, metavar="N", help="of tables, report, evaluation")

@@ -28,7 +28,7 @@ KINDS = {"one process": (1, 1), "two separate": (2, 1), "two processes": (1, 2)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `python -m cxrdist.bench scaling`."""
+    """Flags of `cxrdist bench scaling`."""
     parser.add_argument("--model", default="eva_x_small", help="a model or recipe (default %(default)s)")
     parser.add_argument("--image-size", type=int, default=448, metavar="PX", help="(default %(default)s)")
     parser.add_argument("--device-batch-size", type=int, default=2, metavar="N", help="(default %(default)s)")

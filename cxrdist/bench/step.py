@@ -43,7 +43,7 @@ TASK = TASKS["b"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `python -m cxrdist.bench step`."""
+    """Flags of `cxrdist bench step`."""
     parser.add_argument("--model", default="eva_x_small", help="a model or recipe (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default %(default)s)")

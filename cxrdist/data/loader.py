@@ -1,7 +1,7 @@
 """A plan of rows -> uint8 batches on the device, decoded once, in threads of this process.
 
 The JPEG decoder releases the GIL and writes straight into the batch: threads on all cores reach 0.86-1.0 of the bare
-decoder's speed, worker processes, which copy every batch, 0.62-0.75 (`python -m cxrdist.bench data` prints the ratios).
+decoder's speed, worker processes, which copy every batch, 0.62-0.75 (`cxrdist bench data` prints the ratios).
 """
 
 import collections

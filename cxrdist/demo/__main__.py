@@ -1,13 +1,4 @@
-"""All steps on a small division: images and labels -> shards -> trained models -> submission and report.
-
-  python -m cxrdist.demo                              draws its own division (chest X-ray phantoms)
-  python -m cxrdist.demo --images DIR --csv FILE      takes yours; a fifth of the patients is held out
-  python -m cxrdist.demo --folds                      trains each model fold by fold: out-of-fold tables -> weights of
-                                                      the ensemble -> the ensemble and its members on the held-out fifth
-
-Every step is a command that you could type, and is printed before it runs. A finished step leaves a stamp; the same
-command later reuses it, and an interrupted one resumes where it stopped.
-"""
+"""All steps on a small division: images and labels -> shards -> models -> report. Its flags: `cxrdist.flags.demo`."""
 
 import argparse
 import functools
@@ -20,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from cxrdist import recipes
-from cxrdist.cli import Parser, add_flags, at_least, flag, run_entry, with_readings
+from cxrdist.cli import run_entry, with_readings
 from cxrdist.data.folds import assign_folds
 from cxrdist.demo.phantoms import write_division
-from cxrdist.distributed.plan import LaunchPlan, plan_launch
+from cxrdist.distributed.plan import plan_launch
 from cxrdist.errors import UserError
 from cxrdist.files import with_json
+from cxrdist.flags.demo import NUM_FOLDS, parser
 from cxrdist.published import read_labels
 from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.weights import Fit
@@ -34,45 +26,20 @@ from cxrdist.shards.index import read_meta
 from cxrdist.steps import Step, run_steps, stop_as_interrupted
 from cxrdist.task import Task, load_task
 
-NUM_PATIENTS = 250
-NUM_FOLDS = 5  # one fold of the patients is the held-out test split
-PYTHON = ("python", "-m")
 FOLD_EPOCHS = 3  # with --folds, a training has this part of its epochs: nine trainings in a quarter of an hour
 MEMBERS = {"eva_x": "demo_eva_x", "chexfound": "demo_chexfound"}
 FOLD_MEMBERS = MEMBERS | {"convnet": "demo_convnet"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="./launch.sh demo", description=__doc__)
-    flags = ("--task", "--images", "--csv", "--out", "--blank", "--uncertain")
-    add_flags(parser, *flags, task={"type": str, "default": "b"})
-    parser.add_argument(
-        "--patients", type=int, default=NUM_PATIENTS, metavar="N", help="phantom patients (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the phantoms and of the held-out split")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override a field of all demo recipes, e.g. --set epochs=2 --set member_epochs=1,2 for a look",
-    )
-    folds = "train by N folds of the patients, default 3, with a third of the epochs, and fit the ensemble's weights"
-    parser.add_argument("--folds", **flag(at_least(2), "N", folds, nargs="?", const=3))
-    args = parser.parse_args(argv)
-    if (args.images is None) != (args.csv is None):
-        raise UserError("--images DIR and --csv FILE go together; without both the demo draws its own division")
-    if args.patients < 2 * NUM_FOLDS:
-        raise UserError(f"--patients {args.patients} is too few to hold some out; use at least {2 * NUM_FOLDS}")
-    out: Path = args.out or Path("demo")
+    args = parser().parse_args(argv)
+    out: Path = args.out
     task = with_readings(load_task(args.task), args)
     check_input(args.images, args.csv, task)
-    plan = plan_launch()
-    print(f"cxrdist demo: results go to {out}/; {plan.reason}", flush=True)
+    print(f"cxrdist demo: results go to {out}/; {plan_launch().reason}", flush=True)
     stop_as_interrupted()
-    steps = make_steps(args, task, out, plan)
-    seconds = run_steps(steps, out, plan.environment)
+    steps = make_steps(args, task, out)
+    seconds = run_steps(steps, out)
     print(summary(Files.below(out, task, args.folds), task, seconds))
     if args.images is not None:
         print("The demo's models start from random weights; real images need the official ones (README, 'Weights').")
@@ -130,7 +97,7 @@ class Files:
         return cls(shards, train_csv, template, truth, *results, MEMBERS if folds is None else FOLD_MEMBERS)
 
 
-def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan) -> list[Step]:
+def make_steps(args: argparse.Namespace, task: Task, out: Path) -> list[Step]:
     """The demo's steps in order; paths are spelt as the user would type them."""
     files = Files.below(out, task, args.folds)
     real = args.images is not None
@@ -158,7 +125,7 @@ def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan
         steps.append(
             Step(
                 name=f"preprocess {split}",
-                words=(*PYTHON, "cxrdist.preprocess", "--task", args.task, *source, *flags, "--overwrite"),
+                words=("cxrdist", "preprocess", "--task", args.task, *source, *flags, "--overwrite"),
                 needs=("hold out patients",),
                 inputs=listing,
                 results=(files.shards / f"{split}.json",),
@@ -167,16 +134,16 @@ def make_steps(args: argparse.Namespace, task: Task, out: Path, plan: LaunchPlan
     steps.append(
         Step(
             name="verify the shards",
-            words=(*PYTHON, "cxrdist.verify", "--shards", str(files.shards), "--hashes"),
+            words=("cxrdist", "verify", "--shards", str(files.shards), "--hashes"),
             needs=("preprocess train", "preprocess test"),
             results=(),
         )
     )
     if args.folds is not None:
-        return [*steps, *fold_steps(args, task, files, plan, readings)]
+        return [*steps, *fold_steps(args, task, files, readings)]
     pictures = [files.runs / f"{model}_{task.name}" for model in files.members.values()]
     evaluate = evaluate_step(args, files, readings, files.tables, pictures, after="infer")
-    return [*steps, *model_steps(args, task, files, plan), evaluate]
+    return [*steps, *model_steps(args, task, files), evaluate]
 
 
 def draw_step(images: Path, csv: Path, num_patients: int, seed: int) -> Step:
@@ -188,7 +155,7 @@ def draw_step(images: Path, csv: Path, num_patients: int, seed: int) -> Step:
     return Step(name="draw the phantoms", words=(), call=draw, inputs=inputs, results=(csv,), folder=images)
 
 
-def model_steps(args: argparse.Namespace, task: Task, files: Files, plan: LaunchPlan) -> list[Step]:
+def model_steps(args: argparse.Namespace, task: Task, files: Files) -> list[Step]:
     """A training of each member, and the inference of all."""
     shards = ("--shards", str(files.shards))
     settings = tuple(word for text in args.overrides for word in ("--set", text))
@@ -201,7 +168,7 @@ def model_steps(args: argparse.Namespace, task: Task, files: Files, plan: Launch
         steps.append(
             Step(
                 name=f"train {member}",
-                words=(*plan.command("cxrdist.train"), *words),
+                words=("cxrdist", "train", *words),
                 needs=("preprocess train",),
                 inputs=(recipes.to_json(recipe),),
                 results=tuple(epoch_folder(run, epoch) / "manifest.json" for epoch in epochs),
@@ -209,23 +176,21 @@ def model_steps(args: argparse.Namespace, task: Task, files: Files, plan: Launch
                 resume=True,
             )
         )
-    return [*steps, infer_step("infer", files, plan, members, steps)]
+    return [*steps, infer_step("infer", files, members, steps)]
 
 
-def infer_step(name: str, files: Files, plan: LaunchPlan, members: list[str], after: list[Step]) -> Step:
+def infer_step(name: str, files: Files, members: list[str], after: list[Step]) -> Step:
     words = ("--shards", str(files.shards), *members, "--template", str(files.template), "--out", str(files.prediction))
     return Step(
         name=name,
-        words=(*plan.command("cxrdist.infer"), *words),
+        words=("cxrdist", "infer", *words),
         needs=("preprocess test", *(step.name for step in after)),
         results=(files.prediction / "submission.csv", *files.tables),
         folder=files.prediction,
     )
 
 
-def fold_steps(
-    args: argparse.Namespace, task: Task, files: Files, plan: LaunchPlan, readings: tuple[str, ...]
-) -> list[Step]:
+def fold_steps(args: argparse.Namespace, task: Task, files: Files, readings: tuple[str, ...]) -> list[Step]:
     """The folds of each member, the held-out patients by all its folds, the fitted ensemble, and the report."""
     shards = ("--shards", str(files.shards))
     steps, members, tables, pictures = [], [], [], []
@@ -234,23 +199,21 @@ def fold_steps(
         settings = [f"epochs={-(-usual.epochs // FOLD_EPOCHS)}", *args.overrides]
         recipe, out = recipes.with_overrides(usual, settings), files.runs / f"{model}_{task.name}_folds"
         print(f"{member}: {args.folds} folds, epochs={recipe.epochs} each ({usual.epochs} without --folds)", flush=True)
-        words = ["cxrdist.folds", *shards, "--model", model, "--member", member]
+        words = ["cxrdist", "folds", *shards, "--model", model, "--member", member]
         words += ["--folds", str(args.folds), "--only", "all"]
         words += ["--out", str(out), "--init", "random", *(word for text in settings for word in ("--set", text))]
         tables.append(out / f"{member}.csv")
         results = tuple(with_json(tables[-1:]))
-        steps.append(
-            Step(name=f"folds of {member}", words=(*PYTHON, *words), needs=("preprocess train",), results=results)
-        )
+        steps.append(Step(name=f"folds of {member}", words=tuple(words), needs=("preprocess train",), results=results))
         runs = [out / f"{recipe.name}_{task.name}_fold{fold}" for fold in range(args.folds)]
         epochs = ",".join(map(str, recipe.inference.member_epochs))
         members += [word for run in runs for word in ("--member", f"{member}={run}@{epochs}")]
         pictures.append(runs[0])
-    infer = infer_step("infer by all folds", files, plan, members, steps)
-    fit = ("cxrdist.ensemble", "--fit", *map(str, tables), *shards, "--scores", *map(str, files.tables))
+    infer = infer_step("infer by all folds", files, members, steps)
+    fit = ("cxrdist", "ensemble", "--fit", *map(str, tables), *shards, "--scores", *map(str, files.tables))
     ensemble = Step(
         name="fit the ensemble",
-        words=(*PYTHON, *fit, "--out", str(files.ensemble), "--json", str(files.weights)),
+        words=(*fit, "--out", str(files.ensemble), "--json", str(files.weights)),
         needs=(infer.name,),
         results=(*with_json([files.ensemble]), files.weights),
     )
@@ -270,11 +233,11 @@ def evaluate_step(
 ) -> Step:
     """The report on score tables of the held-out patients; pictures: the runs to show."""
     runs = [word for run in pictures for word in ("--run", str(run))]
-    words = ("cxrdist.evaluate", "--scores", *map(str, scores), "--csv", str(files.truth), *readings)
+    words = ("cxrdist", "evaluate", "--scores", *map(str, scores), "--csv", str(files.truth), *readings)
     words += ("--task", args.task, "--shards", str(files.shards), *runs, "--out", str(files.report))
     results = (files.report / "report.html", files.report / "metrics.json")
     name = "evaluate" if args.folds is None else "evaluate the ensemble"
-    return Step(name=name, words=(*PYTHON, *words), needs=(after,), results=results)
+    return Step(name=name, words=words, needs=(after,), results=results)
 
 
 def hold_out(csv: Path, files: Files, task: Task, seed: int) -> None:

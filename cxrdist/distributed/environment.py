@@ -10,11 +10,17 @@ from cxrdist.errors import UserError
 # A core decodes about 1,000 images/s and today's fastest GPU trains on 800: more threads only take cores from others.
 MAX_DECODE_THREADS = 8
 MOST_FILES = 2**16
+LAUNCHER = "CXRDIST_LAUNCHER"  # set by `cxrdist train` and `infer` for the ranks that they start
 SHARERS = (  # who may have started several processes that share the work: rank, count, first rank
     ("torchrun or accelerate", "RANK", "WORLD_SIZE", ""),
     ("a Slurm array", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
     ("a Slurm step", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
 )
+
+
+def is_launched() -> bool:
+    """Whether a launcher (accelerate, torchrun, srun with one of them) started this process as a rank."""
+    return "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
@@ -47,7 +53,7 @@ def local_world_size() -> int:
 def _from_launcher(name: str, without: int, least: int) -> int:
     text = os.environ.get(name, str(without))
     if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{name}={text} in the environment: it is at least {least}; unset it, or use ./launch.sh")
+        raise UserError(f"{name}={text} in the environment: it is at least {least}; unset it")
     return int(text)
 
 
@@ -87,10 +93,10 @@ def check_processes(expected: int | None) -> None:
     local_world_size()
     local_rank()
     if rank() >= world_size():
-        raise UserError(f"RANK={rank()} with WORLD_SIZE={world_size()} in the environment: unset both, or ./launch.sh")
+        raise UserError(f"RANK={rank()} with WORLD_SIZE={world_size()} in the environment: unset both")
     if expected is not None and world_size() != expected:
         raise UserError(
-            f"{world_size()} processes were started, {expected} expected (--expect-processes): use ./launch.sh, or "
+            f"{world_size()} processes were started, {expected} expected (--expect-processes): use `cxrdist train`, or "
             "accelerate launch with a file of accel_configs/ (`launch --cpu` and MULTI_CPU start only one)"
         )
 

@@ -23,7 +23,7 @@ def check_gpus_seen() -> None:
     """UserError where a machine has GPUs that torch does not see, unless accelerate was told to use the CPU."""
     if not environment.cpu_wanted() and not torch.cuda.is_available() and shutil.which("nvidia-smi") is not None:
         raise UserError(
-            f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: run cxrdist.doctor for the reasons; to "
+            f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: run `cxrdist doctor` for the reasons; to "
             "run on the CPU set ACCELERATE_USE_CPU=true"
         )
 
@@ -62,7 +62,7 @@ def process_group(timeout_s: float, *, then: str) -> Iterator[Ranks]:
         if joined != started:
             raise UserError(
                 f"{started} processes were started but each assumes that it is the only one: all would write into one "
-                "folder; start with accelerate launch and a file of accel_configs/, or ./launch.sh"
+                "folder; start with accelerate launch and a file of accel_configs/, or `cxrdist train`"
             )
         if joined > 1:
             _set_timeout(of_tensors)

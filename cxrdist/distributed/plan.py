@@ -9,7 +9,9 @@ import torch
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.precision import hardware_of
 
-PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGE.parent
+CONFIG = "CXRDIST_ACCEL_CONFIG"  # names another accelerate configuration than the machine's
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,14 @@ class LaunchPlan:
     environment: dict[str, str] = field(hash=False)  # variables to set unless the user has
     reason: str
 
-    def command(self, module: str) -> tuple[str, ...]:
-        """The words that start a module on this machine, before its own flags."""
-        processes = str(self.num_processes)
-        launch = ("accelerate", "launch", "--config_file", self.config, "--num_processes", processes)
-        return (*launch, "-m", module, "--expect-processes", processes)
-
 
 def plan_launch() -> LaunchPlan:
     """Two CPU processes (gloo) without a GPU, else one process for each GPU: fp16 where one of them has no bf16."""
     found = [hardware_of(device) for device in visible_gpus()]
     several = "gpu8_bf16" if all(gpu.has_bf16 for gpu in found) else "gpu2_fp16"
     name = {0: "cpu", 1: "gpu1"}.get(len(found), several)
-    folder = Path("accel_configs") if Path("accel_configs").is_dir() else PROJECT / "accel_configs"
-    config = os.environ.get("CXRDIST_ACCEL_CONFIG", str(folder / f"{name}.yaml"))
+    folder = Path("accel_configs") if Path("accel_configs").is_dir() else PACKAGE / "accel_configs"
+    config = os.environ.get(CONFIG, str(folder / f"{name}.yaml"))
     on_cpu = not found or (Path(config).is_file() and "use_cpu: true" in Path(config).read_text())
     num_processes = int(os.environ.get("CXRDIST_PROCESSES", 2 if on_cpu else len(found)))
     # Two processes that each start a thread per core fight for the cores: several times slower on two of them.

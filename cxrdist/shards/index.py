@@ -381,7 +381,7 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
     """
     check_split_name(split)
     path = folder / f"{split}.json"
-    command = f"python -m cxrdist.preprocess --task {task.name if task else 'NAME'}"
+    command = f"cxrdist preprocess --task {task.name if task else 'NAME'}"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; make it with `{command} ...`")
     if not path.is_file():

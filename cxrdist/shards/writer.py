@@ -36,7 +36,6 @@ from cxrdist.shards.index import FORMAT_VERSION, LeftOut, shard_name
 from cxrdist.task import Task
 
 # About 100 MB a shard: few files, and an interruption costs at most this many images. What is learned is the same.
-ROWS_PER_SHARD = 1000
 TAR_OVERHEAD = 2560  # bytes a sample besides its JPEG: two headers, the JSON, padding
 REUSED = "  reused: {:,} finished shards; to do: {:,} shards, {:,} images"
 PUT_ASIDE = "superseded-"

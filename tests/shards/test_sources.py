@@ -229,9 +229,11 @@ def test_dicoms_without_the_extra_are_refused_before_any_work(tmp_path: Path, mo
 
 
 def test_labels_come_from_a_file_and_a_task_keeps_its_name_with_some_of_them(tmp_path: Path) -> None:
-    task = preprocess.task_from(preprocess.parse(["--images", "x", "--task", "b", "--labels", "Edema,Fracture"]))
+    task = preprocess.task_from(
+        preprocess.parser().parse_args(["--images", "x", "--task", "b", "--labels", "Edema,Fracture"])
+    )
     assert (task.name, task.labels) == ("b", ("Edema", "Fracture"))
     (tmp_path / "labels.txt").write_text("A, with comma\n\nB\n")
     flags = ["--images", "x", "--labels", f"@{tmp_path / 'labels.txt'}", "--name", "mine"]
-    assert preprocess.task_from(preprocess.parse(flags)).labels == ("A, with comma", "B")
+    assert preprocess.task_from(preprocess.parser().parse_args(flags)).labels == ("A, with comma", "B")
     assert TASKS["b"].num_labels == 14

@@ -1,0 +1,53 @@
+"""Train one recipe on one shard set: `cxrdist train --task b [--model chexfound]`, on all GPUs of this machine.
+
+Shards in, a run folder out. What is learned depends on the recipe alone: global batches, augmentation and validation
+are the same on any number of processes, and a run that was killed resumes with --resume, on any number of them.
+`accelerate launch -m cxrdist.train` takes the same flags where you choose the processes yourself.
+"""
+
+from cxrdist.cli import STREAMING, Parser, add_flags, at_least, flag, recipe_type
+from cxrdist.recipes import RECIPES
+
+NO_FOLD = -1
+SWITCH = {"action": "store_true"}
+SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
+INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
+OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
+MODEL = f"a recipe: {', '.join(RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
+VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
+
+
+def fold_argument(text: str) -> int:
+    """The fold of --validate-fold; NO_FOLD for none."""
+    return NO_FOLD if text == "none" else int(at_least(0)(text))
+
+
+OWN_FLAGS = {
+    "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
+    "--validate-fold": flag(fold_argument, "K|none", VALIDATE),
+    "--log-every": flag(at_least(1), "N", "optimizer steps between logged rows", default=50),
+    "--keep-steps": flag(at_least(1), "K", "step checkpoints that are kept", default=2),
+    "--threads": flag(at_least(0), "N", "decode threads per process (default: its share of cores)"),
+    "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
+    "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
+    "--continue-init": SWITCH | {"help": INIT},
+    "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
+    "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
+    "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
+    "--wandb-images": SWITCH | {"help": "also send four augmented images, with their names, to wandb"},
+    "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
+    "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
+}
+
+
+def parser() -> Parser:
+    flags = Parser(prog="cxrdist train", description=__doc__)
+    which = flags.add_mutually_exclusive_group()
+    which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
+    which.add_argument("--model", default="eva_x", help=MODEL)
+    add_flags(flags, "--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set")
+    add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
+    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
+    for name, options in OWN_FLAGS.items():
+        flags.add_argument(name, **options)
+    return flags
