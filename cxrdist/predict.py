@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,15 +38,17 @@ def main(argv: list[str] | None = None) -> None:
     out = [path for path in (args.json, args.csv) if path is not None]
     inputs = [path for path in (args.bundle, args.calibration, args.backbone) if path is not None]
     check_outputs(out, [*inputs, *images.values()], flag="--json or --csv")
-    if args.maps is not None:
-        refuse_links(args.maps, flag="--maps")
+    keep = out[0].with_name(f"{out[0].name}.parts") if out else None
+    for path, named in ((args.maps, "--maps"), (keep, "--json or --csv")):
+        if path is not None:
+            refuse_links(path, flag=named)
     model = load_model(args)
     if args.maps is not None:
         model.mapped()
     for note in model.notes:
         print(note)
     loaded = time.monotonic()
-    found = predict(model, images, args.device_batch_size)
+    found = predict(model, images, args.device_batch_size, keep)
     done = time.monotonic()
     print(table(model, found))
     if args.csv is not None:
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.json is not None:
         write_output(args.json, as_json(model, found))
     maps = write_maps(model, images, found, args.maps) if args.maps is not None else 0
+    if keep is not None:
+        shutil.rmtree(keep, ignore_errors=True)
     for path in out:
         print(f"written: {path}")
     mapped_s = time.monotonic() - done
@@ -96,12 +101,12 @@ def named_images(given: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def predict(model: Predictor, images: dict[str, Path], batch_size: int | None) -> Prediction:
-    """`Predictor.predict` with a progress bar; its sources are the names."""
+def predict(model: Predictor, images: dict[str, Path], batch_size: int | None, keep: Path | None) -> Prediction:
+    """`Predictor.predict` with a progress bar; its sources are the names. keep: where an interrupted one resumes."""
     names = {str(path): name for name, path in images.items()}
     with tqdm(total=len(images), unit=" images", desc="predict", disable=len(images) <= SHOWN) as show:
         paths = list(images.values())
-        found = model.predict(paths, batch_size=batch_size, skip_unreadable=True, progress=show.update)
+        found = model.predict(paths, batch_size=batch_size, skip_unreadable=True, progress=show.update, keep=keep)
     sources = tuple(names[source] for source in found.sources)
     unreadable = {names[source]: reason for source, reason in found.unreadable.items()}
     return dataclasses.replace(found, sources=sources, unreadable=unreadable)

@@ -6,7 +6,7 @@
 
 Preparation, views and averaging are those of inference: the same probabilities as its score table. With a calibration
 (`cxrdist calibrate`) each finding has a calibrated probability and a threshold. Research software: no diagnosis may
-rest on it.
+rest on it. With --csv or --json, the same command resumes a folder that was interrupted.
 """
 
 import argparse

@@ -69,6 +69,13 @@ class Part:
             return Part(arrays["batches"], arrays["rows"], arrays["logits"], unreadable)
 
 
+def joined(parts: Sequence[Part]) -> Part:
+    """Several parts as one."""
+    unreadable = {row: reason for part in parts for row, reason in part.unreadable.items()}
+    numbers, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("batches", "rows"))
+    return Part(numbers, rows, np.concatenate([part.logits for part in parts], axis=1), unreadable)
+
+
 class PartStore:
     """The parts under `folder/<hash of basis>`."""
 

@@ -5,6 +5,9 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ from cxrdist.distributed.precision import DTYPES, autocast, hardware_of, resolve
 from cxrdist.errors import UserError
 from cxrdist.inference.bundle import CONFIG, load_bundle
 from cxrdist.inference.members import Ensemble, MemberSpec, load_ensemble, parse_member, task_of_models
+from cxrdist.inference.parts import Basis, Part, PartStore, joined, merge
 from cxrdist.inference.passes import Member, columns_of, plan_passes
 from cxrdist.inference.score import check_finite, member_table, run_passes
 from cxrdist.models import architecture_of
@@ -31,6 +35,7 @@ from cxrdist.task import Task
 
 AS_PUBLISHED = StoredImages(**dataclasses.asdict(PUBLISHED))
 BATCH_SIZE = {"cuda": 64, "cpu": 16}
+KEEP_S = 30.0  # seconds of scoring that an interruption may cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,33 +101,66 @@ class Predictor:
         batch_size: int | None = None,
         skip_unreadable: bool = False,
         progress: Callable[[int], object] | None = None,
+        keep: Path | None = None,
     ) -> Prediction:
         """What the model says of images: paths (JPEG, PNG, DICOM, ...), bytes of such files, or arrays.
 
         Arrays are (H, W) uint8 or uint16 levels, or (H, W, 3) uint8 RGB. batch_size: images at a time (16, on a GPU
-        64). progress: called with the number of images after each batch.
+        64). progress: called with the number of images after each batch. keep: a folder for what is scored, with which
+        the same call resumes after an interruption; for paths only.
         Raises UserError for an image that cannot be read; with `skip_unreadable` it is in `unreadable` instead.
         """
         given = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
         names = [str(item) if isinstance(item, str | Path) else f"image {i}" for i, item in enumerate(given, 1)]
         size = batch_size or BATCH_SIZE.get(self.device.type, 16)
-        columns, kept, unreadable = columns_of(self._passes), list[str](), dict[str, str]()
-        found = [np.empty((len(columns), 0, self.task.num_labels), np.float32)]
-        with concurrent.futures.ThreadPoolExecutor(min(usable_cores(), 16)) as threads:
-            for start in range(0, len(given), size):
-                batch = slice(start, start + size)
-                levels = list(zip(names[batch], threads.map(self._levels, given[batch]), strict=True))
-                unreadable |= {name: pixels for name, pixels in levels if isinstance(pixels, str)}
-                if unreadable and not skip_unreadable:
-                    name, reason = next(iter(unreadable.items()))
-                    raise UserError(f"{name}: {reason}; give an intact image")
-                readable = {name: pixels for name, pixels in levels if not isinstance(pixels, str)}
-                kept += readable
-                if readable:
-                    found.append(self._logits(list(readable.values())))
-                if progress is not None:
-                    progress(len(levels))
-        return self._averaged(np.concatenate(found, axis=1), tuple(kept), unreadable)
+        store = None if keep is None else PartStore(keep, self._basis(names, size))
+        parts = [self._part(-1, {}), *(() if store is None else store.read_all().values())]
+        done = {int(number) for part in parts for number in part.batches}
+        new, written = list[Part](), time.monotonic()
+        try:
+            with concurrent.futures.ThreadPoolExecutor(min(usable_cores(), 16)) as threads:
+                for number, start in enumerate(range(0, len(given), size)):
+                    rows = range(start, min(start + size, len(given)))
+                    if number not in done:
+                        levels = threads.map(self._levels, given[start : start + size])
+                        parts.append(part := self._part(number, dict(zip(rows, levels, strict=True))))
+                        new.append(part)
+                        if part.unreadable and not skip_unreadable:
+                            row, reason = next(iter(part.unreadable.items()))
+                            raise UserError(f"{names[row]}: {reason}; give an intact image")
+                    if store is not None and time.monotonic() > written + KEEP_S:
+                        store.write(joined(new), 0)
+                        new, written = [], time.monotonic()
+                    if progress is not None:
+                        progress(len(rows))
+        finally:
+            if store is not None and new:
+                store.write(joined(new), 0)
+        logits, kept, unreadable = merge(parts, len(given), range(len(given)))
+        bad = {names[row]: reason for row, reason in sorted(unreadable.items())}
+        return self._averaged(logits, tuple(names[row] for row in kept), bad)
+
+    def _part(self, number: int, levels: dict[int, Levels | str]) -> Part:
+        """The logits of a batch's images by their rows."""
+        unreadable = {row: pixels for row, pixels in levels.items() if isinstance(pixels, str)}
+        readable = {row: pixels for row, pixels in levels.items() if not isinstance(pixels, str)}
+        none = np.empty((len(columns_of(self._passes)), 0, self.task.num_labels), np.float32)
+        logits = self._logits(list(readable.values())) if readable else none
+        return Part(np.array([number]), np.array(list(readable), np.int64), logits, unreadable)
+
+    def _basis(self, names: Sequence[str], size: int) -> Basis:
+        """All that the logits of these files depend on."""
+        files = [(name, (found := Path(name).stat()).st_size, found.st_mtime_ns) for name in names]
+        images = hashlib.sha256(json.dumps([dataclasses.astuple(self.stored), files]).encode()).hexdigest()
+        columns = tuple(columns_of(self._passes))
+        return Basis(
+            shards=images,
+            rows="",
+            columns=columns,
+            device_batch_size=size,
+            precision=self.precision,
+            device=self.device.type,
+        )
 
     def maps(self, image: Source, labels: Sequence[str], *, member: str | None = None) -> tuple[Maps, Levels]:
         """Where the model looked: (L, h, w) float32 maps >= 0 of the named labels, and the (S, S, 1 or 3) image.

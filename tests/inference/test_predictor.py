@@ -15,6 +15,7 @@ import cxrdist
 from cxrdist import export, infer, predict, preprocess
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
+from cxrdist.inference import predictor
 from cxrdist.scoring.tables import average_tables, read_table
 from cxrdist.task import Task
 
@@ -197,6 +198,31 @@ def test_the_command_writes_all_that_was_asked_for(world, bundle, scored, tmp_pa
         assert picture.size == (1200, 644)
     assert "2 images in" in said
     assert "not a medical device" in said
+
+
+def test_an_interrupted_folder_is_resumed_with_the_same_bits(world, bundle, scored, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for file in files_of(world, scored[0])[:6]:
+        shutil.copy(file, folder)
+    (folder / "bad.png").write_bytes(b"no image")
+    words = [str(folder), "--bundle", str(bundle), "--precision", "fp32", "--device-batch-size", "2", "--csv"]
+    assert run_entry(lambda: predict.main([*words, str(tmp_path / "whole.csv")])) == 2  # one is unreadable
+    calls, real = [], predictor.Predictor._logits
+
+    def interrupted(self, levels):
+        calls.append(len(levels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, levels)
+
+    monkeypatch.setattr(predictor.Predictor, "_logits", interrupted)
+    assert run_entry(lambda: predict.main([*words, str(tmp_path / "o.csv")])) == 130
+    assert not (tmp_path / "o.csv").exists()
+    assert run_entry(lambda: predict.main([*words, str(tmp_path / "o.csv")])) == 2
+    assert len(calls) == 3 + 1  # two of three batches were kept; the fourth has no image that can be read
+    assert (tmp_path / "o.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_scored(world, bundle, tmp_path, capsys) -> None:
