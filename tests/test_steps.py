@@ -91,7 +91,7 @@ def test_lost_result_or_damaged_stamp_repeats_the_step(tmp_path: Path) -> None:
 
 def test_failed_command_is_named_with_its_exit_code() -> None:
     with pytest.raises(UserError, match="step 'look' ended with exit code 2"):
-        run_command("look", ["python", "-c", "raise SystemExit(2)"], {})
+        run_command("look", ["python", "-c", "raise SystemExit(2)"])
 
 
 def test_training_is_resumed_only_when_the_same_training_was_interrupted(

@@ -75,7 +75,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback_and_says_what_to_report(er
     last = err.splitlines()[-1]
     assert f"this is a bug of cxrdist ({type(error).__name__})" in last
     assert "report" in last
-    assert "cxrdist.doctor" in last
+    assert "cxrdist doctor" in last
 
 
 def test_the_agreement_of_ranks_names_what_is_no_user_error_too():

@@ -178,10 +178,10 @@ def test_the_demo_removes_and_replaces_only_what_its_stamps_say(tmp_path: Path) 
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").touch()
     with pytest.raises(UserError, match=r"no .* says that this command made it"):
-        run_steps(step("one"), tmp_path, {})
+        run_steps(step("one"), tmp_path)
     (tmp_path / "runs").rename(tmp_path / "kept")
-    run_steps(step("one"), tmp_path, {})
-    run_steps(step("two"), tmp_path, {})  # another input: made again
+    run_steps(step("one"), tmp_path)
+    run_steps(step("two"), tmp_path)  # another input: made again
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["done"]
 
 
