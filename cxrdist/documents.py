@@ -57,15 +57,20 @@ def read_json_lines(path: Path) -> tuple[list[LogRow], int]:
     """
     rows, num_bad = [], 0
     for line in read_bounded(path).splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if (row := json_row(line)) is not None:
             rows.append(row)
         else:
             num_bad += 1
     return rows, num_bad
+
+
+def json_row(line: bytes) -> LogRow | None:
+    """The JSON object that a line is; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def problem(error: ValidationError) -> str:

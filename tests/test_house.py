@@ -13,12 +13,12 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 ENTRIES = {"preprocess", "verify", "train", "infer", "ensemble", "evaluate", "average", "folds", "doctor"}
-ENTRIES |= {"demo", "bench", "predict", "calibrate", "export", "app", "completion"}
+ENTRIES |= {"demo", "bench", "predict", "calibrate", "export", "app", "watch", "completion"}
 ENTRIES |= {"recipe_list"}  # `cxrdist recipes`
 # From the bottom; what is on one line may import what is below, and itself.
 LAYERS = (
     {"__init__"},
-    {"errors", "splitmix"},
+    {"errors", "splitmix", "terminal"},
     {"files"},
     {"documents"},
     {"task"},

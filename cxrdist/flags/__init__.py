@@ -7,7 +7,7 @@ The command itself is the module of the same name one folder up; `model` holds w
 
 COMMANDS = {  # by what people do, in that order
     "data": ("preprocess", "verify"),
-    "train": ("recipes", "train", "folds", "average"),
+    "train": ("recipes", "train", "watch", "folds", "average"),
     "score": ("infer", "ensemble", "evaluate", "calibrate"),
     "use": ("predict", "app", "export"),
     "machine": ("doctor", "demo", "bench", "completion"),
