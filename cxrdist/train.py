@@ -40,6 +40,7 @@ from cxrdist.runs.documents import Environment, EpochMeta, Facts, StepState, Sto
 from cxrdist.shard_sets import ShardSet, find_shards, training_streams
 from cxrdist.shards.index import ShardIndex, read_meta, task_of
 from cxrdist.task import Task
+from cxrdist.training import summary
 from cxrdist.training.batch_norm import BatchNorms
 from cxrdist.training.ema import Ema
 from cxrdist.training.learner import Learner, LoopState
@@ -221,6 +222,7 @@ def train(
             coming = epoch_batches(epoch=state.epoch, start_step=state.step)
             levels = functools.partial(augment.levels, epoch=state.epoch)
             show_samples(tracker, loader, coming, levels, state.global_step)
+    validation = None
     with control.signals(), meter.bar as bar:
         for epoch in range(state.epoch, recipe.epochs):
             norms.train(model)
@@ -258,7 +260,6 @@ def train(
                     return
             loader.next_pass()
             save_step(folder, learner, tracker, ranks)
-            validation = None
             if rows.validation is not None:
                 resize = functools.partial(augmented(()), epoch=0)
                 with ema.applied(), ranks.working("validation"):
@@ -273,6 +274,8 @@ def train(
             ranks.on_main(folder.save_epoch, learner.weights(), **place, validation=scores)
             state.epoch, state.step = epoch + 1, 0
             state.epoch_sums.zero_()
+    if validation is not None:
+        ranks.say(ranks.on_main(summary.tables, run, validation, held_out.patients))
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
 
 

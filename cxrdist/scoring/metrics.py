@@ -7,6 +7,7 @@ positives or negatives has no AUROC: it is nan and not in the macro (torchmetric
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,6 +42,22 @@ class _Ranking:
         positive = np.add.reduceat(self.positive, self.starts)[::-1]
         sizes = np.diff(np.append(self.starts, len(self.positive)))[::-1]
         return np.cumsum([0.0, *positive]), np.cumsum([0.0, *(sizes - positive)])
+
+    def influence(self, num_images: int) -> Floats:
+        """(num_images,) how much each row moves the AUROC: a positive's share of the negatives below it, and a
+        negative's share of the positives above, less the AUROC, over the number of its class; nan without a class.
+        """
+        positive, weight = np.add.reduceat(self.positive, self.starts), self.positive
+        sizes = np.diff(np.append(self.starts, len(weight)))
+        below = np.cumsum(sizes - positive) - 0.5 * (sizes - positive)
+        above = positive.sum() - np.cumsum(positive) + 0.5 * positive
+        num_positive, num_negative = positive.sum(), (sizes - positive).sum()
+        values = np.zeros(num_images)
+        with np.errstate(invalid="ignore"):
+            area = (positive * below).sum() / (num_positive * num_negative)
+            won, lost = np.repeat(below / num_negative, sizes), np.repeat(above / num_positive, sizes)
+            values[self.order] = weight * (won - area) / num_positive + (1.0 - weight) * (lost - area) / num_negative
+        return values
 
     def average_precision(self) -> float:
         positive, negative = self.from_the_top()
@@ -111,6 +128,36 @@ def bootstrap_auroc(
                 if ranking is not None:
                     values[table, rows, label] = ranking.auroc(weights)
     return values
+
+
+def quick_intervals(
+    targets: ArrayLike, probs: ArrayLike, patients: NDArray[np.integer[Any]]
+) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+    """95 % intervals of each label's AUROC and of the macro, without resampling; (nan, nan) where there is none.
+
+    patients: (N,) a number for each image's patient, from 0. As wide as `bootstrap_auroc`'s where patients are many,
+    and a thousand times as fast. Source: DeLong et al. 1988, summed over patients as in Obuchowski 1997; on the scale
+    of the logit, so that an interval stays within 0 and 1.
+    """
+    aurocs = auroc_per_label(targets, probs)
+    moved = np.full((int(patients.max(initial=-1)) + 1, len(aurocs)), np.nan)
+    for label, ranking in enumerate(_rankings(targets, probs)):
+        if ranking is not None:
+            moved[:, label] = np.bincount(patients, ranking.influence(len(patients)), len(moved))
+    defined = ~np.isnan(aurocs)
+    whole = moved[:, defined].mean(axis=1) if defined.any() else np.full(len(moved), np.nan)
+    several = [_logit_interval(value, moves) for value, moves in zip(aurocs, moved.T, strict=True)]
+    return several, _logit_interval(macro(aurocs)[0], whole)
+
+
+def _logit_interval(value: float, moves: Floats) -> tuple[float, float]:
+    """Around an AUROC of which each patient's influence is known."""
+    if not 0.0 < value < 1.0:
+        return value, value
+    deviation = np.sqrt((moves**2).sum() * len(moves) / max(len(moves) - 1, 1))
+    middle, half = np.log(value / (1.0 - value)), 1.959964 * deviation / (value * (1.0 - value))
+    low, high = (1.0 / (1.0 + np.exp(-end)) for end in (middle - half, middle + half))
+    return float(low), float(high)
 
 
 def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:

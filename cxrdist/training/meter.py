@@ -1,6 +1,7 @@
 """What a run tells while it trains: metrics rows, speeds and the progress line, from sums kept on the device."""
 
 import datetime
+import math
 import re
 import resource
 import sys
@@ -18,6 +19,7 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import listed
 from cxrdist.training.learner import Learner
+from cxrdist.training.summary import last_auroc
 from cxrdist.training.tracking import Tracker
 from cxrdist.training.validate import Validation
 
@@ -45,6 +47,8 @@ class Meter:
         self._since, self._waited, self._awaited = time.perf_counter(), self.loader.wait_s, self.loader.shards_wait_s
         self._skipped = float(self.learner.optimizer.num_skipped)
         quiet = self.ranks.rank != 0 or not sys.stderr.isatty()
+        # of this run's last validation, shown beside the loss
+        self._auroc = None if self.tracker is None else last_auroc(self.tracker.run)
         self.bar = tqdm(total=self.total_steps, initial=self.learner.state.global_step, unit="step", disable=quiet)
 
     def saw(self, batch: Batch, logits: Tensor) -> None:
@@ -76,7 +80,9 @@ class Meter:
         if self.tracker is not None:
             self.tracker.metrics(row)
             self.tracker.timings({"step": state.global_step, **speed})
-        facts = f"loss {_text(row['loss'])}, {speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
+        auroc = "" if self._auroc is None else f", AUROC {self._auroc:.4f}"
+        speeds = f"{speed['images_per_s']:.1f} images/s, waiting {speed['wait_share']:.0%}"
+        facts = f"loss {_text(row['loss'])}{auroc}, {speeds}"
         if speed["shards_wait_share"]:
             facts += f" ({speed['shards_wait_share']:.0%} for shards)"
         if self.bar.disable:
@@ -106,6 +112,7 @@ class Meter:
         if validation is not None:
             text += f", validation loss {_text(validation.losses['total'])}, macro AUROC "
             text += f"{_text(validation.auroc_macro)} over {validation.labels_text} labels"
+            self._auroc = validation.auroc_macro if math.isfinite(validation.auroc_macro) else None
             if self.tracker is not None:
                 row = {f"validation/{name}": value for name, value in validation.row().items()}
                 self.tracker.metrics({"kind": "validation", **place} | row)

@@ -58,6 +58,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """wandb_mode: auto is online when logged in, else off; what is sent is said in one line, images and their names
         only where they may be. config: the resolved recipe and environment.
         """
+        self.run = run
         mode = resolve_mode(wandb_mode)
         self._send_images = images
         if mode != "off":

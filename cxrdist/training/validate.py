@@ -25,7 +25,10 @@ Prepare = Callable[[Tensor, Rows], Tensor]  # stored images (B, C, H, W) and the
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """Scores of one pass over the validation images. losses: by part, `total` first; auroc: by label, nan without."""
+    """Scores of one pass over the validation images. losses: by part, `total` first; auroc: by label, nan without.
+
+    rows: (N,) of the images; targets, logits: (N, K).
+    """
 
     num_images: int
     losses: dict[str, float]
@@ -33,6 +36,9 @@ class Validation:
     num_labels: int  # that have an AUROC
     auroc: dict[str, float]
     roc: Curves  # false and true positive rates of at most 200 points
+    rows: NDArray[np.int64]
+    targets: NDArray[np.float32]
+    logits: NDArray[np.float32]
 
     @property
     def labels_text(self) -> str:
@@ -95,6 +101,9 @@ def validate(
         num_labels=num_defined,
         auroc={label: float(value) for label, value in zip(labels, per_label, strict=True)},
         roc=roc_curves(labels, targets, probs),
+        rows=seen,
+        targets=targets,
+        logits=logits_table,
     )
 
 

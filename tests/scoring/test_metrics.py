@@ -111,3 +111,34 @@ def test_masked_cells_count_nowhere_and_a_soft_cell_is_a_share_of_both_classes()
     np.testing.assert_array_equal(samples[:, :1], alone)
     with pytest.raises(ValueError, match=r"in .0, 1."):
         metrics.auroc_per_label(truth + 1, probs)
+
+
+def test_quick_intervals_are_those_of_the_bootstrap_over_patients():
+    """With images that are alike within a patient, masked and soft targets, and ties."""
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 800, 3000)
+    alike = rng.normal(size=(800, 4))[patients]
+    targets = (alike + rng.normal(size=alike.shape) > [0.0, 1.0, 2.5, 1.5]).astype(float)
+    probs = np.round(targets + 0.7 * alike + rng.normal(size=alike.shape), 1)
+    targets[rng.random(3000) < 0.3, 1] = np.nan
+    targets[rng.random(3000) < 0.3, 3] = 0.6
+    samples = metrics.bootstrap_auroc(targets, [probs], patients, num_resamples=400)[0]
+    several, whole = metrics.quick_intervals(targets, probs, patients)
+    expected = [*(metrics.interval(column) for column in samples.T), metrics.interval(metrics.macro_samples(samples))]
+    for (low, high), (least, most) in zip([*several, whole], expected, strict=True):
+        assert abs(low - least) < 0.15 * (most - least)
+        assert abs(high - most) < 0.15 * (most - least)
+    alone, _ = metrics.quick_intervals(targets, probs, np.arange(3000))
+    assert alone[0][1] - alone[0][0] < 0.9 * (several[0][1] - several[0][0])  # patients are fewer than images
+
+
+def test_quick_intervals_of_labels_without_an_auroc_or_without_doubt():
+    patients = np.array([0, 1, 1, 2])
+    targets = np.array([[0, 1, np.nan, 0], [1, 1, np.nan, 1], [0, 1, np.nan, 1], [1, 1, np.nan, 0]])
+    probs = np.array([[0.1, 0.2, 0.3, 0.4], [0.9, 0.2, 0.3, 0.5], [0.2, 0.2, 0.3, 0.3], [0.8, 0.2, 0.3, 0.2]])
+    several, whole = metrics.quick_intervals(targets, probs, patients)
+    assert several[0] == (1.0, 1.0)
+    assert np.isnan([several[1], several[2]]).all()
+    assert 0 < several[3][0] < 0.75 < several[3][1] < 1
+    assert 0 < whole[0] < 0.875 < whole[1] < 1
+    assert np.isnan(metrics.quick_intervals(targets[:, 1:3], probs[:, 1:3], patients)[1]).all()
