@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
 from cxrdist.scoring.operating import Calibration, OperatingPoint, identity_of, performance, read_calibration
 from cxrdist.scoring.tables import ScoreTable, read_members, task_of, was_seen, with_ensemble
 from cxrdist.shards.index import open_index
+from cxrdist.terminal import aligned, fitted, printable, width, with_interval
 from cxrdist.truth import check_rows, open_scored, read_truth
 
 DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
@@ -84,11 +86,25 @@ def main(argv: list[str] | None = None) -> None:
     where = "" if first.task is None else f"task {first.task.name}, split {first.split or '?'}; "
     about = f"{where}{result.num_images:,} images of {result.num_patients:,} patients; cxrdist {__version__}"
     write_report(args.out / "report.html", args.title, about, sections)
+    print("\n".join(printed(result)))
+    print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
+
+
+def printed(result: Evaluation) -> Iterator[str]:
+    """The first table by label, and each table's macro."""
+    first, rows = result.scores[0], []
+    columns = result.labels, result.positives, first.auroc, first.auroc_interval, first.average_precision
+    for label, positives, auroc, ends, precision in zip(*columns, strict=True):
+        cells = (*with_interval(auroc, ends), "none" if math.isnan(precision) else f"{precision:.4f}")
+        rows.append((label, f"{positives:,.6g}", *cells))
+    yield from aligned((f"label, by {first.name}", "positive", "AUROC", "95 % interval", "average precision"), rows)
+    yield ""
+    columns_of_names = max(width(printable(score.name)) for score in result.scores)
     for score in result.scores:
         low, high = score.macro_interval
         counted = f"{score.num_labels} of {len(result.labels)} labels"
-        print(f"{score.name:<12} macro AUROC {score.macro_auroc:.4f} (95 % {low:.4f} to {high:.4f}), {counted}")
-    print(f"report: {args.out / 'report.html'}; numbers: {args.out / 'metrics.json'}")
+        name = fitted(printable(score.name), columns_of_names)
+        yield f"{name}  macro AUROC {score.macro_auroc:.4f} (95 % {low:.4f} to {high:.4f}), {counted}"
 
 
 def calibration_of(path: Path | None, tables: Sequence[ScoreTable]) -> Calibration | None:

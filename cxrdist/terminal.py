@@ -1,6 +1,7 @@
 """Text for a terminal: without control characters, in columns, and rows of numbers as small curves."""
 
 import itertools
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ def fitted(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], max_first: int = 40) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[object]], max_first: int = 40) -> list[str]:
     """The lines of a table: its first column is text, cut at `max_first` columns, the others stand to the right."""
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     first, *widths = (max(map(width, column)) for column in zip(*cells, strict=True))
@@ -41,6 +42,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], max_first: int 
         padded = [" " * (most - width(cell)) + cell for cell, most in zip(others, widths, strict=True)]
         lines.append("  ".join([fitted(name, min(first, max_first)), *padded]).rstrip())
     return lines
+
+
+def with_interval(value: float, ends: tuple[float, float]) -> tuple[str, str]:
+    """Two cells of such a table: a score and its interval; none where it is nan."""
+    return ("none", "") if math.isnan(value) else (f"{value:.4f}", f"{ends[0]:.4f} to {ends[1]:.4f}")
 
 
 def curve(values: Sequence[float], columns: int, *, ascii_only: bool = False) -> str:

@@ -42,7 +42,17 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
     row_of = {name: row for row, name in enumerate(labels.about["image_name"])}
     truth = labels.targets[[row_of[name] for name in table.image_names]]
     assert numbers["scores"][1]["macro_auroc"] == pytest.approx(macro_auroc(truth, table.probs)[0])
-    assert f"macro AUROC {numbers['scores'][0]['macro_auroc']:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"^label, by ensemble +positive +AUROC +95 % interval +average precision$", said, re.M)
+    first = numbers["scores"][0]
+    for place, label in enumerate(numbers["labels"]):
+        low, high = first["auroc_interval"][place]
+        auroc = (
+            rf"{first['auroc'][place]:.4f}  {low:.4f} to {high:.4f}" if first["auroc"][place] is not None else "none"
+        )
+        assert re.search(rf"^{label} +{numbers['positives'][place]} +{auroc}", said, re.M), label
+    for score in numbers["scores"]:
+        assert re.search(rf"^{score['name']} +macro AUROC {score['macro_auroc']:.4f} \(95 % ", said, re.M)
     page = (tmp_path / "report" / "report.html").read_text()
     assert "not for clinical use" in page
     assert "holds images of patients" in page

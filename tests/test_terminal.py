@@ -2,7 +2,7 @@
 
 import pytest
 
-from cxrdist.terminal import BARS_ASCII, curve, fitted, printable, table, width
+from cxrdist.terminal import BARS_ASCII, aligned, curve, fitted, printable, width
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +20,7 @@ def test_a_text_takes_the_columns_that_it_is_given(text: str, columns: int) -> N
 
 
 def test_a_table_stands_in_columns() -> None:
-    lines = table(["label", "AUROC"], [["肺水肿", "0.9"], ["a\x1b[31m", "0.12345"]])
+    lines = aligned(["label", "AUROC"], [["肺水肿", "0.9"], ["a\x1b[31m", "0.12345"]])
     assert lines == ["label     AUROC", "肺水肿      0.9", "a?[31m  0.12345"]
 
 

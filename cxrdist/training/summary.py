@@ -1,6 +1,6 @@
 """The end of a training in figures: a row for each epoch with the best marked, and the last validation by label."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from cxrdist.documents import LogRow, json_row
@@ -8,7 +8,7 @@ from cxrdist.errors import UserError
 from cxrdist.files import open_to_read
 from cxrdist.scoring.metrics import quick_intervals
 from cxrdist.shards.columns import Texts
-from cxrdist.terminal import table
+from cxrdist.terminal import aligned, with_interval
 from cxrdist.training.validate import Validation
 
 SHOWN = {"train loss": "epoch_loss", "validation loss": "validation/loss", "macro AUROC": "validation/auroc_macro"}
@@ -49,11 +49,11 @@ def _labels(validation: Validation, patients: Texts) -> Iterator[str]:
     sums = [validation.targets[:, place] for place in range(len(validation.auroc))]
     positives = [float(column[column == column].sum()) for column in sums]  # nan, masked, is not itself
     rows = [
-        (label, f"{count:,.6g}", *_with_interval(value, ends))
+        (label, f"{count:,.6g}", *with_interval(value, ends))
         for (label, value), count, ends in zip(validation.auroc.items(), positives, intervals, strict=True)
     ]
-    rows.append((f"macro of {validation.labels_text} labels", "", *_with_interval(validation.auroc_macro, whole)))
-    yield from table(("label", "positive", "AUROC", "95 % interval"), rows)
+    rows.append((f"macro of {validation.labels_text} labels", "", *with_interval(validation.auroc_macro, whole)))
+    yield from aligned(("label", "positive", "AUROC", "95 % interval"), rows)
 
 
 def _epochs(rows: dict[int, LogRow]) -> Iterator[str]:
@@ -63,11 +63,7 @@ def _epochs(rows: dict[int, LogRow]) -> Iterator[str]:
         (str(epoch), *(_text(_number(row, name)) for name in SHOWN.values()), "best" if epoch == best else "")
         for epoch, row in rows.items()
     ]
-    yield from table(("epoch", *SHOWN, ""), several)
-
-
-def _with_interval(value: float, ends: Sequence[float]) -> tuple[str, str]:
-    return ("none", "") if value != value else (f"{value:.4f}", f"{ends[0]:.4f} to {ends[1]:.4f}")
+    yield from aligned(("epoch", *SHOWN, ""), several)
 
 
 def _number(row: LogRow, name: str) -> float | None:
