@@ -126,7 +126,7 @@ def fold_steps(job: Job, fold: int) -> list[Step]:
     scored = ("--split", "train", "--fold", str(fold), "--member", f"{job.member}={run}@{epochs}:{views}")
     first = Step(
         name=f"train fold {fold}",
-        words=("cxrdist", "train", *job.words, *folds, "--out", str(run)),
+        words=("cxrdist", "train", "--group", job.out.resolve().name, *job.words, *folds, "--out", str(run)),
         identity=(*job.identity, *folds),
         inputs=(job.at.folder / "train.json",),
         results=tuple(epoch_folder(run, epoch) / "manifest.json" for epoch in inference.member_epochs),

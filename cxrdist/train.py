@@ -177,7 +177,8 @@ def train(
             if lost := cut_metrics(run, 0 if begin.state is None else begin.state.metrics_bytes):
                 ranks.say(f"warning: {lost}")
             config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
-            tracker = stack.enter_context(Tracker(run, wandb_mode=args.wandb, images=args.wandb_images, config=config))
+            wanted = {"library": args.tracker, "wandb_mode": args.wandb, "images": args.wandb_images}
+            tracker = stack.enter_context(Tracker(run, **wanted, group=args.group, config=config))
     threads = environment.decode_threads() if args.threads is None else args.threads
     read = functools.partial(Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad)
     streams.start(state.epoch, state.step * recipe.global_batch_size, ranks)

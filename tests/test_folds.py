@@ -77,6 +77,8 @@ ALL = [f"{kind} {fold}" for fold in range(3) for kind in ("train", "infer")]
 
 def test_every_image_has_the_score_of_the_model_that_did_not_see_its_patient(office: Office, tmp_path: Path) -> None:
     assert office.folds("out") == ALL
+    trainings = [words for words in office.commands if words[1] == "train"]
+    assert [words[words.index("--group") + 1] for words in trainings] == ["out"] * 3, "together on a dashboard"
     table, index = read_table(tmp_path / "out" / "tiny.csv"), open_index(office.shards, "train")
     assert table.image_names.tolist() == index.image_names.to_list()
     assert table.meta.out_of_fold

@@ -5,7 +5,11 @@ are the same on any number of processes, and a run that was killed resumes with 
 `accelerate launch -m cxrdist.train` takes the same flags where you choose the processes yourself.
 """
 
+import argparse
+import importlib.util
+
 from cxrdist.cli import STREAMING, Parser, add_flags, at_least, flag, recipe_type
+from cxrdist.errors import UserError
 from cxrdist.recipes import RECIPES
 
 NO_FOLD = -1
@@ -15,6 +19,7 @@ INIT = "continue after the epoch of --init's file, a published modelN.pth, with 
 OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
 MODEL = f"a recipe: {', '.join(RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
+TRACKER = "library of the dashboard; trackio keeps all of it on this machine (pip install 'cxrdist[trackio]')"
 
 
 def fold_argument(text: str) -> int:
@@ -33,15 +38,17 @@ OWN_FLAGS = {
     "--continue-init": SWITCH | {"help": INIT},
     "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
+    "--tracker": {"choices": ("wandb", "trackio", "none"), "default": "wandb", "help": TRACKER},
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
-    "--wandb-images": SWITCH | {"help": "also send four augmented images, with their names, to wandb"},
+    "--wandb-images": SWITCH | {"help": "also send four augmented images, with their names, to the dashboard"},
+    "--group": flag(str, "NAME", "of runs that the dashboard shows together (default: the run's name)"),
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
     "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
 
 
 def parser() -> Parser:
-    flags = Parser(prog="cxrdist train", description=__doc__)
+    flags = Parser(prog="cxrdist train", description=__doc__, check=check)
     which = flags.add_mutually_exclusive_group()
     which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
     which.add_argument("--model", default="eva_x", help=MODEL)
@@ -51,3 +58,11 @@ def parser() -> Parser:
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
     return flags
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for a dashboard that is not installed, or flags of another one."""
+    if args.tracker != "wandb" and args.wandb in ("online", "offline"):
+        raise UserError(f"--wandb {args.wandb} is for --tracker wandb, not {args.tracker}: leave one of them out")
+    if args.tracker == "trackio" and importlib.util.find_spec("trackio") is None:
+        raise UserError("--tracker trackio needs: pip install 'cxrdist[trackio]'")

@@ -38,7 +38,7 @@ from cxrdist.task import Task
 RECIPE_FILE = "recipe.py"  # a copy of the user's file that the recipe was made by
 RUN_FILES = (
     *("run.json", "recipe.json", RECIPE_FILE, "task.json", "environment.json", "split.csv", member.BACKBONE_FILE),
-    *("checkpoints", "metrics.jsonl", "timings.jsonl", "wandb", "wandb_id", files.LOCK_FILE),
+    *("checkpoints", "metrics.jsonl", "timings.jsonl", "wandb", "wandb_id", "trackio_id", files.LOCK_FILE),
 )
 SHOWN_PACKAGES = ("torch", "timm", "accelerate", "kornia", "numpy", "safetensors", "simplejpeg")
 

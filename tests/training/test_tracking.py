@@ -1,12 +1,20 @@
 import io
 import json
 import math
+import os
+import re
+import sqlite3
+import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cxrdist.errors import UserError
+from cxrdist.flags import train as flags
 from cxrdist.training import tracking
 from cxrdist.training.tracking import Tracker, cut_metrics, resolve_mode
 
@@ -49,6 +57,7 @@ def test_auto_is_off_unless_logged_in(monkeypatch, tmp_path):
 
 
 def test_a_dashboard_that_hangs_or_fails_stops_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")  # not within the time below
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(tracking, "QUEUE_ROWS", 5)
     for start, said in ((lambda *_: time.sleep(3), "still busy"), (lambda *_: 1 / 0, "ZeroDivisionError")):
@@ -103,3 +112,136 @@ def test_a_full_disk_is_named(tmp_path):
         tracker._timings = io.FileIO("/dev/full", "w")
         with pytest.raises(UserError, match="/dev/full: the disk is full"):
             tracker.timings({"step": 1})
+
+
+class Trackio(types.ModuleType):
+    """The parts of trackio that are used; runs are kept by name."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.run, self.utils = types.SimpleNamespace(Run=type("Run", (), {})), types.SimpleNamespace()
+        self.runs, self.asked = {}, []
+
+    def init(self, **asked):
+        self.asked.append(asked)
+        rows = self.runs.setdefault(asked["name"], [])
+        last = max((step for step, _ in rows), default=-1)
+        log = lambda row, step: rows.append((step, row))  # noqa: E731
+        return types.SimpleNamespace(log=log, finish=lambda: None, _next_step=last + 1)
+
+    def Image(self, array, caption):
+        return array.shape, caption
+
+
+def track(run, *steps, **more):
+    with Tracker(run, library="trackio", config={"recipe": 1}, **more) as tracker:
+        for step in steps:
+            tracker.metrics({"kind": "train", "step": step, "loss": step / 8})
+            tracker.timings({"step": step, "images_per_s": 2.5})
+        tracker.images(steps[-1], "samples", np.zeros((2, 4, 4), np.uint8), ["one.png", "two.png"])
+        tracker.curves(steps[-1], "roc", {"Nodule": ([0.0, 1.0], [0.0, 1.0])}, "false positives")
+
+
+def test_trackio_gets_the_rows_once_in_a_run_of_its_own_and_in_its_group(tmp_path, monkeypatch, capsys):
+    trackio = Trackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    runs = [tmp_path / place / "run" for place in ("a", "b")]
+    for run in runs:
+        run.mkdir(parents=True)
+        track(run, 1, 2, group="x_folds")
+    track(runs[0], 3, images=True)
+    assert "stopped" not in (said := capsys.readouterr().err)
+    assert said.count("no images and no names of images, on this machine alone") == 2
+    assert said.count("and images with their names, on this machine alone") == 1
+    names = [f"run-{(run / 'trackio_id').read_text()}" for run in runs]
+    assert list(trackio.runs) == names
+    assert names[0] != names[1]
+    expected = [
+        row for step in (1, 2) for row in ((step, {"kind": "train", "loss": step / 8}), (step, {"images_per_s": 2.5}))
+    ]
+    assert trackio.runs[names[1]] == expected
+    shown = {"samples/0": ((4, 4), "one.png"), "samples/1": ((4, 4), "two.png")}
+    more = [(3, {"kind": "train", "loss": 0.375}), (3, {"images_per_s": 2.5}), (3, shown)]
+    assert trackio.runs[names[0]] == expected + more
+    assert [asked["group"] for asked in trackio.asked] == ["x_folds", "x_folds", "run"]
+    assert {(asked["project"], asked["resume"], asked["embed"]) for asked in trackio.asked} == {
+        ("cxrdist", "allow", False)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TRACKIO_SPACE_ID", "me/space", "sends .* to me/space, which TRACKIO_SPACE_ID names"),
+        ("TRACKIO_SERVER_URL", "https://in.house/?write_token=canary", r"sends .* to https://in.house/\?\*\*\*, which"),
+    ],
+)
+def test_where_the_environment_sends_trackio_is_said_without_the_secret(
+    tmp_path, monkeypatch, capsys, name, value, said
+):
+    monkeypatch.setitem(sys.modules, "trackio", Trackio())
+    monkeypatch.setenv(name, value)
+    track(tmp_path, 1)
+    shown = capsys.readouterr().err
+    assert re.search(f"^trackio: {said}", shown)
+    assert "canary" not in shown
+
+
+def test_no_tracker_asks_no_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "canary")
+    with Tracker(tmp_path, library="none", wandb_mode="online") as tracker:
+        assert tracker.dashboard is None
+    assert capsys.readouterr().err == ""
+
+
+def test_flags_of_another_tracker_and_one_that_is_not_installed_end_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not there
+
+    def refused(*words):
+        with pytest.raises((SystemExit, UserError)) as ended:
+            flags.parser().parse_args(["--task", "b", *words])
+        return str(ended.value) + capsys.readouterr().err
+
+    assert "--tracker trackio needs: pip install 'cxrdist[trackio]'" in refused("--tracker", "trackio")
+    assert "--wandb online is for --tracker wandb" in refused("--tracker", "none", "--wandb", "online")
+    assert flags.parser().parse_args(["--task", "b", "--tracker", "none", "--wandb", "off"]).tracker == "none"
+
+
+REAL = """
+import sys
+seen = []
+sys.addaudithook(lambda event, args: seen.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
+import numpy as np
+from pathlib import Path
+from cxrdist.training.tracking import Tracker
+for steps in ((1, 2), (3,)):
+    with Tracker(Path(sys.argv[1]), library="trackio", images=True, group="folds", config={"recipe": {}}) as tracker:
+        for step in steps:
+            tracker.metrics({"kind": "train", "step": step, "loss": 1 / step})
+        tracker.images(steps[-1], "samples", np.zeros((1, 4, 4), np.uint8), ["one.png"])
+        tracker.curves(steps[-1], "roc", {"a": ([0.0], [0.0])}, "x")
+assert not seen, seen
+"""
+
+
+def test_the_real_trackio_keeps_all_rows_and_speaks_to_nobody(tmp_path):
+    pytest.importorskip("trackio", reason="pip install 'cxrdist[trackio]'")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("TRACKIO")}
+    environment |= {"TRACKIO_DIR": str(tmp_path / "kept"), "HF_TOKEN": "hf_canary"}
+    words = [sys.executable, "-W", "error::UserWarning", "-c", REAL, str(folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("trackio: records recipe") == 2
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    with sqlite3.connect(tmp_path / "kept" / "cxrdist.db") as database:
+        rows = [(step, json.loads(row)) for step, row in database.execute("select step, metrics from metrics")]
+        (config,) = database.execute("select config from configs").fetchall()
+    assert [step for step, row in rows if "loss" in row] == [1, 2, 3]
+    assert [step for step, row in rows if "samples/0" in row] == [2, 3]
+    assert json.loads(config[0])["_Group"] == "folds"
+    assert json.loads(config[0])["_Username"] is None
