@@ -276,7 +276,7 @@ def train(
             state.epoch, state.step = epoch + 1, 0
             state.epoch_sums.zero_()
     if validation is not None:
-        ranks.say(ranks.on_main(summary.tables, run, validation, held_out.patients))
+        ranks.say(ranks.on_main(summary.tables, run, validation, valid_loader))
     ranks.say(f"finished: {recipe.epochs} epochs, checkpoints in {run / 'checkpoints'}")
 
 

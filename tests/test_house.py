@@ -52,7 +52,7 @@ NO_LABELS = {  # lines in which 14 is another number
         "grey = gamma[((luminance * sum(RGB_SHARES[1]) + 2**13) >> 14).clip(0, 4095)]",
     },
 }
-EXCEPTIONS = {("cli", "models/convert")}  # a command in a folder: its flags are an entry's
+EXCEPTIONS = {("cli", "models/convert"), ("cli", "training/dashboard")}  # commands in folders: their flags are entries'
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

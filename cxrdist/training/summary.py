@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.loader import Loader
 from cxrdist.documents import LogRow, json_row
 from cxrdist.errors import UserError
 from cxrdist.files import open_to_read
 from cxrdist.scoring.metrics import quick_intervals
-from cxrdist.shards.columns import Texts
 from cxrdist.terminal import aligned, with_interval
 from cxrdist.training.validate import Validation
 
@@ -31,23 +34,22 @@ def last_auroc(run: Path) -> float | None:
     return next((value for value in reversed(found) if value is not None), None)
 
 
-def tables(run: Path, validation: Validation, patients: Texts) -> str:
-    """What to print when the last epoch is validated; patients: of each row of the images that were validated on."""
+def tables(run: Path, validation: Validation, loader: Loader) -> str:
+    """What to print when the last epoch is validated; loader: of the images that were validated on."""
     try:
+        patients = loader.index.patients[validation.rows].codes()[0]
         return "\n".join([*_labels(validation, patients), "", *_epochs(epoch_rows(run))])
     except UserError as error:  # all that was trained is safe: a column of names that is damaged ends nothing now
         return f"no final table: {error}"
 
 
-def _labels(validation: Validation, patients: Texts) -> Iterator[str]:
-    codes = patients[validation.rows].codes()[0]
-    intervals, whole = quick_intervals(validation.targets, validation.logits, codes)
+def _labels(validation: Validation, patients: NDArray[np.int32]) -> Iterator[str]:
+    intervals, whole = quick_intervals(validation.targets, validation.logits, patients)
     yield (
-        f"last validation: {validation.num_images:,} images of {int(codes.max(initial=-1)) + 1:,} patients; "
+        f"last validation: {validation.num_images:,} images of {int(patients.max(initial=-1)) + 1:,} patients; "
         "95 % intervals over patients"
     )
-    sums = [validation.targets[:, place] for place in range(len(validation.auroc))]
-    positives = [float(column[column == column].sum()) for column in sums]  # nan, masked, is not itself
+    positives = np.nansum(validation.targets, axis=0, dtype=np.float64)
     rows = [
         (label, f"{count:,.6g}", *with_interval(value, ends))
         for (label, value), count, ends in zip(validation.auroc.items(), positives, intervals, strict=True)

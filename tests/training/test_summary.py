@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,11 @@ def validation() -> Validation:
     return Validation(num_images=6, losses=losses, auroc_macro=6 / 9, num_labels=2, auroc=auroc, **places)
 
 
+def loader_of(patients: list[str], check: Any = None) -> Any:
+    """As much of a loader as the summary asks for."""
+    return SimpleNamespace(index=SimpleNamespace(patients=Texts(patients, check)))
+
+
 @pytest.mark.fast
 def test_labels_have_intervals_and_the_best_epoch_is_marked(tmp_path: Path, validation: Validation) -> None:
     (tmp_path / "metrics.jsonl").write_text(
@@ -38,8 +45,7 @@ def test_labels_have_intervals_and_the_best_epoch_is_marked(tmp_path: Path, vali
         '{"kind": "validation", "epoch": 2, "validation/loss": 0.25, "validation/auroc_macro": 0.8}\n'
         '{"kind": "epoch", "epoch": 3, "epoch_loss": 0.5}\n'
     )
-    patients = Texts(["x", "y", "a", "a", "b", "b", "c", "c"])
-    lines = summary.tables(tmp_path, validation, patients).splitlines()
+    lines = summary.tables(tmp_path, validation, loader_of(["x", "y", "a", "a", "b", "b", "c", "c"])).splitlines()
     assert lines[0] == "last validation: 6 images of 3 patients; 95 % intervals over patients"
     assert re.fullmatch(r"Nodule +3  0\.8889  0\.\d{4} to 0\.\d{4}", lines[2])
     assert re.fullmatch(r"b\?\[2J +3  0\.4444  0\.\d{4} to 0\.\d{4}", lines[3])
@@ -59,7 +65,7 @@ def test_a_damaged_column_of_patients_does_not_end_what_is_trained(tmp_path: Pat
     def damaged(column: object) -> None:
         raise UserError("index.arrow: patients are damaged")
 
-    said = summary.tables(tmp_path, validation, Texts(["a"] * 8, damaged))
+    said = summary.tables(tmp_path, validation, loader_of(["a"] * 8, damaged))
     assert said == "no final table: index.arrow: patients are damaged"
 
 
