@@ -230,8 +230,11 @@ def run_entry(main: Callable[[], None], *, again: str = AGAIN) -> int:
         if environment.rank_text() == "0":
             print(f"interrupted: {again}", file=sys.stderr)
         return 130
+    except UserError as error:
+        _tell(str(error))
+        return 2
     except Exception as error:
-        from cxrdist.distributed.ends import named  # needs torch, which no command has to wait for that ends well
+        from cxrdist.distributed.ends import named  # needs torch, which neither a good end nor a mistake waits for
 
         if (text := named(error, again)) is not None:
             _tell(text)
