@@ -41,7 +41,7 @@ INIT_TIMEOUT_S = 10  # wandb's own default keeps a run without network waiting f
 QUEUE_ROWS = 1000  # rows waiting for the dashboard; further ones are dropped there, never in the local files
 CLOSE_TIMEOUT_S = 60.0
 NUM_SAMPLES = 4  # augmented images that are shown
-SENT = "recipe, versions, hardware, losses, validation scores and curves, speeds, the run folder's name"
+SENT = "recipe, versions, hardware, losses, validation scores and curves, speeds, the names of run and group"
 
 
 @dataclass(frozen=True, eq=False)
