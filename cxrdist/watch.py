@@ -54,7 +54,7 @@ def frame(runs: Sequence[Progress], columns: int, max_lines: int | None = None) 
     for run in runs:
         run.update()
     now = time.time()
-    order = sorted(runs, key=lambda run: (run.finished, run.silent_s(now) is not None))
+    order = sorted(runs, key=lambda run: 2 if run.finished else run.silent_s(now) is not None)
     across = max(1, (columns + GAP) // (MIN_CARD + GAP))
     each = min(MAX_CARD, (columns - GAP * (across - 1)) // across)
     names = names_of(runs)

@@ -60,6 +60,24 @@ def test_no_line_is_wider_than_the_terminal_and_what_does_not_fit_is_named(runs:
     assert short[-1] == "1 more: eva_x_b"
 
 
+def test_running_ones_come_first_then_silent_ones_then_finished_ones_as_they_were_given(tmp_path: Path) -> None:
+    names = ["done_long_ago", "silent", "running", "done"]
+    found = []
+    for name in names:
+        run = make_run(tmp_path / name, epochs=1)
+        add(run, trained(1), *([{"kind": "epoch", "step": 1, "epoch": 1}] if "done" in name else []))
+        if name in ("done_long_ago", "silent"):
+            os.utime(run / "metrics.jsonl", (1000, 1000))
+        found.append(Progress(run))
+    lines = watch.frame(found, 38)
+    assert [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in names] == [
+        "running",
+        "silent",
+        "done_long_ago",
+        "done",
+    ]
+
+
 def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     found = [Progress(make_run(tmp_path / place / "run")) for place in ("a", "b")]
     assert sorted(watch.names_of(found).values()) == ["a/run", "b/run"]

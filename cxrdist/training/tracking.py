@@ -347,7 +347,7 @@ class _TrackioThread(_DashboardThread):
         for part in (module, module.run, module.utils):
             part.print = lambda *_, **__: None
         # it resumes by the name, which runs of other folders may have, too
-        shown = {"project": _trackio_project(), "group": self._group, "name": f"{self._run.name}-{self._id()}"}
+        shown = {"project": _trackio_project(), "group": self._group, "name": f"{self._run.name}-{self._id()[:6]}"}
         quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
         return module.init(**shown, config=self._config, resume="allow", **quiet)
 
