@@ -46,12 +46,14 @@ def average(names: list[tuple[Path, int]], out: Path, weights: Literal["ema", "m
         raise UserError("one checkpoint has no average; name at least two with --from RUN@5,6")
     total: dict[str, Tensor] = {}
     metas: list[EpochMeta] = []
+    began: list[bool] = []
     first = load_member(*names[0], weights)
     for run, epoch in names:
         member = load_member(run, epoch, weights) if metas else first
         if found := _differences(first, member):
             raise UserError(f"{names[0][0]} and {run} cannot be averaged: {'; '.join(found)}")
         metas.append(member.meta)
+        began.append(member.from_random)
         for name, tensor in member.architecture.trained_state_dict(member.model).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
     described = [f"{run.resolve()}@{epoch}" for run, epoch in names]
@@ -74,7 +76,8 @@ def average(names: list[tuple[Path, int]], out: Path, weights: Literal["ema", "m
     recipe = dataclasses.replace(first.recipe, epochs=max(first.recipe.epochs, epoch), inference=inference)
     write_atomically(out / "task.json", first.task.to_json())
     if meta.data is not None:
-        write_atomically(out / "run.json", RunDocument(id=secrets.token_hex(8), data=meta.data).to_json())
+        run_document = RunDocument(id=secrets.token_hex(8), data=meta.data, init="random" if any(began) else "")
+        write_atomically(out / "run.json", run_document.to_json())
     write_atomically(out / "recipe.json", recipes.to_json(recipe))  # last: without it the folder is no run
     return f"{out}@{epoch}: the mean of {len(names)} checkpoints' {weights} weights ({', '.join(described)})"
 

@@ -224,6 +224,8 @@ def read_pictures(
                 continue
             title = f"{kind.saliency_title} of {run.name}@{member.meta.epoch}"
             abouts[f"{kind.saliency_title}: {kind.saliency_about}"] = None
+            if member.from_random:
+                abouts[f"{run.name}: {saliency.FROM_RANDOM}"] = None
             if stored is not None:
                 maps[title] = saliency.maps_of(member, stored, examples)
             if images is None:

@@ -22,7 +22,7 @@ from cxrdist.flags.predict import parser
 from cxrdist.inference.findings import NOT_CALIBRATED, is_positive, ranked, shown_prob
 from cxrdist.inference.predictor import Prediction, Predictor
 from cxrdist.report.page import WARNING
-from cxrdist.report.saliency import overlay_png
+from cxrdist.report.saliency import FROM_RANDOM, overlay_png
 from cxrdist.shards.sources import list_images
 
 IN_FULL = 5  # images whose findings are all shown
@@ -185,14 +185,17 @@ def write_maps(model: Predictor, images: dict[str, Path], found: Prediction, fol
         (name, label): folder / map_name(name, found.labels[label]) for name, _, order in wanted for label in order
     }
     check_outputs(paths.values(), images.values(), flag="--maps", folder=folder)
+    note = FROM_RANDOM if model.about_maps()[2] else ""
     for name, row, order in tqdm(wanted, unit=" images", desc="maps", disable=len(wanted) <= SHOWN):
         if not order:
             continue
         maps, levels = model.maps(images[name], [found.labels[label] for label in order])
         for label, heat in zip(order, maps, strict=True):
             caption = f"{found.labels[label]} {shown_prob(found, row, label):.2f}"
-            write_output(paths[name, label], overlay_png(levels, heat, caption))
-    print(f"maps: {len(paths)} in {folder}" if paths else "maps: none, no finding is positive")
+            write_output(paths[name, label], overlay_png(levels, heat, caption, note))
+    print(
+        f"maps: {len(paths)} in {folder}. {note}".removesuffix(". ") if paths else "maps: none, no finding is positive"
+    )
     return len(paths)
 
 

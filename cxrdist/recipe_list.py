@@ -60,7 +60,8 @@ def shown(name: str) -> Iterator[str]:
     yield f"{_doc(function)}\n"
     yield f"command: {command_of(name, function)}"
     yield f"cost: {flops:.3g} GFLOP an image, forward and backward; {memory:.1f} GB of a GPU with {batch}; {COUNTED}\n"
-    yield f"fields, for task {TASK.name}; change one with --set NAME=VALUE, the augmentation with --augment"
+    yield f"fields, for task {TASK.name}; change one with --set NAME=VALUE, the augmentation with --augment,"
+    yield "the learning rates with --lr X: the largest becomes X, the others keep their ratio to it"
     for kind, values in ((Recipe, recipe), (Inference, recipe.inference)):
         texts = descriptions(kind)
         for field in dataclasses.fields(kind):

@@ -33,6 +33,7 @@ ModelName = Annotated[str, Field(pattern=r"^([a-z]+:)?[A-Za-z0-9][\w.-]*$")]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=10**6)]
+MAX_LR = 10**6
 Weight = Annotated[float, Field(ge=0, le=10**6)]
 StepNumber = bool | Annotated[int, Field(ge=-(2**31), le=2**31)] | Annotated[float, Field(ge=-1e9, le=1e9)]
 StepText = Annotated[str, Field(max_length=100)]
@@ -417,6 +418,37 @@ def with_scaled_lrs(recipe: Recipe, ratio: float, rule: Rule) -> Recipe:
     return dataclasses.replace(recipe, groups=tuple(groups))
 
 
+def with_largest_lr(recipe: Recipe, lr: float) -> Recipe:
+    """The recipe with `lr` as the largest learning rate of its rows and the others in proportion, as published.
+
+    Raises UserError for a rate that is not above 0, or a recipe of which nothing is trained.
+    """
+    lrs = [group.lr for group in recipe.groups if group.lr]
+    if not lrs:
+        raise UserError(f"--lr {lr:g}: no row of recipe {recipe.name} has a learning rate above 0")
+    if not 0 < lr <= MAX_LR:
+        raise UserError(f"--lr {lr:g} is not possible: give a number above 0 and at most {MAX_LR:,}, e.g. --lr 1e-4")
+    largest = max(lrs)
+    if lr == largest:
+        return recipe
+    groups = (dataclasses.replace(group, lr=group.lr and lr * (group.lr / largest)) for group in recipe.groups)
+    return dataclasses.replace(recipe, groups=tuple(groups))
+
+
+def summary(recipe: Recipe) -> str:
+    """The recipe in one line: model and size, epochs, global batch, learning rates, loss, EMA, augmentation by name."""
+    lrs = sorted({group.lr for group in recipe.groups if group.lr})
+    rates = "lr none" if not lrs else f"lr {lrs[0]:g}" + (f" to {lrs[-1]:g}" if len(lrs) > 1 else "")
+    decay = "" if recipe.layer_decay is None else f", x {recipe.layer_decay:g} a layer down"
+    whole = next((name for name, steps in AUGMENTS.items() if steps == recipe.augment), "")
+    steps = whole or ", ".join(dict.fromkeys(each.name for each in recipe.augment))
+    return (
+        f"recipe {recipe.name}: {recipe.model} at {recipe.image_size} px, {recipe.epochs} epochs, "
+        f"{recipe.global_batch_size} images a step; {rates} ({recipe.lr_schedule}{decay}); loss {recipe.loss}; "
+        f"EMA {recipe.ema_decay:.6g}{' with a ramp' if recipe.ema_ramp else ''}; augmentation: {steps}"
+    )
+
+
 def to_json(recipe: Recipe) -> str:
     """The recipe as JSON text; floats survive the round trip exactly."""
     return json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(recipe), indent=1)
@@ -477,7 +509,8 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         if not equals:
             raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. --set ema_decay=0.9995")
         if name not in homes:
-            raise UserError(f"--set {name}: no such recipe field; one of {', '.join(sorted(homes))}")
+            hint = "; learning rates: --lr X" if name in ("lr", "groups") else ""
+            raise UserError(f"--set {name}: no such recipe field{hint}; one of {', '.join(sorted(homes))}")
         parts: Any = value
         if name == "model_kwargs":
             parts = sorted(part.split("=" if "=" in part else ":", 1) for part in value.split(",") if part)

@@ -367,9 +367,12 @@ TASKS = COMPETITION | PUBLISHED
 
 
 def load_task(text: str) -> Task:
-    """The built-in task of that name, or the one in a .toml or .json file. UserError for anything else."""
-    if text in TASKS:
-        return TASKS[text]
+    """The built-in task of that name, or the one in a .toml or .json file. UserError for anything else.
+
+    The competition's divisions may be written as A and B, too, as the competition does.
+    """
+    if text in TASKS or text.lower() in COMPETITION:
+        return TASKS[text if text in TASKS else text.lower()]
     path = Path(text)
     if path.suffix not in (".toml", ".json"):
         raise UserError(f"--task {text}: no such task; one of {', '.join(TASKS)}, or a .toml or .json file")

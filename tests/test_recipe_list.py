@@ -41,6 +41,7 @@ def test_the_table_has_a_row_and_a_command_for_each_recipe(
 def test_one_recipe_is_shown_with_its_docstring_and_every_field_as_set_takes_it() -> None:
     recipe = recipes.demo_chexfound("b")
     text = "\n".join(recipe_list.shown("demo_chexfound"))
+    assert "the learning rates with --lr X: the largest becomes X, the others keep their ratio to it" in text
     assert "LayerScale is 1: at its usual 1e-5" in text
     assert "lr none     weight decay 0        '^backbone\\.'" in text
     assert "crop:ratio=(0.9, 1.1),scale=(0.85, 1.0),p=1.0" in text

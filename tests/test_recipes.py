@@ -13,6 +13,7 @@ from cxrdist.recipes import (
     from_json,
     recipe_for,
     to_json,
+    with_largest_lr,
     with_overrides,
     with_scaled_lrs,
 )
@@ -130,6 +131,45 @@ def test_learning_rates_scale_with_the_batch_only_on_request():
         scaled = with_scaled_lrs(recipe, 4.0, rule)
         assert scaled.groups[0].lr is None
         assert [group.lr for group in scaled.groups[1:]] == [group.lr * factor for group in recipe.groups[1:]]
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_a_given_learning_rate_is_that_of_the_largest_row_and_the_others_keep_their_ratio(name):
+    recipe = recipe_for(name, "b")
+    changed = with_largest_lr(recipe, 3e-3)
+    before, after = ([group.lr for group in one.groups] for one in (recipe, changed))
+    assert max(lr for lr in after if lr) == 3e-3
+    largest = max(lr for lr in before if lr)
+    for old, new in zip(before, after, strict=True):
+        assert (old is None) == (new is None)
+        assert old is None or new == pytest.approx(3e-3 * old / largest, rel=1e-12)
+    assert dataclasses.replace(changed, groups=recipe.groups) == recipe
+    assert with_largest_lr(recipe, largest) == recipe
+    assert from_json(to_json(changed)) == changed
+
+
+def test_a_learning_rate_that_cannot_be_is_named():
+    for lr in (0.0, -1.0, 2000000.5):
+        with pytest.raises(UserError, match=f"--lr {lr:g} is not possible.*above 0".replace("+", r"\+")):
+            with_largest_lr(recipes.eva_x("b"), lr)
+    still = dataclasses.replace(recipes.eva_x("b"), groups=(Group(pattern="", lr=None),))
+    with pytest.raises(UserError, match="no row of recipe eva_x has a learning rate above 0"):
+        with_largest_lr(still, 1e-3)
+    for name in ("lr", "groups"):
+        with pytest.raises(UserError, match=f"--set {name}: no such recipe field; learning rates: --lr X"):
+            with_overrides(recipes.eva_x("b"), [f"{name}=1e-3"])
+
+
+def test_a_recipe_is_told_in_one_line():
+    assert recipes.summary(recipes.eva_x("b")) == (
+        "recipe eva_x: eva_x at 448 px, 6 epochs, 64 images a step; lr 1e-06 to 8e-05 (constant); loss focal_bce; "
+        "EMA 0.9997; augmentation: published"
+    )
+    changed = with_overrides(recipes.demo_eva_x("b"), ["augment=+RandomGaussianNoise", "loss=asl", "layer_decay=0.8"])
+    told = recipes.summary(changed)
+    assert "lr 0.0005 (cosine, x 0.8 a layer down); loss asl; EMA 0.98 with a ramp" in told
+    assert told.endswith("augmentation: crop, flip, RandomGaussianNoise")
+    assert recipes.summary(with_overrides(changed, ["augment=none"])).endswith("augmentation: none")
 
 
 def test_an_unknown_model_or_file_is_named():

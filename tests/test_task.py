@@ -142,7 +142,10 @@ def test_a_file_that_is_no_task_is_one_named_error(tmp_path: Path, content: str,
 
 
 def test_tasks_are_loaded_by_name_or_from_a_json_file(tmp_path: Path) -> None:
-    assert load_task("b") is B
+    assert load_task("b") is load_task("B") is B
+    assert load_task("A") is TASKS["a"]
+    with pytest.raises(UserError, match="--task NIH: no such task"):
+        load_task("NIH")
     assert load_task("padchest") is TASKS["padchest"]
     (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "labels": ["x", "y"]}))
     assert load_task(str(tmp_path / "mine.json")) == MINE

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,15 @@ from cxrdist.models.weights.fit import load_init
 from cxrdist.models.weights.layouts import WeightFile, architecture_of_file, read_weights
 from cxrdist.models.weights.safetensors import tensors_sha256
 from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe
+from cxrdist.runs import checkpoint
 from cxrdist.runs.documents import Facts
-from cxrdist.runs.member import build_model, load_member, read_recipe, read_task
+from cxrdist.runs.member import Weights, build_model, load_member, read_recipe, read_task
 from cxrdist.scoring.tables import Checkpoint, shares
 from cxrdist.task import Task
 
 Kind = Literal["", "ema", "raw"]
+RECIPE = "recipe.json"
+KINDS: dict[str, Kind] = {"ema.safetensors": "ema", "model.safetensors": "raw"}  # of an epoch checkpoint's files
 VIEW_SETS: dict[str, tuple[str, ...]] = {"tta": PUBLISHED_VIEWS, "plain": ("plain",)}
 MEMBER = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+?)(@(?P<epochs>\d+(,\d+)*)|"
@@ -35,7 +39,10 @@ MEMBER = re.compile(
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """What `--member` asks for: epochs and views are None where the recipe decides; recipe is of a weight file only."""
+    """What `--member` asks for: epochs and views are None where the recipe decides; recipe is of a weight file only.
+
+    raw: the weights of the last step, not their EMA.
+    """
 
     name: str
     source: Path  # run folder, or a weight file
@@ -43,13 +50,14 @@ class MemberSpec:
     views: tuple[str, ...] | None = None
     weight: float | None = None
     recipe: str | None = None
+    raw: bool = False
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a checkpoint came from; run (folder) and facts (the data it was trained on) are None for a bare file.
 
-    weights, task: as in a score table's `Checkpoint`.
+    weights, task, from_random: as in a score table's `Checkpoint`. note: to be told with the plan.
     """
 
     label: str
@@ -57,6 +65,8 @@ class Origin:
     task: str = ""
     run: Path | None = None
     facts: Facts | None = None
+    from_random: bool = False
+    note: str = ""
 
 
 @dataclass
@@ -71,11 +81,12 @@ class Ensemble:
 
 
 def parse_member(text: str) -> MemberSpec:
-    """`NAME=RUN[@EPOCHS][:VIEWS][*WEIGHT]` or `NAME=FILE[#RECIPE][:VIEWS][*WEIGHT]`; UserError for another form.
+    """`NAME=RUN[@EPOCHS][:VIEWS][:raw][*WEIGHT]`, or `NAME=FILE[#RECIPE]...`; UserError for another form.
 
     VIEWS is tta, plain or view names with commas.
     """
-    form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
+    form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][:raw][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
+    text, raw = re.subn(r":raw(?=[:*]|$)", "", text, count=1)
     if (found := MEMBER.fullmatch(text)) is None:
         raise UserError(f"{form}; a name has letters, digits, '.', '_', '-'")
     epochs = tuple(int(epoch) for epoch in (found["epochs"] or "").split(",") if epoch)
@@ -93,7 +104,15 @@ def parse_member(text: str) -> MemberSpec:
     }
     if problems := [problem for problem, absent in checks.items() if not absent]:
         raise UserError(f"{form}; {problems[0]}")
-    return MemberSpec(found["name"], Path(found["source"]), epochs or None, views or None, weight, found["recipe"])
+    return MemberSpec(
+        name=found["name"],
+        source=Path(found["source"]),
+        epochs=epochs or None,
+        views=views or None,
+        weight=weight,
+        recipe=found["recipe"],
+        raw=bool(raw),
+    )
 
 
 def parse_members(texts: Sequence[str], task: str) -> list[MemberSpec]:
@@ -112,7 +131,7 @@ def task_of_models(specs: Sequence[MemberSpec], given: Task | None, flag: str = 
             what = "is neither a run folder nor a weight file"
             raise UserError(f"--member {spec.name}: {spec.source} {what}; check the path")
     found = [(f"the task of {flag}", given)] if given is not None else []
-    found += [(str(spec.source), read_task(spec.source)) for spec in specs if spec.source.is_dir()]
+    found += [(str(spec.source), task) for spec in specs if (task := task_of_spec(spec)) is not None]
     if not found:
         raise UserError(f"--member {specs[0].name}: a weight file does not say its task; name it: {flag} TASK")
     first, task = found[0]
@@ -135,10 +154,10 @@ def load_ensemble(specs: Sequence[MemberSpec], task: Task, backbone: Path | None
     for spec in specs:
         for origin, recipe, model in load_checkpoints(spec, task, backbone):
             item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
-            facts = origin.facts
-            trained_on = "" if facts is None else facts.shards
-            item = replace(item, weights=origin.weights, task=origin.task, trained_on=trained_on)
-            ensemble.notes += [note for note in [raw_note(spec, item)] if note]
+            trained_on = "" if origin.facts is None else origin.facts.shards
+            known = {"weights": origin.weights, "task": origin.task, "from_random": origin.from_random}
+            item = replace(item, trained_on=trained_on, **known)
+            ensemble.notes += [note for note in (origin.note, raw_note(spec, item)) if note]
             if item.backbone_sha256 is not None:
                 first = backbones.setdefault((item.model, item.backbone_sha256, item.image_size), model)
                 architecture_of(item.model).share_frozen(model, first)
@@ -159,39 +178,126 @@ def load_checkpoints(
     """(origin, recipe, model) of every checkpoint that one `--member` names."""
     if spec.source.is_dir():
         for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
-            loaded, label = load_member(spec.source, epoch, backbone=backbone), f"{spec.source}@{epoch}"
-            if found := task.differences(loaded.task):
-                problem = f"was trained for another task than the shards' ({'; '.join(found)})"
-                raise UserError(f"{label} {problem}; use a run of that task, or --external to score them all the same")
-            averaged_raw = loaded.meta.averaged and loaded.meta.weights == "model"
-            kind: Kind = "raw" if averaged_raw else "ema"
-            yield Origin(label, kind, task.name, spec.source, loaded.meta.data), loaded.recipe, loaded.model
-        return
-    files, member = [Path(part) for part in str(spec.source).split(",")], f"--member {spec.name}: {spec.source}"
-    if not all(path.is_file() for path in files):
-        raise UserError(f"{member} is neither a run folder nor a weight file; check the path")
-    if spec.epochs is not None:
-        raise UserError(f"{member} is one weight file; @epochs belongs to a run folder")
-    if ":" in (spec.recipe or ""):
-        recipe = recipe_for(spec.recipe or "", task.name)
-        weights = read_weights(*files, architecture=architecture_of(recipe.model))
+            yield load_epoch(spec, spec.source, epoch, "model" if spec.raw else "ema", task, backbone)
+    elif (place := place_in_run(spec)) is not None:
+        yield load_epoch(spec, *place, task, backbone)
     else:
-        weights = read_weights(*files)
-        recipe = recipe_of_file(spec, weights, task, member)
+        yield load_file(spec, task)
+
+
+def load_epoch(
+    spec: MemberSpec, run: Path, epoch: int, weights: Weights, task: Task, backbone: Path | None
+) -> tuple[Origin, Recipe, nn.Module]:
+    """A run's checkpoint of an epoch; UserError where it is of another task, or has not the weights asked for."""
+    loaded, label = load_member(run, epoch, weights, backbone), f"{run}@{epoch}"
+    refuse_other_task(label, loaded.task, task)
+    kind: Kind = "raw" if (loaded.meta.weights if loaded.meta.averaged else weights) == "model" else "ema"
+    refuse_ema(spec, kind)
+    note = "" if spec.source == run else note_of(spec, run)
+    origin = Origin(label, kind, task.name, run, loaded.meta.data, loaded.from_random, note)
+    return origin, loaded.recipe, loaded.model
+
+
+def load_file(spec: MemberSpec, task: Task) -> tuple[Origin, Recipe, nn.Module]:
+    """The weights of a file, or of several that complete each other.
+
+    The recipe is the one that `spec` names, else the one that lies beside the file, else the published one of its
+    architecture. UserError where they are of another task, or have not the weights asked for.
+    """
+    files, home, recipe = files_of(spec), home_of(spec), None
+    origin = Origin(str(spec.source))
+    if home is not None:
+        recipe, own = read_recipe(home), task_of_spec(spec)
+        if own is not None:
+            refuse_other_task(str(spec.source), own, task)
+        kind, name = KINDS.get(files[0].name, ""), "" if own is None else own.name
+        origin = replace(origin, weights=kind, task=name, note=note_of(spec, home))
+    elif ":" in (spec.recipe or ""):
+        recipe = recipe_for(spec.recipe or "", task.name)
+    weights = read_weights(*files, architecture=None if recipe is None else architecture_of(recipe.model))
+    recipe = recipe or recipe_of_file(spec, weights, task)
+    kind = origin.weights or weights.kind
+    if spec.raw and weights.ema is not None and weights.ema is not weights.tensors:
+        kind = "raw"
+    refuse_ema(spec, kind)
     model = build_model(recipe, task, to_load=True)
-    load_init(architecture_of(recipe.model), model, spec.source, weights="ema", complete=True)
-    yield Origin(str(spec.source), weights=weights.kind), recipe, model
+    chosen: Weights = "model" if spec.raw else "ema"
+    load_init(architecture_of(recipe.model), model, spec.source, weights=chosen, complete=True)
+    return replace(origin, weights=kind), recipe, model
 
 
-def recipe_of_file(spec: MemberSpec, weights: WeightFile, task: Task, member: str) -> Recipe:
+def files_of(spec: MemberSpec) -> list[Path]:
+    """The weight files of a member that is no run; UserError where they are not there, or epochs of them are named."""
+    files = [Path(part) for part in str(spec.source).split(",")]
+    if not all(path.is_file() for path in files):
+        raise UserError(
+            f"--member {spec.name}: {spec.source} is neither a run folder nor a weight file; check the path"
+        )
+    if spec.epochs is not None:
+        raise UserError(f"--member {spec.name}: {spec.source} is one weight file; @epochs belongs to a run folder")
+    return files
+
+
+def home_of(spec: MemberSpec) -> Path | None:
+    """The folder with the recipe and the task of a member: its run, or that of its file; None where none is known.
+
+    A file has none where the member names a recipe. Else it is the file's own folder, or that of the run that it is an
+    epoch's of, if there is a recipe.
+    """
+    if spec.source.is_dir():
+        return spec.source
+    if spec.recipe is not None:
+        return None
+    folder = Path(str(spec.source).partition(",")[0]).parent
+    above = Path(os.path.normpath(folder / ".." / ".."))
+    is_epoch = checkpoint.epoch_of(Path(os.path.abspath(folder))) is not None
+    places = [folder, above] if is_epoch else [folder]
+    return next((each for each in places if (each / RECIPE).is_file()), None)
+
+
+def place_in_run(spec: MemberSpec) -> tuple[Path, int, Weights] | None:
+    """(run, epoch, which weights) of a member whose file is one of an epoch checkpoint where it was written."""
+    files, home = files_of(spec), home_of(spec)
+    kind, epoch = KINDS.get(files[0].name), checkpoint.epoch_of(Path(os.path.abspath(files[0].parent)))
+    if home is None or home == files[0].parent or len(files) > 1 or kind is None or epoch is None:
+        return None
+    return home, epoch, "model" if kind == "raw" else "ema"
+
+
+def task_of_spec(spec: MemberSpec) -> Task | None:
+    """The task that a run, or what lies beside a weight file, says; None for a file without it."""
+    home = home_of(spec)
+    said = home is not None and (spec.source.is_dir() or (home / "task.json").is_file())
+    return read_task(home) if home is not None and said else None
+
+
+def note_of(spec: MemberSpec, home: Path) -> str:
+    return f"{spec.name}: {spec.source} is read with the recipe in {home / RECIPE}"
+
+
+def refuse_other_task(label: str, own: Task, task: Task) -> None:
+    if found := task.differences(own):
+        problem = f"was trained for another task than the shards' ({'; '.join(found)})"
+        raise UserError(f"{label} {problem}; use a run of that task, or --external to score them all the same")
+
+
+def refuse_ema(spec: MemberSpec, kind: str) -> None:
+    """UserError where raw weights are asked for and there are others."""
+    if spec.raw and kind != "raw":
+        what = "EMA weights" if kind == "ema" else "weights of which the file does not say whether they are raw ones"
+        raise UserError(
+            f"--member {spec.name}: {spec.source} holds {what}; leave out :raw, or name a run or file with raw ones"
+        )
+
+
+def recipe_of_file(spec: MemberSpec, weights: WeightFile, task: Task) -> Recipe:
     """The recipe that the weight file's member names, or the published one of its architecture. UserError: neither."""
     model_name = architecture_of_file(weights)
     recipes = {name: recipe for name in RECIPES if (recipe := recipe_for(name, task.name)).model == model_name}
     if not recipes or spec.recipe not in (None, *recipes):
         known = ", ".join(recipes) or "not known"
-        raise UserError(
-            f"{member} holds weights of {model_name}, and recipes of that are {known}; name one as FILE#RECIPE"
-        )
+        what = f"--member {spec.name}: {spec.source} holds weights of {model_name}"
+        raise UserError(f"{what}, and recipes of that are {known}; name one as FILE#RECIPE")
     return recipes[spec.recipe or next(iter(recipes))]  # the first one is the published one
 
 
@@ -202,13 +308,14 @@ def is_recipe(name: str | None) -> bool:
 
 def raw_note(spec: MemberSpec, item: Checkpoint) -> str:
     """The warning for a weight file with the raw weights of an epoch, whose EMA is in a file of its own; else ''."""
-    if item.weights != "raw" or spec.source.is_dir():
+    if item.weights != "raw" or spec.raw or spec.source.is_dir():
         return ""
     number = re.findall(r"\d+", spec.source.stem)[-1:]
     files = sorted(spec.source.parent.glob(f"*[eE][mM][aA]*{spec.source.suffix}"))
     twins = [path.name for path in files if re.findall(r"\d+", path.stem)[-1:] == number and path != spec.source]
     beside = f"{twins[0]} beside it looks like its EMA" if twins else "its EMA is in another file"
-    return f"warning: {spec.name}: {spec.source} holds raw weights; {beside}: name that, or both as FILE,FILE"
+    both = "" if spec.source.name in KINDS else ", or both as FILE,FILE"
+    return f"warning: {spec.name}: {spec.source} holds raw weights; {beside}: name that{both}"
 
 
 def checkpoint_of(source: str, recipe: Recipe, model: nn.Module, views: Sequence[str]) -> Checkpoint:

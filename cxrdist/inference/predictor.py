@@ -200,10 +200,11 @@ class Predictor:
             raise UserError(f"{what} makes no maps (members: {there})")
         return with_maps[0]
 
-    def about_maps(self, member: str | None = None) -> tuple[str, str]:
-        """The title of a member's maps, and what they are."""
-        architecture = architecture_of(self.mapped(member).checkpoints[0].model)
-        return architecture.saliency_title, architecture.saliency_about
+    def about_maps(self, member: str | None = None) -> tuple[str, str, bool]:
+        """The title of a member's maps, what they are, and whether their model is known to have begun at random."""
+        first = self.mapped(member).checkpoints[0]
+        architecture = architecture_of(first.model)
+        return architecture.saliency_title, architecture.saliency_about, first.from_random
 
     def _levels(self, image: Source) -> Levels | str:
         pixels = Pixels(self.stored.mode, self.stored.size_px, self.stored.fit)

@@ -24,6 +24,7 @@ from cxrdist.scoring.metrics import Floats
 from cxrdist.scoring.tables import ScoreTable
 
 MEANING = "A map shows what moved the score, not the disease."
+FROM_RANDOM = "This model started from random weights: its maps show little."
 NUM_EXAMPLES = 6  # images with maps of every model
 PER_KIND = 2  # images of a label that are right or wrong in one way
 MAX_CONFIDENT = 100  # of these in all, but one of each kind: 2 MB of the page, a pass of the model each
@@ -124,7 +125,8 @@ def label_images(
             caption = f"<figcaption>{html.escape(told)}</figcaption>"
             place = example.label, example.kind
             pictures[place] = f'{pictures.get(place, "")}<figure class="pair"><div>{shown}</div>{caption}</figure>'
-    about = "" if member is None else f"{map_title}. {MEANING}"
+    said = "" if member is None or not member.from_random else f" {FROM_RANDOM}"
+    about = "" if member is None else f"{map_title}. {MEANING}{said}"
     found: dict[int, str] = {}
     for label in dict.fromkeys(example.label for example in examples):
         kinds = "".join(
@@ -170,13 +172,14 @@ def overlay(levels: NDArray[np.uint8], heat: Maps) -> NDArray[np.uint8]:
     return np.asarray(np.rint(levels * (1 - alpha) + colours * alpha), dtype=np.uint8)
 
 
-def overlay_png(levels: NDArray[np.uint8], heat: Maps, caption: str) -> bytes:
-    """The bytes of a PNG: the image, the image under its map, and a line below that says what it is."""
+def overlay_png(levels: NDArray[np.uint8], heat: Maps, caption: str, note: str = "") -> bytes:
+    """The bytes of a PNG: the image, the image under its map, and lines below that say what it is; note: the last."""
     grey = np.broadcast_to(levels, (*levels.shape[:2], 3))
     pictures = np.concatenate([grey, overlay(levels, heat)], axis=1)
-    sheet = Image.new("RGB", (pictures.shape[1], pictures.shape[0] + 44), "white")
+    lines = [f"{caption}. {MEANING}", *([note] if note else [])]
+    sheet = Image.new("RGB", (pictures.shape[1], pictures.shape[0] + 20 + 24 * len(lines)), "white")
     sheet.paste(Image.fromarray(pictures))
-    text = f"{caption}. {MEANING}".encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
+    text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
     ImageDraw.Draw(sheet).text((12, pictures.shape[0] + 12), text, "black", ImageFont.load_default(size=17))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

@@ -130,6 +130,13 @@ def epoch_folder(run: Path, epoch: int) -> Path:
     return run / "checkpoints" / f"epoch_{epoch:02d}"
 
 
+def epoch_of(folder: Path) -> int | None:
+    """The epoch whose checkpoint `folder` is by its name and place in a run; None for any other folder."""
+    number = folder.name.removeprefix("epoch_")
+    is_one = folder.parent.name == "checkpoints" and number.isdecimal() and folder.name != number
+    return int(number) if is_one else None
+
+
 def step_folders(run: Path) -> list[Path]:
     """The `step_<N>` checkpoints of a run, newest first; they may be damaged."""
     return [folder for _, folder in _numbered(run, "step")]

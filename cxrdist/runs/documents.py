@@ -71,11 +71,15 @@ class OwnRecipe(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class RunDocument(Document):
-    """`run.json`: an id drawn at the start, which ties everything written later to this folder, and the data."""
+    """`run.json`: an id drawn at the start, which ties everything written later to this folder, and the data.
+
+    init: the weights that it began with: random, timm, official or the names of files; '' of versions without it.
+    """
 
     format_version: int = FORMAT_VERSION
     id: str
     data: Facts
+    init: str = ""
     own_recipe: OwnRecipe | None = None
 
 

@@ -17,7 +17,7 @@ from cxrdist.models.weights.fit import WEIGHTS_FOLDER, load_backbone
 from cxrdist.models.weights.safetensors import file_sha256, is_safetensors, read_safetensors, write_safetensors
 from cxrdist.recipes import Recipe
 from cxrdist.runs import checkpoint
-from cxrdist.runs.documents import EpochMeta, Frozen, read_versioned
+from cxrdist.runs.documents import EpochMeta, Frozen, RunDocument, read_versioned
 from cxrdist.task import Task
 
 BACKBONE_FILE = "backbone.safetensors"  # of a run that began with --init random
@@ -28,13 +28,17 @@ FILLS = {_T.uniform_, _T.normal_, _T.erfinv_, _T.mul_, _T.add_, _T.clamp_, _T.di
 
 @dataclass(frozen=True, eq=False)
 class LoadedMember:
-    """A run's model after one epoch, in eval mode on the CPU, and what it was trained as."""
+    """A run's model after one epoch, in eval mode on the CPU, and what it was trained as.
+
+    from_random: the run is known to have begun from random weights.
+    """
 
     recipe: Recipe
     task: Task
     architecture: Architecture
     model: nn.Module
     meta: EpochMeta
+    from_random: bool = False
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -100,7 +104,15 @@ def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path 
     if meta.frozen is not None:
         load_frozen(architecture, model, run, meta.frozen, backbone)
     architecture.load_trained_state_dict(model, tensors, str(folder))
-    return LoadedMember(recipe, task, architecture, model.eval(), meta)
+    return LoadedMember(recipe, task, architecture, model.eval(), meta, began_random(run, meta))
+
+
+def began_random(run: Path, meta: EpochMeta) -> bool:
+    """Whether the run says that it began from random weights; a version that did not say it wrote their backbone."""
+    with contextlib.suppress(UserError):
+        if (run / "run.json").exists() and (init := RunDocument.read(run / "run.json").init):
+            return init == "random"
+    return meta.frozen is not None and Path(meta.frozen.file).name == BACKBONE_FILE
 
 
 def write_frozen(architecture: Architecture, model: nn.Module, run: Path) -> Frozen:

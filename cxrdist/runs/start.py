@@ -175,13 +175,18 @@ def build(
     raise UserError(f"--init {path}: holds no backbone for {recipe.model}; give the official backbone's file as well")
 
 
-def write_id(run: Path, facts: Facts, own: RecipeFile | None = None) -> None:
-    """Make the folder this run's, before anything else is written in it; a resumed run keeps its id."""
+def write_id(run: Path, facts: Facts, own: RecipeFile | None = None, init: str | None = None) -> None:
+    """Make the folder this run's, before anything else is written in it; a resumed run keeps its id.
+
+    init: as --init says it; of files their names alone are written.
+    """
     checkpoint.remove_unfinished(run)
     if (run / "recipe.json").exists():
         return
     made_by = None if own is None else OwnRecipe(file=str(own.path), function=own.name, sha256=own.sha256)
-    write_atomically(run / "run.json", RunDocument(id=secrets.token_hex(8), data=facts, own_recipe=made_by).to_json())
+    began = "official" if init is None else ",".join(Path(part).name for part in init.split(","))
+    document = RunDocument(id=secrets.token_hex(8), data=facts, init=began, own_recipe=made_by)
+    write_atomically(run / "run.json", document.to_json())
     if own is not None:
         write_atomically(run / RECIPE_FILE, own.content)
     else:  # of a start that was interrupted

@@ -43,6 +43,7 @@ class Checkpoint(Document):
     weights: Literal["", "ema", "raw"] = ""  # the averaged ones or those of the last step; '' where it is not known
     task: str = ""  # that the weights were trained for; '' where their file does not say it
     trained_on: str = ""  # fingerprint of the shards that they were trained on; '' where it is not known
+    from_random: bool = False  # their training is known to have begun from random weights
     image_size: int
     views: dict[str, float]  # distinct canonical views with their shares in the mean
     num_views: int = 0  # views asked for, equal ones included

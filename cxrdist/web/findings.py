@@ -18,7 +18,7 @@ from cxrdist.errors import UserError, one_line
 from cxrdist.inference.findings import NOT_CALIBRATED, is_positive, ranked, shown_prob
 from cxrdist.inference.predictor import Prediction, Predictor
 from cxrdist.report.page import WARNING
-from cxrdist.report.saliency import MEANING, overlay
+from cxrdist.report.saliency import FROM_RANDOM, MEANING, overlay
 from cxrdist.scoring.operating import LabelCalibration, Range
 
 SHOWN = 20  # findings in the open; the others are behind a line that opens
@@ -98,8 +98,9 @@ def maps_html(model: Predictor, look: Look, members: Sequence[str]) -> str:
         except UserError as error:
             notes.append(f"{error}.")
             continue
-        title, about = model.about_maps(name)
+        title, about, from_random = model.about_maps(name)
         caption = f"{title} of {name}, whose raw score is {look.found.members[name][0, look.chosen]:.3f}. {about}"
+        caption += f" {FROM_RANDOM}" if from_random else ""
         figures.append(_figure(overlay(levels, heat[0]), caption, f"Map of {label} by {name}"))
     said = text(" ".join([*notes, MEANING]))
     return f'<h2>{text(label)}</h2><div class="cx-maps">{"".join(figures)}</div><p class="cx-soft">{said}</p>'

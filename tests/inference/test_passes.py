@@ -68,6 +68,22 @@ def test_equal_weights_in_two_members_and_backbones_of_another_size_are_kept_apa
 def test_a_member_is_read_as_written(text, epochs, views, weight, source):
     spec = member_specs.parse_member(text)
     assert (spec.epochs, spec.views, spec.weight, str(spec.source)) == (epochs, views, weight, source)
+    assert not spec.raw
+
+
+@pytest.mark.parametrize(
+    ("text", "views", "weight"),
+    [
+        ("x=run@5,6:tta:raw", member_specs.VIEW_SETS["tta"], None),
+        ("x=run@5,6:raw*2", None, 2.0),
+        ("x=run@5,6:raw", None, None),
+        ("x=run@5,6:raw:plain", ("plain",), None),
+        ("x=run@5,6:plain,hflip:raw*0.5", ("plain", "hflip"), 0.5),
+    ],
+)
+def test_raw_weights_are_asked_for_beside_the_views(text, views, weight):
+    spec = member_specs.parse_member(text)
+    assert (spec.raw, spec.epochs, spec.views, spec.weight, str(spec.source)) == (True, (5, 6), views, weight, "run")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +92,8 @@ def test_a_member_is_read_as_written(text, epochs, views, weight, source):
         ("runs/eva_x_b@5,6", "write NAME=RUN"),
         ("../x=run", "a name has letters"),
         ("x=run:tte", "view 'tte' is unknown"),
+        ("x=run:rawer", "view 'rawer' is unknown"),
+        ("x=run:raw:raw", "view 'raw' is unknown"),
         ("x=run@5,5", "named twice"),
         ("x=run*-1", "0 or more"),
         ("x=run*two", "'two' is not a number"),
