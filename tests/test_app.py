@@ -366,6 +366,16 @@ def test_what_files_and_tasks_name_is_shown_as_it_is(bundle, xrays) -> None:
     assert "{{" not in html
 
 
+def test_maps_of_a_member_that_started_from_random_weights_say_so(bundle, xrays) -> None:
+    from cxrdist.report.saliency import FROM_RANDOM
+    from cxrdist.web.findings import Look, maps_html
+
+    model, content = cxrdist.load(bundle, precision="fp32"), xrays["chest.png"].read_bytes()
+    look = Look("chest.png", content, model.predict(content), chosen=1)
+    for name in ("eva_x", "chexfound"):  # the backbone of the second is random, and the bundle knows it
+        assert (FROM_RANDOM in maps_html(model, look, [name])) is (name == "chexfound")
+
+
 def test_one_image_at_a_time_is_in_the_model(bundle, xrays, monkeypatch) -> None:
     pytest.importorskip("gradio")
     from cxrdist.web.blocks import Page

@@ -65,6 +65,8 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
         "Files and times",
     ):
         assert title in page
+    assert "chexfound_b: This model started from random weights" in page
+    assert "eva_x_b: This model started from random weights" not in page
     assert np.isfinite(numbers["scores"][0]["macro_interval"]).all()
 
 

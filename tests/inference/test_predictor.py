@@ -16,6 +16,7 @@ from cxrdist import export, infer, predict, preprocess
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
 from cxrdist.inference import predictor
+from cxrdist.report.saliency import FROM_RANDOM
 from cxrdist.scoring.tables import average_tables, read_table
 from cxrdist.task import Task
 
@@ -176,6 +177,17 @@ def test_a_map_is_of_its_label(bundle) -> None:
         assert not np.array_equal(maps[0], maps[1])
     with pytest.raises(UserError, match="no label of this model"):
         model.maps(levels, ["Gout"])
+
+
+def test_maps_of_a_model_that_started_from_random_weights_say_so(world, scored, tmp_path, capsys) -> None:
+    image, sizes = files_of(world, scored[0])[0], {}
+    for name, run in (("eva_x", world.eva_x), ("chexfound", world.chexfound)):  # the backbone of the second is random
+        member = ["--member", f"{name}={run}@1:plain", "--precision", "fp32"]
+        predict.main([str(image), *member, "--maps", str(tmp_path / name)])
+        assert (FROM_RANDOM in capsys.readouterr().out) is (name == "chexfound")
+        with Image.open(next((tmp_path / name).glob("*.png"))) as picture:
+            sizes[name] = picture.size
+    assert sizes["chexfound"][1] == sizes["eva_x"][1] + 24
 
 
 def test_the_command_writes_all_that_was_asked_for(world, bundle, scored, tmp_path, capsys) -> None:

@@ -107,6 +107,15 @@ def toy_member(seen: dict[str, Any]) -> LoadedMember:
     return LoadedMember(recipe, TASKS["b"], toy, nn.Identity(), meta)
 
 
+def test_maps_of_a_model_that_started_from_random_weights_say_so(uneven_shards):
+    examples = [Example(open_index(uneven_shards, "train").image_names[0], 0, 0.5)]
+    for from_random in (True, False):
+        member = dataclasses.replace(toy_member({}), from_random=from_random)
+        with Loader(open_index(uneven_shards, "train"), num_threads=1) as loader:
+            (page,) = saliency.label_images(loader, examples, ["scar"], member, "Maps").values()
+        assert (saliency.FROM_RANDOM in page) is from_random
+
+
 @pytest.mark.parametrize(("count", "channels"), [(1, 1), (4, 3)])
 def test_the_maps_of_any_architecture_are_drawn_for_the_labels_asked_for(count, channels):
     seen: dict[str, Any] = {}
