@@ -29,7 +29,7 @@ from cxrdist.errors import UserError
 from cxrdist.estimate.count import MAX_DEVICE_BATCH_SIZE, fitting_batch
 from cxrdist.estimate.report import dry_run
 from cxrdist.files import folder_lock
-from cxrdist.flags.train import NO_FOLD, parser
+from cxrdist.flags.train import NO_FOLD, NUM_FOLDS, parser, refuse_unused_folds
 from cxrdist.models import architecture_of, recipe_for
 from cxrdist.models.compiled import graphs_told
 from cxrdist.models.weights import fit, layouts
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         check_gpus_seen()
     at.fetch("train", args.task)  # before the process group, whose timeout is shorter than a download
     shards, task = at.folder, args.task or task_of(at.folder)
+    refuse_unused_folds(args, task)
     if selection.validates_on_split(args.validate_fold, task):
         at.fetch("valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
@@ -84,8 +85,11 @@ def asked_for(args: Namespace, task: str, num_images: int | None) -> tuple[Recip
     """The recipe that the flags name, and what they make of it. UserError for a flag that no recipe can follow."""
     own = args.recipe and args.recipe.build(task)  # not fitted to the set: its numbers are its author's
     published: Recipe = own or recipe_for(args.model, task, num_images)
-    edits = [f"augment={edit}" for edit in args.augment] + ([f"train={args.train}"] if args.train else [])
+    edits = [f"augment={edit}" for edit in args.augment]
+    edits += [f"{name}={value}" for name in ("train", "epochs") if (value := getattr(args, name)) is not None]
     recipe = recipes.with_overrides(published, args.overrides + edits)
+    if args.lr is not None:
+        return published, recipes.with_largest_lr(recipe, args.lr)
     ratio = recipe.global_batch_size / published.global_batch_size
     return published, recipes.with_scaled_lrs(recipe, ratio, args.scale_lr)
 
@@ -136,7 +140,7 @@ def train(
         if args.compile and recipe.sync_bn:
             raise UserError("--compile: sync_bn speaks to the other processes in each layer; leave one of them out")
     accum_steps = order.accum_steps(recipe.global_batch_size, device_batch_size, ranks.world_size)
-    ranks.say(f"{report}\n{recipes.to_json(recipe)}")
+    ranks.say(f"{report}\n{recipes.summary(recipe)} (all of it: {run / 'recipe.json'})")
     ranks.say(
         f"{ranks.world_size} processes on {ranks.device.type}, {precision} ({why}); {len(rows.train):,} images, "
         f"{recipe.global_batch_size} a step = {ranks.world_size} x {accum_steps} x up to {device_batch_size}"
@@ -165,7 +169,7 @@ def train(
         restore(learner, begin, args, recipe, num_steps, ranks)
 
     # Where it goes
-    ranks.on_main(start.write_id, run, facts, args.recipe)
+    ranks.on_main(start.write_id, run, facts, args.recipe, args.init)
     if frozen is None and architecture.frozen_names(model):
         frozen = ranks.on_main(member.write_frozen, architecture, model, run)
     architecture.hold_frozen(model, DTYPES[precision])
@@ -285,23 +289,27 @@ def choose_data(
 ) -> tuple[Facts, selection.Selection]:
     """What resume compares, and the rows to train and to validate on. A run is continued with the split it has."""
     fold, by_split = args.validate_fold, selection.validates_on_split(args.validate_fold, index.task)
-    if valid is None and by_split and index.patients.has_distinct(args.folds):
+    num_folds = args.folds or NUM_FOLDS
+    if valid is None and by_split and index.patients.has_distinct(num_folds):
         fold = 0
     fold = None if fold == NO_FOLD else fold
+    if fold is None:
+        few = "there are fewer patients"
+        refuse_unused_folds(args, index.task, few if valid is None else "split valid is validated on")
     facts = Facts(
         task=index.task.name,
         split=index.split,
         shards=index.fingerprint,
         images=len(index),
         positives=selection.positives_of(index),
-        folds=None if fold is None else args.folds,
+        folds=None if fold is None else num_folds,
         validate_fold=fold,
         valid_shards="" if valid is None else valid.fingerprint,
         stored=StoredImages(**dataclasses.asdict(index.meta.pixels), jpeg=index.meta.as_jpeg),
     )
     before = start.facts_before(run) if args.resume and fold is not None else None
     recorded = folds.read_split(run / "split.csv", index.task) if before == facts else None
-    chosen = selection.select(index, fold, args.folds, recipe.seed, recorded)
+    chosen = selection.select(index, fold, num_folds, recipe.seed, recorded)
     if valid is not None:
         chosen = dataclasses.replace(chosen, validation=range(len(selection.targets_of(valid))))
     return facts, chosen

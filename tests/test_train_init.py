@@ -10,6 +10,7 @@ from cxrdist import recipes, train
 from cxrdist.errors import UserError
 from cxrdist.models.weights.layouts import read_weights
 from cxrdist.runs import checkpoint, member
+from cxrdist.runs.documents import RunDocument
 from tests import training_runs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,6 +34,7 @@ def test_eva_x_starts_from_the_official_layout(uneven_shards, tmp_path, capsys):
     init = GOLDEN / "evax" / "base_mim.pt"
     start(uneven_shards, run, "--model", "eva_x", *EVA_X, "--init", str(init), "--max-steps", "1")
     assert "base_mim.pt" in capsys.readouterr().out
+    assert RunDocument.read(run / "run.json").init == "base_mim.pt"
     step = checkpoint.read_tensors(run / "checkpoints" / "step_1", "model")
     official = torch.load(init, weights_only=True)["model"]
     assert torch.equal(step["cls_token"], official["cls_token"])  # frozen by the recipe
@@ -96,10 +98,13 @@ def test_without_init_the_missing_file_is_named_and_nothing_is_written(uneven_sh
     assert not (tmp_path / "run").exists()
 
 
-def test_the_run_folder_says_what_ran(uneven_shards, tmp_path):
+def test_the_run_folder_says_what_ran_and_the_terminal_says_the_recipe_in_one_line(uneven_shards, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--model", "eva_x", *EVA_X, "--init", "random", "--max-steps", "2", "--validate-fold", "0", "--folds", "3"]
     start(uneven_shards, run, *flags)
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe "))
+    assert told == f"{recipes.summary(member.read_recipe(run))} (all of it: {run / 'recipe.json'})"
+    assert RunDocument.read(run / "run.json").init == "random"
     recipe = dataclasses.replace(recipes.eva_x("b"), image_size=224)
     assert {text.split(":")[0] for text in recipes.differences(recipe, member.read_recipe(run))} == {
         "epochs",

@@ -37,13 +37,6 @@ def validates_on_split(fold: int | None, task: Task, shards: Path | None = None)
     return there and fold is None and task.name not in LAYOUTS
 
 
-def refuse_unused_folds(folds: int | None, fold: int | None, why: str) -> None:
-    """UserError for --folds in a run that holds no fold out, because `why`; None: not given."""
-    if folds is not None and fold is None:
-        each, one = "train and score each fold by `cxrdist folds`", "hold one out with --validate-fold K"
-        raise UserError(f"--folds {folds} changes nothing here, as {why}: {each}, {one}, or leave --folds out")
-
-
 def targets_of(index: ShardIndex) -> Targets:
     """The split's targets (N, K), NaN where masked. UserError without labels, or where every cell is masked."""
     if index.targets is None:

@@ -21,7 +21,7 @@ REFUSED = {  # flags of `cxrdist train` that have no place here, and what has
     "validate_fold": "--only K does one fold",
     "resume": "what was interrupted is resumed without it",
     "dry_run": "ask `cxrdist train`",
-    "max_steps": "--set epochs=1 tries things out",
+    "max_steps": "--epochs 1 tries things out",
     "max_hours": "what is interrupted, by SIGTERM too, is resumed by the same command",
 }
 

@@ -11,13 +11,18 @@ import importlib.util
 from cxrdist.cli import STREAMING, Parser, add_flags, at_least, flag, recipe_type
 from cxrdist.errors import UserError
 from cxrdist.recipes import RECIPES
+from cxrdist.task import LAYOUTS, Task
 
 NO_FOLD = -1
+NUM_FOLDS = 5
 SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
 MODEL = f"a recipe: {', '.join(RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
+LR = "largest learning rate; the recipe's others keep their ratio to it (default: the recipe's; not with --scale-lr)"
+EPOCHS = "as --set epochs=N: the epochs that inference averages move along (default: the recipe's)"
+FOLDS = f"patient-grouped folds, of which --validate-fold holds one out (default {NUM_FOLDS})"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
 TRACKER = "library of the dashboard; trackio keeps all of it on this machine (pip install 'cxrdist[trackio]')"
 
@@ -28,7 +33,9 @@ def fold_argument(text: str) -> int:
 
 
 OWN_FLAGS = {
-    "--folds": flag(at_least(2), "N", "patient-grouped folds, with --validate-fold", default=5),
+    "--epochs": flag(at_least(1), "N", EPOCHS),
+    "--lr": flag(at_least(0, float), "X", LR),
+    "--folds": flag(at_least(2), "N", FOLDS),
     "--validate-fold": flag(fold_argument, "K|none", VALIDATE),
     "--log-every": flag(at_least(1), "N", "optimizer steps between logged rows", default=50),
     "--keep-steps": flag(at_least(1), "K", "step checkpoints that are kept", default=2),
@@ -61,8 +68,24 @@ def parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """UserError for a dashboard that is not installed, or flags of another one."""
+    """UserError for flags that contradict each other, a dashboard that is not installed, or folds that say nothing."""
     if args.tracker != "wandb" and args.wandb in ("online", "offline"):
         raise UserError(f"--wandb {args.wandb} is for --tracker wandb, not {args.tracker}: leave one of them out")
     if args.tracker == "trackio" and importlib.util.find_spec("trackio") is None:
         raise UserError("--tracker trackio needs: pip install 'cxrdist[trackio]'")
+    if args.lr is not None and args.scale_lr != "none":
+        raise UserError("--lr says the learning rate itself, --scale-lr changes the recipe's: give one of them")
+    if args.epochs is not None and any(text.startswith("epochs=") for text in args.overrides):
+        raise UserError("--epochs N is --set epochs=N: give one of them")
+    refuse_unused_folds(args, args.task)
+
+
+def refuse_unused_folds(args: argparse.Namespace, task: Task | None, why: str = "") -> None:
+    """UserError for --folds in a run that holds no fold out: by its flags and its task, or because `why`."""
+    if args.validate_fold == NO_FOLD:
+        why = "--validate-fold none holds no fold out"
+    elif args.validate_fold is None and task is not None and task.name in LAYOUTS:
+        why = f"task {task.name} is trained on all its images"
+    if args.folds is not None and why:
+        remedy = "for all folds use `cxrdist folds`, for one add --validate-fold K, else leave --folds out"
+        raise UserError(f"--folds {args.folds} would change nothing, as {why}: {remedy}")

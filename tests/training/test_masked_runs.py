@@ -8,7 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from cxrdist import train as train_entry
+from cxrdist.errors import UserError
 from cxrdist.recipes import chexfound, ema_warning, eva_x, eva_x_tiny, fitted, initial_share, recipe_for
+from cxrdist.runs.start import read_facts
 from cxrdist.shards.convert import Pixels
 from cxrdist.shards.writer import Source, SplitJob, write_split
 from cxrdist.task import Columns, Task
@@ -127,3 +129,25 @@ def test_an_average_of_the_first_weights_is_warned_of() -> None:
     assert initial_share(eva_x("b"), 474) == pytest.approx(0.9997**474)
     assert "still 87% of the first weights" in ema_warning(eva_x("b"), 474)
     assert ema_warning(eva_x("b"), 10_140) == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "num_folds", "told"),
+    [("with_valid", "3", "split valid is validated on"), (".", "13", "there are fewer patients")],
+)
+def test_folds_of_which_none_would_be_held_out_are_refused(
+    masked_shards: Path, tmp_path: Path, folder: str, num_folds: str, told: str
+) -> None:
+    words = ["--shards", str(masked_shards / folder), "--model", "tiny_eva_x", "--init", "random", "--wandb", "off"]
+    with pytest.raises(UserError, match=f"--folds {num_folds} would change nothing, as {told}.*cxrdist folds"):
+        train_entry.main([*words, "--folds", num_folds, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_folds_of_ones_own_labels_need_no_more_as_the_first_is_held_out(masked_shards: Path, tmp_path: Path) -> None:
+    words = ["--shards", str(masked_shards), "--model", "tiny_eva_x", "--init", "random", "--wandb", "off"]
+    train_entry.main(
+        [*words, "--folds", "3", "--max-steps", "1", "--precision", "fp32", "--out", str(tmp_path / "run")]
+    )
+    facts = read_facts(tmp_path / "run")
+    assert (facts.folds, facts.validate_fold) == (3, 0)
