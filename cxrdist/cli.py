@@ -19,7 +19,7 @@ from cxrdist.distributed import environment
 from cxrdist.errors import UserError, redacted
 from cxrdist.files import is_utf8
 from cxrdist.recipe_file import RecipeFile, read_recipe_file
-from cxrdist.task import Task, load_task, parse_readings
+from cxrdist.task import TASKS, Task, load_task, parse_readings
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,29 +135,34 @@ AUGMENT = (
     "NAME:arg=value changes one (repeatable)"
 )
 STREAMING = ("--shards-url", "--cache", "--cache-gb")
+SHARDS = "shards/<task>, of tasks a and b shards/div_<task>"
 READINGS = "error, zero, one, masked, a number, or LABEL=... (default: as the task says)"
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--task": flag(task_type, "NAME|FILE", "a (or --div a), b: the competition's divisions; or a .toml or .json file"),
-    "--data": flag(Path, "DIR", "folder in the competition's layout (train1.csv, train1/, ...)"),
+    "--task": flag(
+        task_type, "NAME|FILE", f"{', '.join(TASKS)}; or a .toml or .json file (default: the shards say it)"
+    ),
+    "--data": flag(Path, "DIR", "the competition's folder, as drawn above"),
     "--images": flag(Path, "DIR", "folder of images"),
-    "--csv": flag(Path, "FILE", "label CSV (train) or sample submission (test)"),
-    "--shards": flag(Path, "DIR", "shard set made by cxrdist.preprocess; it says its task (default: shards/<task>)"),
+    "--csv": flag(Path, "FILE", "table of labels, a row an image"),
+    "--shards": flag(Path, "DIR", f"a shard set that `cxrdist preprocess` made (default: {SHARDS})"),
     "--shards-url": flag(
         str, "URL", "copy the shards from s3://, gs://, https:// or hf:// into --shards first, checking all hashes"
     ),
     "--cache": flag(Path, "DIR", "with --shards-url and --cache-gb: stream the shards through this folder"),
     "--cache-gb": flag(at_least(0, float), "G", "most that --cache may hold, in 10^9 bytes, over all runs that use it"),
     "--out": flag(Path, "DIR", "where to write"),
-    "--init": flag(str, "FILE|timm|random", "weights to start from (default: the official file in weights/)"),
+    "--init": flag(
+        str, "FILE|timm|random", "weights to start from; FILE,FILE: of parts (default: official, in weights/)"
+    ),
     "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
-    "--set": flag(str, "FIELD=VALUE", "override a recipe field, e.g. --set ema_decay=0.9995 (repeatable)")
+    "--set": flag(str, "FIELD=VALUE", "change a field that `cxrdist recipes NAME` lists, e.g. seed=1 (repeatable)")
     | {"dest": "overrides", "action": "append", "default": []},
     "--augment": flag(str, "EDIT", AUGMENT) | {"action": "append", "default": []},
     "--device-batch-size": flag(
         at_least(1),
         "N",
-        "images per device and forward pass: for speed and memory; rounding and dropout masks change with it",
+        "images per device and forward pass, for speed and memory; rounding changes (default: 64, on a CPU 16)",
     ),
     "--precision": {
         "choices": ("auto", "bf16", "fp16", "fp32"),
@@ -166,7 +171,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     },
     "--compile": {
         "action": "store_true",
-        "help": "torch.compile the models, for small steps on a GPU; other rounding, in training other dropout masks",
+        "help": "torch.compile the models, for speed on a GPU; rounding changes",
     },
     "--expect-processes": flag(at_least(1), "N", "stop at once unless exactly N processes were started"),
     "--max-hours": flag(at_least(0, float), "H", "checkpoint and stop before this many hours are over"),
@@ -176,10 +181,10 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--timeout-s": flag(
         at_least(1, float), "S", "seconds without a response before a process counts as lost", default=600.0
     ),
-    "--max-unreadable": flag(amount, "N|P%%", "stop when more images are unreadable (default 1%%)") | {"default": "1%"},
+    "--max-unreadable": flag(amount, "N|P%", "stop when more images are unreadable (default 1%%)") | {"default": "1%"},
     "--scores": flag(Path, "FILE", "score tables", nargs="+", required=True),
     "--template": flag(Path, "FILE", "sample submission"),
-    "--weights": flag(at_least(0, float), "W", "of the members (default: as scored)", nargs="+"),
+    "--weights": flag(at_least(0, float), "W", "of the members, in their order (default: as scored)", nargs="+"),
     "--allow-missing": {"action": "store_true", "help": "go on without what the tables lack; it is counted and named"},
     "--average": {
         "choices": ("prob", "logit", "rank"),

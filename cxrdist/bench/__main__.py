@@ -1,4 +1,4 @@
-"""`cxrdist bench NAME`: the project's benchmarks. Each module in this folder with a `run` is one.
+"""Measure this machine and the project: `cxrdist bench NAME`. Each module in this folder with a `run` is one.
 
 A benchmark has `add_arguments(parser)` and `run(args) -> list[Row]`; its first docstring line is its help.
 """

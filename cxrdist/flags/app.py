@@ -19,7 +19,8 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist app", description=__doc__, check=check)
     add_model_flags(flags)
     flags.add_argument(
-        "--host", **flag(str, "ADDRESS", "where to listen; another: open to others", default="127.0.0.1")
+        "--host",
+        **flag(str, "ADDRESS", "where to listen; any other address opens the page to others", default="127.0.0.1"),
     )
     flags.add_argument("--port", **flag(at_least(0), "N", "of the page; 0: any free one", default=7860))
     return flags

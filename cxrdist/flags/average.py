@@ -11,6 +11,8 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist average", description=__doc__)
     about = "run folder and epochs, e.g. runs/eva_x_b@5,6 (repeatable)"
     flags.add_argument("--from", **flag(str, "RUN@EPOCHS", about, action="append", required=True, dest="sources"))
-    flags.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of each checkpoint")
+    flags.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="of each checkpoint: the EMA, or the raw ones"
+    )
     add_flags(flags, "--out", out={"required": True, "help": "run folder to write"})
     return flags

@@ -22,15 +22,18 @@ def parser() -> Parser:
         flags,
         *("--scores", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average", "--allow-missing"),
         "--out",
+        scores={"help": "score tables of the members, of images that they have not seen"},
         shards={"help": "shard set of the scored images, which holds their labels"},
         task={"help": "task of the label CSV: a built-in one or a .toml or .json file (default: the tables' own)"},
         average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
-        out={"help": "where to write (default: the run's folder, for scores of one run)"},
+        out={"help": "folder of the result (default: the run's, for scores of one run; else needed)"},
     )
-    flags.add_argument("--method", choices=("platt", "temperature"), default="platt", help="default %(default)s")
-    rule = "youden, f1, sensitivity=0.9 or specificity=0.9"
+    flags.add_argument(
+        "--method", choices=("platt", "temperature"), default="platt", help="Platt scaling, or a temperature"
+    )
+    rule = "of each label: youden, f1, sensitivity=0.9 or specificity=0.9"
     flags.add_argument("--threshold", **flag(str, "RULE", rule, default="youden"))
     flags.add_argument("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=200))
-    unseen = "no model behind these scores was trained on these patients, which the tables do not say"
+    unseen = "say that no model behind these scores has seen these patients, where the tables do not know it"
     flags.add_argument("--unseen", action="store_true", help=unseen)
     return flags

@@ -1,6 +1,6 @@
-"""All steps on a small division: images and labels -> shards -> trained models -> submission and report.
+"""All steps on a small set of X-rays: images and labels -> shards -> trained models -> submission and report.
 
-  cxrdist demo                              draws its own division (chest X-ray phantoms)
+  cxrdist demo                              draws its own X-rays (phantoms)
   cxrdist demo --images DIR --csv FILE      takes yours; a fifth of the patients is held out
   cxrdist demo --folds                      trains each model fold by fold: out-of-fold tables -> weights of
                                             the ensemble -> the ensemble and its members on the held-out fifth
@@ -15,6 +15,7 @@ from typing import Any
 
 from cxrdist.cli import Parser, add_flags, at_least, flag
 from cxrdist.errors import UserError
+from cxrdist.task import TASKS
 
 NUM_PATIENTS = 250
 NUM_FOLDS = 5  # one fold of the patients is the held-out test split
@@ -23,8 +24,10 @@ NUM_FOLDS = 5  # one fold of the patients is the held-out test split
 def parser() -> Parser:
     flags = Parser(prog="cxrdist demo", description=__doc__, check=check)
     given: dict[str, dict[str, Any]] = {
-        "task": {"type": str, "default": "b"},
+        "task": {"type": str, "default": "b", "help": f"{', '.join(TASKS)}; or a .toml or .json file"},
+        "images": {"help": "folder of your images"},
         "csv": {"help": "their labels; goes with --images"},
+        "set": {"help": "change a field of all recipes of the demo, e.g. epochs=2 (repeatable)"},
     }
     given |= {"out": {"default": Path("demo"), "help": "where to write (default %(default)s)"}}
     add_flags(flags, "--task", "--images", "--csv", "--out", "--blank", "--uncertain", "--set", **given)

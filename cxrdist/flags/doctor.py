@@ -8,7 +8,7 @@ Ends with exit code 0 also when something is wrong: it reports, it does not judg
 
 from pathlib import Path
 
-from cxrdist.cli import Parser, add_flags, flag
+from cxrdist.cli import SHARDS, Parser, add_flags, flag
 
 
 def parser() -> Parser:
@@ -17,5 +17,6 @@ def parser() -> Parser:
     sheet = "draw what a recipe's augmentation does to eight images of --shards, as a PNG"
     flags.add_argument("--augment-sheet", **flag(Path, "FILE", sheet))
     flags.add_argument("--model", **flag(str, "NAME", "the recipe for --augment-sheet", default="eva_x"))
-    add_flags(flags, "--task", "--shards", "--set", "--augment")
+    shards = f"shard set of the images for --augment-sheet (default: {SHARDS})"
+    add_flags(flags, "--task", "--shards", "--set", "--augment", shards={"help": shards})
     return flags

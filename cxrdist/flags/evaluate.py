@@ -7,8 +7,8 @@
   cxrdist evaluate --external b=b.csv@shards/div_b --external nih=nih.csv@shards/nih --external site=s.csv@l.csv#t.toml
 
 Tables are averaged into an ensemble, which comes first; where one of them says that it is the average of all the
-others, it is taken as it is. AUROC and average precision per label, intervals from resampled
-patients, paired comparisons, calibration, subgroups by view, sex and age.
+others, it is taken as it is. AUROC and average precision per label, intervals from resampled patients, paired
+comparisons, calibration, subgroups by view, sex and age.
 
 --external NAME=SCORES@LABELS, once a set, is external validation on sets of several tasks (scores: `cxrdist infer
 --external`): AUROC and prevalence by label and set. LABELS is a shard set, or a label CSV with #TASK where that is
@@ -35,7 +35,7 @@ def parser() -> Parser:
         flags,
         *("--scores", "--csv", "--out", "--shards", "--task", "--blank", "--uncertain", "--weights", "--average"),
         *("--allow-missing", "--backbone"),
-        scores={"required": False, "default": []},
+        scores={"required": False, "default": [], "help": "score tables, or submissions, to compare"},
         csv={"help": "label table of the scored images (default: the labels in --shards)"},
         out={"help": "folder of the report (default %(default)s)", "default": Path("report")},
         shards={"help": "shard set of the scored images: labels without --csv; with --run, pictures"},
@@ -43,9 +43,18 @@ def parser() -> Parser:
     )
     add = flags.add_argument
     add("--resamples", **flag(at_least(1), "N", "bootstrap resamples of the patients", default=1000))
-    add("--run", **flag(Path, "RUN", "run folder of a member (repeatable)", action="append") | {"default": []})
-    add("--show", **flag(str, "IMAGE", "images for the maps (default: a choice)", nargs="+") | {"default": []})
-    add("--calibration", **flag(Path, "FILE", "what cxrdist calibrate fitted to these members: thresholds at work"))
+    add(
+        "--run",
+        **flag(
+            Path, "RUN", "run folder of a member: its curves and, with --shards, its maps (repeatable)", action="append"
+        )
+        | {"default": []},
+    )
+    add("--show", **flag(str, "IMAGE", "names of images for the maps (default: a choice)", nargs="+") | {"default": []})
+    add(
+        "--calibration",
+        **flag(Path, "FILE", "what `cxrdist calibrate` wrote for these members: its thresholds at work"),
+    )
     add("--timings", **flag(Path, "FILE", 'JSON {"step": seconds} to list in the report'))
     about = "a set of external validation: its scores and labels (repeatable)"
     add("--external", **flag(str, FORM, about, action="append") | {"default": []})

@@ -3,7 +3,7 @@
   cxrdist export runs/eva_x_tb --out my_model
   cxrdist export eva_x=runs/eva_x_tb@5,6:tta convnext=runs/convnext_tb --calibration calibration --out my_model --onnx
 
-The folder holds the EMA weights (frozen backbones included, or only named: --without-backbone), task, preparation,
+The folder holds the members' weights (frozen backbones included, or only named: --without-backbone), task, preparation,
 views, calibration and a model card, laid out as Hugging Face has it: `hf upload NAME my_model`. Nothing in it names
 this machine or a patient. --onnx adds a file per checkpoint and checks it against torch at once.
 """
@@ -26,7 +26,10 @@ def parser() -> Parser:
         task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
         average={"choices": ("prob", "logit"), "help": "of members: probabilities (default) or logits"},
     )
-    flags.add_argument("--calibration", **flag(Path, "FILE", "default: a run's own that fits these members"))
+    flags.add_argument(
+        "--calibration",
+        **flag(Path, "FILE", "calibration.json, or its folder (default: a run's own that fits these members)"),
+    )
     flags.add_argument("--metrics", **flag(Path, "FILE", "metrics.json of cxrdist evaluate, for the model card"))
     without = "leave frozen backbones out and name them by their hash; users then give --backbone"
     flags.add_argument("--without-backbone", action="store_true", help=without)

@@ -49,6 +49,8 @@ def parser() -> Parser:
     only = "train and score this fold (default: the number of the Slurm array's task, or all)"
     flags.add_argument("--folds", **flag(at_least(2), "N", "patient-grouped folds", default=5))
     flags.add_argument("--only", **flag(fold_choice, "K|all", only))
-    flags.add_argument("--member", **flag(str, "NAME", "of the table (default: the recipe's)"))
+    flags.add_argument(
+        "--member", **flag(str, "NAME", "of the table, as a member of an ensemble (default: the recipe's name)")
+    )
     flags.add_argument("--out", **flag(Path, "DIR", "where to write (default: runs/<recipe>_<task>_folds)"))
     return flags

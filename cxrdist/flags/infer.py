@@ -1,10 +1,13 @@
 """Score a shard set with trained members and average them into a submission.
 
-  accelerate launch -m cxrdist.infer --task b --member eva_x=runs/eva_x_b@5,6:tta --member chexfound=runs/chexfound_b
+  cxrdist infer --task b --member eva_x=runs/eva_x_b@5,6:tta --member chexfound=runs/chexfound_b     on all GPUs
+  cxrdist infer --shards shards/tb --split valid --member eva=runs/eva_x_tb
 
-A member is NAME=RUN@EPOCHS[:tta|:plain][*WEIGHT], or NAME=FILE for a weight file (the published ones too), which is
-scored as the published recipe of its architecture says, or as another one: NAME=FILE#eva_x_224:tta. A NAME given
-twice averages its runs, e.g. folds. Writes OUT/scores/NAME.csv (with JSON) and OUT/submission.csv. Every image is
+A member is NAME=RUN[@EPOCHS][:VIEWS][:raw][*WEIGHT]: the EMA weights of these epochs, with :raw those of the last step,
+seen in these views (tta, plain or names with commas); what is left out is as the run's recipe says. NAME=FILE[#RECIPE]
+is a weight file, the published ones too: read with the recipe named, else with the recipe.json of its run or beside it,
+else with the published one of its architecture. A NAME given twice averages its runs, e.g. folds. Writes
+OUT/scores/NAME.csv (with JSON) and, for images without labels or with --template, OUT/submission.csv. Every image is
 decoded once, equal views and shared frozen backbones run once. A killed run resumes where it stopped.
 --external scores shards of another task than the models', for `cxrdist evaluate --external`.
 """
@@ -17,12 +20,9 @@ from cxrdist.errors import UserError
 
 def parser() -> Parser:
     flags = Parser(prog="cxrdist infer", description=__doc__, check=check)
-    member = (
-        "whose scores (repeatable); also NAME=FILE[#RECIPE] (default: the published recipe of its architecture); "
-        "default: runs/eva_x_<task> and runs/chexfound_<task>, as their recipes say"
-    )
+    member = "a model, as above (repeatable; default: runs/eva_x_<task> and runs/chexfound_<task>)"
     flags.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
-    flags.add_argument("--split", **flag(str, "NAME", "what to score", default="test"))
+    flags.add_argument("--split", **flag(str, "NAME", "of the shards: what to score", default="test"))
     fold = "with --split train: only patients of this fold of the runs"
     flags.add_argument("--fold", **flag(at_least(0), "K", fold))
     add_flags(
@@ -31,7 +31,7 @@ def parser() -> Parser:
         *("--backbone", "--device-batch-size", "--precision", "--compile", "--expect-processes", "--dry-run"),
         *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
         out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
-        template={"help": "sample submission (default: the shards' order)"},
+        template={"help": "sample submission, whose rows the submission gets (default: the shards' order)"},
         checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
         timeout_s={"default": 1800.0},
     )

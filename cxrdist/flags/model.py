@@ -16,13 +16,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", **flag(Path, "DIR", "a folder that cxrdist export wrote"))
     member = "a run, epochs and views, or a weight file, as in cxrdist infer (repeatable)"
     parser.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
-    parser.add_argument("--calibration", **flag(Path, "FILE", "default: the bundle's or run's own"))
+    parser.add_argument(
+        "--calibration", **flag(Path, "FILE", "calibration.json, or its folder (default: the bundle's or run's own)")
+    )
     parser.add_argument("--device", **flag(str, "cpu|cuda", "where to run (default: a GPU if there is one)"))
     add_flags(
         parser,
         *("--task", "--average", "--backbone", "--precision"),
         task={"help": "of weight files, which do not say it: a built-in one, or a .toml or .json file"},
         average={"choices": ("prob", "logit"), "default": None, "help": "of members: prob (default) or logit"},
+        precision={"help": "auto: the best that the device has"},
     )
 
 

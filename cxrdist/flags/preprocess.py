@@ -6,35 +6,56 @@
   cxrdist preprocess --adopt 'DIR/*.tar' --csv FILE --labels A,B     WebDataset tars: an index beside them
   cxrdist preprocess --data DIR --task b                        the competition's folder: train and test
 
+The competition's folder (--data DIR) as it is published; one division alone will do:
+
+  DIR/train1.csv                 division a: Image_name, Patient_ID, Study, view, sex, age and the 14 labels
+  DIR/train1/                    its training images: 00000001_001_001.jpg, ...
+  DIR/test1/                     its test images
+  DIR/sample_submission_1.csv    the test images in the order of the submission; without it all of test1/
+  DIR/train2.csv  DIR/train2/  DIR/test2/  DIR/sample_submission_2.csv      division b: the same
+
 Run the same command again after an interruption: finished shards are kept. See shards/README.md for the format.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from cxrdist.cli import Parser, add_flags, at_least, flag
+from cxrdist.cli import SHARDS, Parser, add_flags, at_least, flag
 from cxrdist.errors import UserError
 from cxrdist.shards.convert import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_PX
 from cxrdist.shards.store import folder_or_url
 from cxrdist.task import TASKS
 
 ROWS_PER_SHARD = 1000
-COLUMN_FLAGS = ("image", "patient", "study", "split")
+COLUMN_FLAGS = {
+    "image": "the image's file (default: found by looking)",
+    "patient": "the patient, whose images stay in one fold (default: the task's, or none)",
+    "study": "the study (default: the task's, or none)",
+    "split": "the split: train, valid or test (default: the task's, or none)",
+}
+TABLE = (
+    "table with a row an image: names, labels and what else is known; one for each folder of --images, or one for all "
+    "(a split to be scored needs none)"
+)
+OUT = f"folder of the shards (default: {SHARDS}; of --adopt: that of the tars)"
 
 
 def parser() -> Parser:
     flags = Parser(prog="cxrdist preprocess", description=__doc__, check=check)
     tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
     folders = {"type": str, "metavar": "DIR|URL", "nargs": "+", "help": "folders of images; also s3:// or gs://"}
-    several = {"images": folders, "csv": {"type": table_path, "nargs": "+"}}
-    add_flags(flags, "--task", "--data", "--images", "--csv", "--out", task={"type": str, "help": tasks}, **several)
+    given: dict[str, dict[str, Any]] = {"task": {"type": str, "help": tasks}, "images": folders}
+    given |= {"csv": {"type": table_path, "nargs": "+", "help": TABLE}, "out": {"help": OUT}}
+    add_flags(flags, "--task", "--data", "--images", "--csv", "--out", **given)
     add_flags(flags, "--blank", "--uncertain")
     adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
     flags.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
-    flags.add_argument("--labels", **flag(str, "A,B|@FILE", "columns to learn; @FILE lists one a line"))
-    flags.add_argument("--name", **flag(str, "NAME", "what your task is called (default: csv)"))
-    for name in COLUMN_FLAGS:
-        flags.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column of {name}s"))
+    labels = "columns to learn; @FILE lists one a line (default: the task's)"
+    flags.add_argument("--labels", **flag(str, "A,B|@FILE", labels))
+    flags.add_argument("--name", **flag(str, "NAME", "what your task is called (default: the task's name, or csv)"))
+    for name, what in COLUMN_FLAGS.items():
+        flags.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column that says {what}"))
     split = "one split: of a table that has several, else what the images are called (default: train)"
     flags.add_argument("--split", **flag(str, "NAME", split))
     readers = "vindr: a label of several readers is what most say, or the share who say it"
@@ -48,10 +69,20 @@ def parser() -> Parser:
     flags.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
     rows = "rows of the table a tar covers (default %(default)s, about 100 MB); does not change training"
     flags.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
-    nodes = "share the work with other nodes that have the same --out: each begins with its part and helps the others"
+    nodes = (
+        "share the work with other nodes that have the same --out: each begins with its part and helps the others "
+        "(default: what Slurm or torchrun says, else 1)"
+    )
     flags.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
-    flags.add_argument("--node-rank", type=int, metavar="K", help="which of the N this is, from 0")
-    flags.add_argument("--overwrite", action="store_true", help="replace a finished split made from other inputs")
+    flags.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="K",
+        help="which of the N this is, from 0 (default: what Slurm or torchrun says)",
+    )
+    flags.add_argument(
+        "--overwrite", action="store_true", help="replace a finished split that was made from other inputs"
+    )
     return flags
 
 

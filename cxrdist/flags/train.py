@@ -19,10 +19,16 @@ SWITCH = {"action": "store_true"}
 SCALED = "scale the learning rates with a global batch that --set changes (the EMA decay is always scaled)"
 INIT = "continue after the epoch of --init's file, a published modelN.pth, with its EMA, too"
 OWN = "a recipe of your own: a function of the task's name in a Python file, which is copied into the run folder"
-MODEL = f"a recipe: {', '.join(RECIPES)}; or timm:NAME, glori:NAME (default %(default)s)"
+MODEL = f"a recipe: {', '.join(RECIPES)}; or timm:NAME, glori:NAME"
 LR = "largest learning rate; the recipe's others keep their ratio to it (default: the recipe's; not with --scale-lr)"
 EPOCHS = "as --set epochs=N: the epochs that inference averages move along (default: the recipe's)"
 FOLDS = f"patient-grouped folds, of which --validate-fold holds one out (default {NUM_FOLDS})"
+DEVICE_BATCH = (
+    "images per device and forward pass, for speed and memory; rounding and dropout masks change "
+    "(default: a share of the global batch, at most 32, that fits the GPU)"
+)
+COMPILED = "torch.compile the model, for small steps on a GPU; rounding and dropout masks change"
+BAD = "an unreadable image ends the training (error), or is left out (skip)"
 VALIDATE = "hold out fold K (from 0) and validate on it (default: split valid, else fold 0; none for tasks a and b)"
 TRACKER = "library of the dashboard; trackio keeps all of it on this machine (pip install 'cxrdist[trackio]')"
 
@@ -49,7 +55,7 @@ OWN_FLAGS = {
     "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
     "--wandb-images": SWITCH | {"help": "also send four augmented images, with their names, to the dashboard"},
     "--group": flag(str, "NAME", "of runs that the dashboard shows together (default: the run's name)"),
-    "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": "what an unreadable image does"},
+    "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": BAD},
     "--scale-lr": {"choices": ("none", "sqrt", "linear"), "default": "none", "help": SCALED},
 }
 
@@ -58,10 +64,18 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist train", description=__doc__, check=check)
     which = flags.add_mutually_exclusive_group()
     which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
-    which.add_argument("--model", default="eva_x", help=MODEL)
-    add_flags(flags, "--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set")
-    add_flags(flags, "--device-batch-size", "--precision", "--expect-processes", "--max-hours", "--dry-run")
-    add_flags(flags, "--checkpoint-minutes", "--timeout-s", "--max-unreadable", "--augment", "--compile")
+    which.add_argument("--model", **flag(str, "NAME", MODEL, default="eva_x"))
+    add_flags(
+        flags,
+        *("--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set", "--augment"),
+        *("--device-batch-size", "--precision", "--compile", "--expect-processes", "--max-hours", "--dry-run"),
+        *("--checkpoint-minutes", "--timeout-s", "--max-unreadable"),
+        out={"help": "folder of the run (default: runs/<recipe>_<task>)"},
+        backbone={"help": "with --resume: where to look first for the frozen backbone that the run began with"},
+        device_batch_size={"help": DEVICE_BATCH},
+        compile={"help": COMPILED},
+        max_unreadable={"help": "with --on-bad skip: stop when more images are unreadable (default 1%%)"},
+    )
     for name, options in OWN_FLAGS.items():
         flags.add_argument(name, **options)
     return flags

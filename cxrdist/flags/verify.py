@@ -1,9 +1,9 @@
 """Is a shard set what its index says?
 
-cxrdist verify --shards shards/div_b             names, sizes and headers of the tars: seconds
-cxrdist verify --shards shards/div_b --hashes    every byte
-cxrdist verify --shards shards/div_b --split train --table    print the index as CSV instead
-cxrdist verify --shards shards/div_b --report look.html        a page to look at before training
+  cxrdist verify --shards shards/div_b             names, sizes and headers of the tars: seconds
+  cxrdist verify --shards shards/div_b --hashes    every byte
+  cxrdist verify --shards shards/div_b --split train --table    print the index as CSV instead
+  cxrdist verify --shards shards/div_b --report look.html        a page to look at before training
 
 The page counts images, patients and labels, shows random images of each label and what is suspicious: repeated, nearly
 equal, blank, tiny or turned images, patients in several splits, contradictory ids. It holds images and ids of patients.

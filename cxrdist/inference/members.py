@@ -155,8 +155,8 @@ def load_ensemble(specs: Sequence[MemberSpec], task: Task, backbone: Path | None
         for origin, recipe, model in load_checkpoints(spec, task, backbone):
             item = checkpoint_of(origin.label, recipe, model, spec.views or recipe.inference.views)
             trained_on = "" if origin.facts is None else origin.facts.shards
-            known = {"weights": origin.weights, "task": origin.task, "from_random": origin.from_random}
-            item = replace(item, trained_on=trained_on, **known)
+            item = replace(item, weights=origin.weights, task=origin.task, trained_on=trained_on)
+            item = replace(item, from_random=origin.from_random)
             ensemble.notes += [note for note in (origin.note, raw_note(spec, item)) if note]
             if item.backbone_sha256 is not None:
                 first = backbones.setdefault((item.model, item.backbone_sha256, item.image_size), model)
