@@ -193,9 +193,8 @@ def write_maps(model: Predictor, images: dict[str, Path], found: Prediction, fol
         for label, heat in zip(order, maps, strict=True):
             caption = f"{found.labels[label]} {shown_prob(found, row, label):.2f}"
             write_output(paths[name, label], overlay_png(levels, heat, caption, note))
-    print(
-        f"maps: {len(paths)} in {folder}. {note}".removesuffix(". ") if paths else "maps: none, no finding is positive"
-    )
+    told = f"{len(paths)} in {folder}" if paths else "none, no finding is positive"
+    print(f"maps: {told}{f'. {note}' if note else ''}")
     return len(paths)
 
 

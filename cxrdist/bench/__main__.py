@@ -3,11 +3,13 @@
 A benchmark has `add_arguments(parser)` and `run(args) -> list[Row]`; its first docstring line is its help.
 """
 
+import ast
 import importlib
 import json
 import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import cxrdist.bench
@@ -19,11 +21,17 @@ from cxrdist.files import check_outputs, write_output
 NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
 
 
+def about(name: str) -> str:
+    """The first line of a benchmark's help, read without importing it."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one benchmark, print its rows as a table, and write them to `--json FILE` where asked for."""
     argv = sys.argv[1:] if argv is None else argv
-    chooser = Parser(prog="cxrdist bench", description=f"benchmarks: {', '.join(NAMES)}")
-    chooser.add_argument("name", choices=NAMES, metavar="NAME", help="which one; NAME --help lists its flags")
+    chooser = Parser(prog="cxrdist bench", description="\n".join(f"  {name:<12}{about(name)}" for name in NAMES))
+    chooser.add_argument("name", choices=NAMES, metavar="NAME", help="one of these; NAME --help lists its flags")
     name = chooser.parse_args(argv[:1]).name
     module = importlib.import_module(f"cxrdist.bench.{name}")
     parser = Parser(prog=f"cxrdist bench {name}", description=module.__doc__)

@@ -30,13 +30,20 @@ LARGEST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.1}  # of logits; both orders of su
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=tuple(IMAGE_SIZES), default=list(IMAGE_SIZES), metavar="NAME")
+    every = tuple(IMAGE_SIZES)
+    what = f"of {', '.join(every)} (default: all)"
+    parser.add_argument("--models", nargs="+", choices=every, default=list(every), metavar="NAME", help=what)
     parser.add_argument("--depth", type=int, metavar="N", help="only the first N blocks (the width stays; default all)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images a forward pass (default 1)")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="default 512 for chexfound, 448 for eva_x")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PX", help="model size (default: 512 for chexfound, 448 for eva_x)"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed turns of each variant (default 5)")
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    kinds = ("fp32", "bf16")
+    both = "of the passes (default: both)"
+    parser.add_argument("--precisions", nargs="+", choices=kinds, default=list(kinds), help=both)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, metavar="NAME", help="cpu or cuda")
 
 
 def run(args: argparse.Namespace) -> list[Row]:

@@ -31,7 +31,7 @@ from cxrdist.task import TASKS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="number 1 is slow, 2 is killed (default 4)")
     parser.add_argument("--num-images", type=int, default=800, metavar="N", help="of the split (default 800)")
-    parser.add_argument("--rows-per-shard", type=int, default=16, metavar="N", help="default 16")
+    parser.add_argument("--rows-per-shard", type=int, default=16, metavar="N", help="rows a tar covers (default 16)")
     parser.add_argument("--image-s", type=float, default=0.05, metavar="S", help="of a fast node (default 0.05)")
     parser.add_argument("--slower", type=float, default=10.0, metavar="X", help="the slow node (default 10 times)")
     parser.add_argument("--kill-s", type=float, default=2.0, metavar="S", help="after the start (default 2)")

@@ -23,7 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=256, metavar="N", help="shards of the set (default %(default)s)")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images a shard (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a batch (default %(default)s)")
-    parser.add_argument("--windows", type=int, nargs="+", default=[64, 16, 4, 1], metavar="N", help="of so many shards")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[64, 16, 4, 1],
+        metavar="N",
+        help="of so many shards (default 64 16 4 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> list[Row]:

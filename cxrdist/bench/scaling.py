@@ -30,8 +30,10 @@ KINDS = {"one process": (1, 1), "two separate": (2, 1), "two processes": (1, 2)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `cxrdist bench scaling`."""
     parser.add_argument("--model", default="eva_x_small", help="a model or recipe (default %(default)s)")
-    parser.add_argument("--image-size", type=int, default=448, metavar="PX", help="(default %(default)s)")
-    parser.add_argument("--device-batch-size", type=int, default=2, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--image-size", type=int, default=448, metavar="PX", help="model size (default %(default)s)")
+    parser.add_argument(
+        "--device-batch-size", type=int, default=2, metavar="N", help="images a pass (default %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps of each run (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each kind (default %(default)s)")

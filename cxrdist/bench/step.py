@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="eva_x_small", help="a model or recipe (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps (default %(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="fp32")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="fp32", help="of the step")
     parser.add_argument("--threads", type=int, metavar="N", help="decode threads")
     parser.add_argument("--no-ema", action="store_true", help="leave out the comparison of EMA updates")
     parser.add_argument("--count", action="store_true", help="count kernels, casts and bytes of a step; runs nothing")

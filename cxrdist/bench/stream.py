@@ -32,7 +32,14 @@ PIECE = 2**16  # bytes that the server sends at a time
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `cxrdist bench stream`."""
-    parser.add_argument("--links", type=float, nargs="+", default=[10, 50, 200], metavar="MB/S", help="of so many MB/s")
+    parser.add_argument(
+        "--links",
+        type=float,
+        nargs="+",
+        default=[10, 50, 200],
+        metavar="MB/S",
+        help="of so many MB/s (default 10 50 200)",
+    )
     parser.add_argument("--images-per-s", type=float, default=300, metavar="N", help="that the GPU takes (default 300)")
     parser.add_argument("--num-shards", type=int, default=24, metavar="N", help="of the set (default %(default)s)")
     parser.add_argument("--per-shard", type=int, default=80, metavar="N", help="images a shard (default %(default)s)")

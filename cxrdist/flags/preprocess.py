@@ -19,7 +19,6 @@ Run the same command again after an interruption: finished shards are kept. See 
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from cxrdist.cli import SHARDS, Parser, add_flags, at_least, flag
 from cxrdist.errors import UserError
@@ -45,10 +44,14 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist preprocess", description=__doc__, check=check)
     tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
     folders = {"type": str, "metavar": "DIR|URL", "nargs": "+", "help": "folders of images; also s3:// or gs://"}
-    given: dict[str, dict[str, Any]] = {"task": {"type": str, "help": tasks}, "images": folders}
-    given |= {"csv": {"type": table_path, "nargs": "+", "help": TABLE}, "out": {"help": OUT}}
-    add_flags(flags, "--task", "--data", "--images", "--csv", "--out", **given)
-    add_flags(flags, "--blank", "--uncertain")
+    add_flags(
+        flags,
+        *("--task", "--data", "--images", "--csv", "--out", "--blank", "--uncertain"),
+        task={"type": str, "help": tasks},
+        images=folders,
+        csv={"type": table_path, "nargs": "+", "help": TABLE},
+        out={"help": OUT},
+    )
     adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
     flags.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
     labels = "columns to learn; @FILE lists one a line (default: the task's)"

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from cxrdist.bench import __main__ as bench
 from cxrdist.cli import SHARED_FLAGS
 from cxrdist.flags import COMMANDS
 from cxrdist.task import LAYOUTS
@@ -47,3 +48,16 @@ def test_a_shared_flag_says_what_is_true_for_its_command() -> None:
     assert all("accelerate" not in helps[name]["precision"] for name in ("predict", "app"))
     assert "--resume" in helps["train"]["backbone"]
     assert "--resume" not in helps["infer"]["backbone"]
+
+
+def test_every_benchmark_is_listed_with_what_it_measures_and_says_its_flags(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    listed = capsys.readouterr().out
+    for name in bench.NAMES:
+        assert f"  {name:<12}{bench.about(name)}" in listed
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"cxrdist.bench.{name}").add_arguments(parser)
+        assert all(action.help for action in parser._actions), name
