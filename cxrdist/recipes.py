@@ -442,8 +442,9 @@ def summary(recipe: Recipe) -> str:
     decay = "" if recipe.layer_decay is None else f", x {recipe.layer_decay:g} a layer down"
     whole = next((name for name, steps in AUGMENTS.items() if steps == recipe.augment), "")
     steps = whole or ", ".join(dict.fromkeys(each.name for each in recipe.augment))
+    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     return (
-        f"recipe {recipe.name}: {recipe.model} at {recipe.image_size} px, {recipe.epochs} epochs, "
+        f"recipe {recipe.name}: {recipe.model} at {recipe.image_size} px, {epochs}, "
         f"{recipe.global_batch_size} images a step; {rates} ({recipe.lr_schedule}{decay}); loss {recipe.loss}; "
         f"EMA {recipe.ema_decay:.6g}{' with a ramp' if recipe.ema_ramp else ''}; augmentation: {steps}"
     )
