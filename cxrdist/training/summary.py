@@ -49,7 +49,7 @@ def _labels(validation: Validation, patients: NDArray[np.int32]) -> Iterator[str
         f"last validation: {validation.num_images:,} images of {int(patients.max(initial=-1)) + 1:,} patients; "
         "95 % intervals over patients"
     )
-    positives = np.nansum(validation.targets, axis=0, dtype=np.float64)
+    positives = np.asarray(np.nansum(validation.targets, axis=0, dtype=np.float64))
     rows = [
         (label, f"{count:,.6g}", *with_interval(value, ends))
         for (label, value), count, ends in zip(validation.auroc.items(), positives, intervals, strict=True)
