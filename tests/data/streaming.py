@@ -2,13 +2,17 @@
 
 import contextlib
 import http.server
+import shutil
 import ssl
+import stat
+import subprocess
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cxrdist.shards.convert import Pixels
@@ -76,14 +80,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.sent[name] += len(part)
 
 
+def certificate(file: Path, address: str = "127.0.0.1") -> Path:
+    """Writes a key and a certificate for an HTTPS server at `address`; clients take it as SSL_CERT_FILE."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl for a certificate")
+    subject = ("-subj", "/CN=localhost", "-addext", f"subjectAltName=IP:{address}")
+    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject)
+    subprocess.run([*made, "-keyout", file, "-out", file], check=True, capture_output=True)
+    return file
+
+
 class Server(http.server.ThreadingHTTPServer):
     """bytes_per_s: of all answers together; None as fast as it goes."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
+    def __init__(self, folder: Path, certificate: Path | None = None, address: str = "127.0.0.1") -> None:
         """certificate: of an HTTPS server, with its key; None: HTTP."""
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__((address, 0), Handler)
         self.scheme = "http"
         if certificate is not None:
             self.scheme, context = "https", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -97,7 +111,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.server_port}/set"
+        return f"{self.scheme}://{self.server_address[0]}:{self.server_port}/set"
 
     def tar_bytes(self) -> int:
         return sum(count for name, count in self.sent.items() if name.endswith(".tar"))
@@ -110,7 +124,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Watch:
-    """The most bytes that a folder held, looked at again and again."""
+    """The most bytes that the files of a folder held, looked at again and again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.most = folder, 0
@@ -130,5 +144,7 @@ class Watch:
             total = 0
             for path in self.folder.glob("*/**/*"):
                 with contextlib.suppress(FileNotFoundError):
-                    total += path.stat().st_size if path.parent.name != "uses" else 0
+                    about = path.stat()
+                    counts = stat.S_ISREG(about.st_mode) and path.parent.name != "uses"
+                    total += about.st_size if counts else 0
             self.most = max(self.most, total)

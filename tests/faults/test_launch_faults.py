@@ -4,6 +4,8 @@ Every case goes through `accelerate launch` with two gloo processes on the CPU, 
 """
 
 import contextlib
+import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -13,12 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
+
+from tests.data.streaming import Server, Watch, certificate, write_set
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
 
@@ -30,11 +35,13 @@ STEPS = 6 * EPOCHS  # 48 images in batches of 8; some seconds, time enough to di
 TIMEOUT_S = 15
 
 
-def train_words(shards: Path, run: Path, *flags: str, epochs: int = EPOCHS) -> list[str]:
+def train_words(shards: Path | None, run: Path, *flags: str, epochs: int = EPOCHS) -> list[str]:
+    """shards: None where flags say them."""
     sizes = ("image_size=112", "model_kwargs=depth=4", "global_batch_size=8")
     fields = (*sizes, f"epochs={epochs}", f"member_epochs={epochs}", "ema_ramp=true")
     settings = [word for field in fields for word in ("--set", field)]
-    where = ["--div", "b", "--model", "eva_x_tiny", "--init", "random", "--shards", str(shards), "--out", str(run)]
+    where = ["--div", "b", "--model", "eva_x_tiny", "--init", "random", "--out", str(run)]
+    where += [] if shards is None else ["--shards", str(shards)]
     limits = ["--timeout-s", str(TIMEOUT_S), "--threads", "1", "--precision", "fp32", "--log-every", "1"]
     return ["-m", "cxrdist.train", *where, *settings, *limits, *flags]
 
@@ -359,6 +366,23 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
                 ip("netns", "del", name)
 
 
+@contextlib.contextmanager
+def server_at(host: tuple[str, ...], address: str, folder: Path, file: Path) -> Iterator[Server]:
+    """A web server on a host, of this process: a socket stays in the namespace of the thread that made it."""
+
+    def listen() -> Server:
+        with Path("/run/netns", host[-1]).open() as namespace:
+            error = ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0)
+        assert error == 0, os.strerror(ctypes.get_errno())
+        return Server(folder, certificate(file, address), address)
+
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(listen).result(30)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 def start_pair(start: Any, hosts: list[tuple[str, ...]], words: list[str], **environment: str) -> list[Job]:
     group = ("--num_machines", "2", "--same_network", "--main_process_ip", "10.77.0.1", "--main_process_port", "29511")
     return [
@@ -393,50 +417,106 @@ def test_two_hosts_train_lose_the_link_and_resume_equal(
     assert_equal_runs(run, undisturbed)
 
 
-ELASTIC_EPOCHS = 60
+ELASTIC_EPOCHS = 30  # a node that returns takes part in most of them
+ELASTIC = ("--resume", "--checkpoint-minutes", "0.02", "--timeout-s", "8")
+
+
+def join(start: Any, hosts: list[tuple[str, ...]], number: int, training: list[str], **environment: str) -> Job:
+    """Start torchrun on a host, which trains together with those of the other hosts that are there."""
+    place = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29517", "--rdzv_id", "elastic")
+    conf = f"is_host={number == 0},last_call_timeout=2,join_timeout=120"  # a name would tell it by itself
+    limits = ("--rdzv_conf", conf, "--max_restarts", "9", "--monitor_interval", "0.5")
+    group = ("--nnodes", "1:2", "--nproc_per_node", "1", "--local_addr", f"10.77.0.{number + 1}")
+    return start(
+        [sys.executable, "-m", "torch.distributed.run", *place, *limits, *group, *training],
+        before=hosts[number],
+        GLOO_SOCKET_IFNAME=f"cable{number}",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        **environment,
+    )
+
+
+def worlds(job: Job) -> list[int]:
+    """The number of processes of each start, up to now."""
+    return [int(line.split()[0]) for line in job.output().splitlines() if " processes on cpu" in line]
+
+
+def assert_same_batches(run: Path, undisturbed: Path) -> None:
+    """The losses of every step are those of an undisturbed run, which other batches would move by a tenth and more; the
+    sum over ranks rounds by their number, so they are not equal bit for bit.
+    """
+    ours, theirs = step_rows(run), step_rows(undisturbed)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 6 * ELASTIC_EPOCHS + 1))
+    differences = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(ours, theirs, strict=True)]
+    assert max(differences) < 1e-4, max(differences)  # 2e-7
+
+
+def lose_a_node_that_returns(
+    start: Any, hosts: list[tuple[str, ...]], run: Path, trainings: list[list[str]], lose: Any, **environment: str
+) -> None:
+    """Train on two nodes, on one, and on two again, through torchrun's rendezvous, with nobody at the keyboard.
+
+    trainings: of each node. lose: called with the second node's job when it is time to lose it.
+    """
+    first, second = (join(start, hosts, number, trainings[number], **environment) for number in (0, 1))
+    first.wait_for_rows(run, 8)
+    lose(second)
+    wait_until(lambda: 1 in worlds(first) or first.process.poll() is not None, 120)
+    second = join(start, hosts, 1, trainings[1], **environment)
+    assert first.wait(240) == 0, first.output()
+    assert second.wait(60) == 0, second.output()
+    assert worlds(first)[:3] == [2, 1, 2], first.output()
 
 
 @pytest.mark.timeout(600)
 def test_a_node_is_lost_and_returns_and_torchrun_goes_on_with_the_same_batches(
     start: Any, uneven_shards: Path, tmp_path: Path
 ) -> None:
-    """Two nodes, one, two again through torchrun's rendezvous, with nobody at the keyboard.
-
-    The losses of every step are those of an undisturbed run, which other batches would move by a tenth and more; the
-    sum over ranks rounds by their number, so they are not equal bit for bit.
-    """
-    words = [*("--resume", "--checkpoint-minutes", "0.02"), "--timeout-s", "8"]
     alone = start([*LAUNCH, *TWO, *train_words(uneven_shards, tmp_path / "alone", epochs=ELASTIC_EPOCHS)])
     assert alone.wait(240) == 0, alone.output()
-    run = tmp_path / "run"
+    training = train_words(uneven_shards, tmp_path / "run", *ELASTIC, epochs=ELASTIC_EPOCHS)
     with two_hosts() as hosts:
+        lose_a_node_that_returns(start, hosts, tmp_path / "run", [training, training], Job.end)
+    assert_same_batches(tmp_path / "run", tmp_path / "alone")
 
-        def join(number: int) -> Job:
-            place = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29517", "--rdzv_id", "elastic")
-            conf = f"is_host={number == 0},last_call_timeout=2,join_timeout=120"  # a name would tell it by itself
-            limits = ("--rdzv_conf", conf, "--max_restarts", "9", "--monitor_interval", "0.5")
-            group = ("--nnodes", "1:2", "--nproc_per_node", "1", "--local_addr", f"10.77.0.{number + 1}")
-            training = train_words(uneven_shards, run, *words, epochs=ELASTIC_EPOCHS)
-            return start(
-                [sys.executable, "-m", "torch.distributed.run", *place, *limits, *group, *training],
-                before=hosts[number],
-                GLOO_SOCKET_IFNAME=f"cable{number}",
-                TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            )
 
-        first, second = join(0), join(1)
-        first.wait_for_rows(run, 8)
-        second.end()  # the machine is gone: launcher and ranks, by SIGKILL
-        wait_until(lambda: "1 processes on cpu" in first.output() or first.process.poll() is not None, 120)
-        second = join(1)
-        assert first.wait(240) == 0, first.output()
-        assert second.wait(60) == 0, second.output()
-    worlds = [line.split(" processes on cpu")[0][-1] for line in first.output().splitlines() if "processes on" in line]
-    assert worlds[:3] == ["2", "1", "2"], first.output()
-    ours, theirs = step_rows(run), step_rows(tmp_path / "alone")
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 6 * ELASTIC_EPOCHS + 1))
-    differences = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(ours, theirs, strict=True)]
-    assert max(differences) < 0.01, max(differences)
+@pytest.mark.timeout(600)
+def test_a_node_that_streams_is_lost_amid_a_download_and_returns_and_the_batches_are_those_of_a_folder(
+    start: Any, tmp_path: Path
+) -> None:
+    """Each node has a cache of half the set. The lost one leaves halves of shards in its own, and takes it up again."""
+    shards, windows = tmp_path / "shards" / "set", ("--set", "shuffle_window=2")
+    write_set(shards, num_shards=12, per_shard=4)
+    alone = start([*LAUNCH, *TWO, *train_words(shards, tmp_path / "alone", *windows, epochs=ELASTIC_EPOCHS)])
+    assert alone.wait(240) == 0, alone.output()
+
+    tars, about = ([path.stat().st_size for path in shards.glob(kind)] for kind in ("*.tar", "train.[ij]*"))
+    limit = sum(tars) // 2 + sum(about) + 5000  # the index and its JSON, the latter once more
+    caches = [tmp_path / f"cache{number}" for number in (0, 1)]
+    with two_hosts() as hosts, server_at(hosts[0], "10.77.0.1", shards, tmp_path / "certificate") as server:
+
+        def lose(second: Job) -> None:
+            server.stall_s = 5.0
+            server.faults |= {path.name: ("stall", 99) for path in shards.glob("*.tar")}
+            wait_until(lambda: [*caches[1].glob("tars/*.part")], 30)
+            second.end()
+            server.faults.clear()
+            assert [*caches[1].glob("tars/*.part")]
+
+        sources = [
+            ("--shards-url", server.url, "--cache", str(cache), "--cache-gb", f"{limit / 1e9:.9f}") for cache in caches
+        ]
+        trainings = [
+            train_words(None, tmp_path / "run", *ELASTIC, *windows, *source, epochs=ELASTIC_EPOCHS)
+            for source in sources
+        ]
+        with Watch(caches[0]) as one, Watch(caches[1]) as other:
+            trusted = {"SSL_CERT_FILE": str(tmp_path / "certificate"), "no_proxy": "10.77.0.1"}
+            lose_a_node_that_returns(start, hosts, tmp_path / "run", trainings, lose, **trusted)
+    assert_same_batches(tmp_path / "run", tmp_path / "alone")
+    assert all(limit // 2 < watch.most <= limit for watch in (one, other)), (one.most, other.most, limit)
+    left = [path for cache in caches for path in cache.glob("tars/*")]
+    assert [path.name for path in left] == [f"{hashlib.sha256(path.read_bytes()).hexdigest()}.tar" for path in left]
 
 
 def test_wrong_interface_is_named(start: Any, uneven_shards: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import training_runs
-from tests.data.streaming import Server, Watch, write_set
+from tests.data.streaming import Server, Watch, certificate, write_set
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 NUM_SHARDS, PER_SHARD = 40, 6
@@ -45,14 +44,8 @@ def local(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(shards, tmp_path, monkeypatch) -> Iterator[Server]:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl for a certificate")
-    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject)
-    subprocess.run([*made, "-keyout", tmp_path / "key", "-out", tmp_path / "cert"], check=True, capture_output=True)
-    (tmp_path / "both").write_bytes((tmp_path / "key").read_bytes() + (tmp_path / "cert").read_bytes())
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert"))
-    server = Server(shards, tmp_path / "both")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate(tmp_path / "certificate")))
+    server = Server(shards, tmp_path / "certificate")
     yield server
     server.shutdown()
     server.server_close()
