@@ -25,6 +25,7 @@ import fsspec
 from cxrdist import documents, files
 from cxrdist.errors import UserError
 from cxrdist.shards.index import FileMeta, read_meta
+from cxrdist.shards.store import reason
 from cxrdist.task import Task
 
 # and what fsspec needs for it
@@ -262,11 +263,3 @@ def _status(error: BaseException | None) -> int | None:
     if isinstance(error, urllib.error.HTTPError):
         return int(error.code)
     return 403 if isinstance(error, PermissionError) else None
-
-
-def reason(error: BaseException) -> str:
-    """What an error of a remote says, in one line."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {' '.join(str(error.reason).split())}"[:200]
-    said = str(error.reason if isinstance(error, urllib.error.URLError) else error)
-    return f"{type(error).__name__}: {' '.join(said.split())}"[:200]

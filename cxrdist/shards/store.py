@@ -8,6 +8,7 @@ import errno
 import functools
 import os
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def list_files(url: str) -> dict[str, int]:
     try:
         found = system.find(root, detail=True)
     except Exception as error:  # of the package's own kind
-        raise UserError(f"{url}: cannot be listed ({_said(error)}); check the address and your access") from error
+        raise UserError(f"{url}: cannot be listed ({reason(error)}); check the address and your access") from error
     start = len(root) + 1
     return {path[start:]: int(about["size"]) for path, about in found.items() if path[start:] and path[-1] != "/"}
 
@@ -68,7 +69,7 @@ def read(path: str, most: int) -> bytes:
             if getattr(error, "errno", None) == errno.EINVAL or getattr(error, "code", None) == 416:
                 return b""  # an empty object has not even a first byte
             if pause is None:
-                raise UserError(f"{path}: cannot be read ({_said(error)}); {KEPT}") from error
+                raise UserError(f"{path}: cannot be read ({reason(error)}); {KEPT}") from error
             time.sleep(pause)
     raise AssertionError
 
@@ -78,7 +79,7 @@ def _require_open(system: Any, path: str, key: str) -> None:
     try:
         system.find(key)
     except Exception as error:
-        raise UserError(f"{path}: its bucket cannot be listed any more ({_said(error)}); {KEPT}") from error
+        raise UserError(f"{path}: its bucket cannot be listed any more ({reason(error)}); {KEPT}") from error
 
 
 def _open(path: str) -> tuple[Any, str]:
@@ -95,9 +96,12 @@ def _system(protocol: str) -> Any:
     except ImportError:
         raise UserError(f"{protocol}:// needs: pip install 'cxrdist[{EXTRAS[protocol]}]'") from None
     except Exception as error:
-        raise UserError(f"{protocol}:// cannot be used ({_said(error)}); check its settings") from error
+        raise UserError(f"{protocol}:// cannot be used ({reason(error)}); check its settings") from error
 
 
-def _said(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def reason(error: BaseException) -> str:
+    """What an error of a remote says, in one line."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {' '.join(str(error.reason).split())}"[:200]
+    said = str(error.reason if isinstance(error, urllib.error.URLError) else error)
+    return f"{type(error).__name__}: {' '.join(said.split())}"[:200]
