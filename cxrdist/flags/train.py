@@ -52,7 +52,11 @@ OWN_FLAGS = {
     "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
     "--tracker": {"choices": ("wandb", "trackio", "none"), "default": "wandb", "help": TRACKER},
-    "--wandb": {"choices": ("auto", "online", "offline", "off"), "default": "auto", "help": "auto: if logged in"},
+    "--wandb": {
+        "choices": ("auto", "online", "offline", "off"),
+        "default": "auto",
+        "help": "auto: online where you are logged in, else off",
+    },
     "--wandb-images": SWITCH | {"help": "also send four augmented images, with their names, to the dashboard"},
     "--group": flag(str, "NAME", "of runs that the dashboard shows together (default: the run's name)"),
     "--on-bad": {"choices": ("error", "skip"), "default": "error", "help": BAD},
