@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from cxrdist.inference.predictor import Prediction, Predictor, load
 
 __all__ = ["Prediction", "Predictor", "__version__", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
