@@ -1,8 +1,8 @@
 """Run the benchmarks behind the documentation's figures, and write docs/measured.json and docs/measured.md.
 
-  python -m cxrdist.bench measured --out docs/measured.json                 those that this commit has not measured yet
-  python -m cxrdist.bench measured --out docs/measured.json --only data     these, again
-  python -m cxrdist.bench measured --out docs/measured.json --only          none: writes the page from the JSON
+  cxrdist bench measured --out docs/measured.json                 those that this commit has not measured yet
+  cxrdist bench measured --out docs/measured.json --only data     these, again
+  cxrdist bench measured --out docs/measured.json --only          none: writes the page from the JSON
 
 An hour in all on two idle cores. The file is written after each benchmark, so an interrupted command continues. Every
 figure carries its commit, date and machine. Baselines need `pip install '.[bench,onnx]'`.
@@ -57,7 +57,7 @@ class Figure:
 
 WAITING = r"waiting ([\d.]+%)"
 OUTSIDE = r"([\d.]+%) is overhead"
-BENCHES: dict[str, tuple[str, ...]] = {  # a name for each run: the words after `python -m cxrdist.bench`
+BENCHES: dict[str, tuple[str, ...]] = {  # a name for each run: the words after `cxrdist bench`
     "preprocess": ("preprocess",),
     "nodes": ("nodes",),
     "data": ("data",),
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         if args.only is None and before and (before.commit, before.words) == (commit, BENCHES[name]):
             found.append(Row("kept", name, None, note=f"measured at this commit on {before.date}"))
             continue
-        print(f"python -m cxrdist.bench {' '.join(BENCHES[name])}", flush=True)
+        print(f"cxrdist bench {' '.join(BENCHES[name])}", flush=True)
         taken = take(name, commit)
         if isinstance(taken, str):
             found.append(Row(FAILED, name, None, note=taken))
@@ -326,7 +326,7 @@ def page(measured: Measured) -> str:
     lines = [
         "# Measured",
         "",
-        "Written by `python -m cxrdist.bench measured --out docs/measured.json`; change no line by hand. Ratios",
+        "Written by `cxrdist bench measured --out docs/measured.json`; change no line by hand. Ratios",
         "(`2.0x`) are medians of interleaved runs, above 1 is faster. Shares (`0.90`) are of the limit that is named",
         "beside them. A `-` was not measured. The commit is the last one that changed the package.",
         "",
@@ -339,7 +339,7 @@ def page(measured: Measured) -> str:
         cells = (figure.what, figure.against, shown(figure, taken), ", ".join(names), ", ".join(commits) or "-")
         lines.append(f"| {' | '.join(cells)} |")
     for each in measured.taken:
-        command = f"python -m cxrdist.bench {' '.join(each.words)}"
+        command = f"cxrdist bench {' '.join(each.words)}"
         about = f"`{command}`: {each.date}, commit {each.commit}, {each.seconds:.0f} s, {each.machine}."
         lines += ["", f"## {each.name}", "", about, "", "```", table(each.rows), "```"]
     return "\n".join(lines) + "\n"
