@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from cxrdist import files, recipes
 from cxrdist.cli import run_entry, shards_of
-from cxrdist.distributed.environment import usable_cores
+from cxrdist.distributed.environment import machine_memory, usable_cores
 from cxrdist.distributed.plan import PROJECT, plan_launch, visible_gpus
 from cxrdist.distributed.precision import hardware_of, resolve_precision
 from cxrdist.errors import UserError
@@ -143,8 +143,9 @@ def _licence(declared: Any) -> str:
 
 
 def memory() -> str:
-    cells = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
-    return f"{cells['MemTotal'] / 1e6:.0f} GB memory, {cells['MemAvailable'] / 1e6:.0f} GB of it available"
+    total, available = machine_memory()
+    text = f"{total / 1e9:.0f} GB memory"
+    return text if available is None else f"{text}, {available / 1e9:.0f} GB of it available"
 
 
 def gpus(problems: list[str]) -> str:

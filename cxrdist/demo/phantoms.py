@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from cxrdist.distributed.environment import usable_cores
 from cxrdist.task import COMPETITION_LABELS as LABELS
 
 Plane = NDArray[np.float32]  # (H, W)
@@ -122,7 +123,7 @@ def write_division(
     images.mkdir(parents=True, exist_ok=True)
     jobs = [(study, image) for study in studies for image in range(len(study.views))]
     draw = partial(_write_image, images, seed)
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(workers or usable_cores()) as pool:
         for _ in tqdm(pool.map(draw, jobs, chunksize=8), total=len(jobs), desc="drawing phantoms", unit="image"):
             pass
     part = csv_path.with_name(csv_path.name + ".part")

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import resource
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from cxrdist.errors import UserError
 
@@ -71,6 +73,22 @@ def cpu_wanted() -> bool:
 def usable_cores() -> int:
     """The cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_memory() -> tuple[float, float | None]:
+    """The bytes of memory of this machine, and those available; None where the system does not say it (macOS)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), None
+    cells = {line.split(":")[0]: 1024.0 * int(line.split()[1]) for line in lines}
+    return cells["MemTotal"], cells["MemAvailable"]
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # the unit is the system's
 
 
 def decode_threads() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cxrdist.augment.views import distinct_views
-from cxrdist.distributed.environment import world_size
+from cxrdist.distributed.environment import machine_memory, world_size
 from cxrdist.distributed.precision import DTYPES, hardware_of, resolve_precision
 from cxrdist.errors import UserError
 from cxrdist.estimate.count import GB, Cost, best_device_batch, checkpoint_bytes, count_cost, memory_bytes
@@ -83,8 +83,8 @@ def this_machine(precision: str) -> Machine:
     if on_gpu:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        memory = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / num_devices
+        total, available = machine_memory()
+        memory = (total if available is None else available) / num_devices
     return Machine(
         name=f"this machine ({num_devices} {'GPUs' if on_gpu else 'CPU processes'})",
         num_devices=num_devices,

@@ -3,7 +3,6 @@
 import datetime
 import math
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from cxrdist.data.loader import Batch, Loader
 from cxrdist.data.rows import Rows
+from cxrdist.distributed.environment import peak_memory
 from cxrdist.distributed.ranks import Ranks
 from cxrdist.errors import UserError
 from cxrdist.models.architecture import listed
@@ -127,7 +127,7 @@ class Meter:
     def _speed(self) -> dict[str, Any]:
         now, wait_s, awaited_s = time.perf_counter(), self.loader.wait_s, self.loader.shards_wait_s
         seconds = max(now - self._since, 1e-9)
-        memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory_bytes = peak_memory()
         if self.ranks.device.type == "cuda":
             memory_bytes = torch.cuda.max_memory_allocated(self.ranks.device)
         own = {"images_per_s": self._images / seconds, "wait_share": (wait_s - self._waited) / seconds}
