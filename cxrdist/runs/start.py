@@ -213,15 +213,21 @@ def write_start(run: Path, recipe: Recipe, task: Task, session: Environment) -> 
     write_atomically(run / "recipe.json", recipes.to_json(recipe))
 
 
+def commit_of(project: Path) -> str:
+    """The commit of a clone; '' where `project` is none itself: an installed package may lie in somebody's clone."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(project), "rev-parse", "--show-toplevel", "HEAD"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        if Path(told[0]) == project:
+            return told[1]
+    return ""
+
+
 def describe_session(device: torch.device, world_size: int, device_batch_size: int, precision: str) -> Environment:
     """Versions, commit and hardware of this session."""
-    commit = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return Environment(
         cxrdist=cxrdist.__version__,
-        commit=commit,
+        commit=commit_of(Path(__file__).resolve().parents[2]),
         python=platform.python_version(),
         packages={name: importlib.metadata.version(name) for name in SHOWN_PACKAGES},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
