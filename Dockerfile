@@ -13,6 +13,7 @@ COPY lock.txt ./
 FROM base AS wheel
 RUN pip install --require-hashes -c lock.txt setuptools
 COPY pyproject.toml README.md LICENSE ./
+COPY accel_configs accel_configs
 COPY cxrdist cxrdist
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
 
