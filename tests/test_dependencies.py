@@ -1,6 +1,7 @@
 """What is installed: its licences, and the files that fix its versions and hashes."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,21 @@ def test_the_lock_has_the_versions_of_the_constraints_and_a_hash_of_each_depende
     assert len(re.findall(r"^[\w.-]+==\S+ \\\n    --hash=sha256:[0-9a-f]{64}$", text, re.M)) == len(lock)
     assert pinned("constraints.txt").items() == (lock.items() - {("setuptools", lock["setuptools"])})
     assert {canonicalize_name(name) for name, _, _ in doctor.bill()} <= lock.keys()
+
+
+def test_the_image_copies_files_that_its_context_holds_and_installs_extras_that_there_are():
+    text = (PROJECT / "Dockerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M) for name in line.split()}
+    ignored = (PROJECT / ".dockerignore").read_text().splitlines()
+    assert {"cxrdist", "lock.txt"} <= copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert ignored[0] == "*"
+    assert [name for name in copied if not (PROJECT / name).exists()] == []
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    links = [path for path in (PROJECT / "cxrdist").iterdir() if path.is_symlink()]
+    assert {
+        path.resolve().relative_to(PROJECT).parts[0] for path in links
+    } <= copied  # what a link leads to, comes along
+    assert {project["readme"], *project["license-files"]} <= copied  # a wheel is not built without these
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.M)
+    assert extras is not None
+    assert set(extras[1].split(",")) <= project["optional-dependencies"].keys()

@@ -66,7 +66,7 @@ def model_card(
     parts = [
         f"{FRONT}\n# Chest X-ray findings: {task.name}\n",
         f"{task.num_labels} findings: {', '.join(_escaped(label) for label in task.labels)}.\n",
-        "```bash\npip install CXRDIST      # the folder of a clone of cxrdist, or its wheel\ncxrdist predict chest.png --bundle .\n```\n",
+        "```bash\npip install CXRDIST   # a folder or wheel of cxrdist\ncxrdist predict chest.png --bundle .\n```\n",
         "## Models\n",
         "| checkpoint | member (weight) | architecture | px | views | weights |\n|---|---|---|---|---|---|",
     ]
