@@ -94,10 +94,15 @@ def versions(problems: list[str]) -> str:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         if found is None:
-            problems.append(f"{wanted.name} is not installed; run `./launch.sh setup`")
+            problems.append(f"{wanted.name} is not installed; {_remedy(wanted)}")
         elif not wanted.specifier.contains(found, prereleases=True):
-            problems.append(f"{wanted.name} {found} is not {wanted.specifier}; run `./launch.sh setup`")
+            problems.append(f"{wanted.name} {found} is not {wanted.specifier}; {_remedy(wanted)}")
     return ", ".join(f"{name} {version}" for name in SHOWN if (version := _version(name)) is not None)
+
+
+def _remedy(wanted: Requirement) -> str:
+    in_clone = (PROJECT / "launch.sh").is_file()  # a wheel has none
+    return "run `./launch.sh setup`" if in_clone else f"run `pip install '{wanted.name}{wanted.specifier}'`"
 
 
 def _version(name: str) -> str | None:
@@ -132,7 +137,7 @@ def _metadata(name: str) -> Any:
     try:
         return importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{name} is not installed; run `./launch.sh setup`") from None
+        raise UserError(f"{name} is not installed; {_remedy(Requirement(name))}") from None
 
 
 def _licence(declared: Any) -> str:

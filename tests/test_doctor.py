@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cxrdist import doctor
 from cxrdist.distributed.group import check_gpus_seen
 from cxrdist.distributed.launch import launch
 from cxrdist.distributed.plan import PROJECT, plan_launch
@@ -91,3 +92,17 @@ def test_launch_sh_hands_every_command_to_the_package(tmp_path):
 )
 def test_compile_is_advised_where_a_step_is_small(gpus, advice):
     assert advice in compiling(gpus)
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"), [(("launch.sh",), r"run `./launch.sh setup`"), ((), "run `pip install 'timm<1,>=0.1'`")]
+)
+def test_a_package_of_another_version_is_mended_by_what_there_is(files, remedy, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(doctor, "PROJECT", tmp_path)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["timm>=0.1,<1"])
+    problems: list[str] = []
+    doctor.versions(problems)
+    assert len(problems) == 1
+    assert problems[0].endswith(f"is not <1,>=0.1; {remedy}")
