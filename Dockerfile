@@ -37,6 +37,6 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip install --no-deps
 # With `docker run --user` the user may have no name and no home: libraries that keep caches ask for both.
 ENV HOME=/home/cxrdist USER=cxrdist NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000
-WORKDIR /work
+WORKDIR /project
 ENTRYPOINT ["cxrdist"]
 CMD ["--help"]
