@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Show the runs again and again; once, where the output is no terminal or --once is given."""
     args = parser().parse_args(argv)
     runs = {run: Progress(run) for run in find_runs(args.runs)}
-    if args.once or not sys.stdout.isatty():
+    if args.once or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         print("\n".join(frame(list(runs.values()), shutil.get_terminal_size().columns)))
         return
     stop_as_interrupted()

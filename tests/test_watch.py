@@ -85,7 +85,7 @@ def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_frames_until_ctrl_c_and_is_left_as_it_was(runs: Path) -> None:
     ours, theirs = pty.openpty()
-    environment = os.environ | {"COLUMNS": "80", "LINES": "24", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PYTHONIOENCODING": "utf-8"}
     words = [sys.executable, "-m", "cxrdist", "watch", "--every", "0.1", str(runs)]
     watching = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
