@@ -55,7 +55,7 @@ install() { # WHAT CHECKSUM: the stamps are written last, so whatever fails befo
   fi
   touch "$begun"
   echo "installing into .venv with $(.venv/bin/python --version) (a few minutes, once)"
-  [ "$what" = core ] || extras='[dev,dicom,onnx,app,s3]'
+  [ "$what" = core ] || extras='[dev,dicom,onnx,app,s3,trackio]'
   [ ! -t 1 ] || quiet=
   if ! .venv/bin/python -m pip install $quiet --constraint constraints.txt --editable ".$extras"; then
     is_cut_off || rm -f "$begun" # nothing was touched: what worked before still does

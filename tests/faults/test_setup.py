@@ -150,7 +150,7 @@ def test_a_working_core_survives_a_failed_installation_of_the_tools(checkout):
     (checkout / "pip").write_text("offline")
     assert launch(checkout, "test").returncode == 2
     assert launch(checkout, "demo").stdout == "ran -m cxrdist demo\n"
-    assert calls(checkout) == ["venv", "pip .", "pip .[dev,dicom,onnx,app,s3]"]
+    assert calls(checkout) == ["venv", "pip .", "pip .[dev,dicom,onnx,app,s3,trackio]"]
 
 
 def test_core_and_tools_are_installed_when_needed_and_once(checkout):
@@ -167,7 +167,7 @@ def test_core_and_tools_are_installed_when_needed_and_once(checkout):
     ):
         done = launch(checkout, *arguments)
         assert done.returncode == 0, done.stderr
-    assert calls(checkout) == ["venv", "pip .", "pip .[dev,dicom,onnx,app,s3]"]
+    assert calls(checkout) == ["venv", "pip .", "pip .[dev,dicom,onnx,app,s3,trackio]"]
     (checkout / "constraints.txt").write_text("numpy==1\n")
     assert launch(checkout, "demo").returncode == 0
     assert calls(checkout)[3:] == ["pip ."]
