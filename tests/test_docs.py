@@ -121,8 +121,8 @@ def test_every_flag_that_is_spoken_of_is_one_of_a_command() -> None:
     }
     known = {flag for names in COMMANDS.values() for name in names for flag in known_flags(name)}
     for page in PAGES:
-        if page.stem in ("docker", "install"):
-            continue  # these are about other programs
+        if page.stem in ("docker", "install", "measured"):
+            continue  # these are about other programs, or written by one
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", page.read_text(encoding="utf-8")))
         assert found <= known | others, f"{name_of(page)}: {sorted(found - known - others)}"
 
@@ -236,7 +236,7 @@ def is_training(words: list[str]) -> bool:
 def small(words: list[str]) -> list[str]:
     """The flags that the pages give for a look without a GPU, in the folder of the full-size run."""
     published = words[words.index("--model") + 1] if "--model" in words else "eva_x"
-    flags = ["--model", f"demo_{published}", "--init", "random", "--set", "epochs=2", "--set", "member_epochs=1,2"]
+    flags = ["--model", f"demo_{published}", "--init", "random", "--epochs", "2"]
     flags += [word for field in ("global_batch_size=8", "warmup_steps=0") for word in ("--set", field)]
     if "--out" in words:
         return flags
@@ -327,7 +327,7 @@ def test_the_door_to_your_own_x_rays(division: Path, tmp_path: Path) -> None:
         skip["dicoms"] = f"needs pip install 'cxrdist[dicom]' ({error})"
     Door("your-x-rays", tmp_path).run(skip=skip)
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    assert list(pd.read_csv(tmp_path / "found.csv").columns) == ["image_name", *LABELS]
+    assert list(pd.read_csv(tmp_path / "found.csv").columns)[:4] == ["image_name", *LABELS]
 
 
 @pytest.mark.slow
