@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,11 +175,15 @@ def test_every_fault_names_tests_that_there_are() -> None:
 
 
 class Door:
-    """A folder in which the commands of a page run. replaced: texts of a command, and what stands for them here."""
+    """A folder in which the commands of a page run.
+
+    replaced: texts of a command, and what stands for them here. before: texts of a command, and what is done first.
+    """
 
     def __init__(self, page: str, folder: Path) -> None:
         self.blocks, self.folder = blocks(REPOSITORY / "docs" / f"{page}.md"), folder
         self.replaced: dict[str, str] = {}
+        self.before: dict[str, Callable[[], None]] = {}
         self.environment = {"CXRDIST_PROCESSES": "1"}  # a second one takes as long to start as the work does
 
     def run(self, *, skip: Mapping[str, str] | None = None) -> None:
@@ -203,6 +207,9 @@ class Door:
         """What a command prints; it must end well."""
         for text, here in self.replaced.items():
             line = line.replace(text, here)
+        for text, first in self.before.items():
+            if text in line:
+                first()
         jobs = [self.start(line)]
         if "--num_machines" in line:  # the page shows the line of the first node
             jobs.append(self.start(line.replace("--machine_rank 0", "--machine_rank 1")))
@@ -349,8 +356,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def object_store(folder: Path) -> Iterator[dict[str, str]]:
-    """An S3 server with the bucket of the page, which holds the images and a shard set of them; its environment."""
+def object_store() -> Iterator[tuple[dict[str, str], Callable[[Path, str], None]]]:
+    """An S3 server with the bucket of the page: its environment, and what copies a folder's files there."""
     server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
     pytest.importorskip("s3fs", reason="needs s3fs")
     import boto3
@@ -363,10 +370,14 @@ def object_store(folder: Path) -> Iterator[dict[str, str]]:
     secrets = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], **secrets)
     client.create_bucket(Bucket="bucket")
+
+    def copy(folder: Path, name: str) -> None:
+        for path in folder.iterdir():
+            if path.is_file():
+                client.upload_file(str(path), "bucket", f"{name}/{path.name}")
+
     try:
-        for path in (folder / "xrays").iterdir():
-            client.upload_file(str(path), "bucket", f"xrays/{path.name}")
-        yield environment
+        yield environment, copy
     finally:
         store.stop()
 
@@ -385,7 +396,9 @@ def test_the_door_to_a_cluster(division: Path, tmp_path: Path) -> None:
         "accel_configs/nodes.yaml": "accel_configs/cpu.yaml",
         "/nvme/": f"{tmp_path}/nvme/",
     }
-    with object_store(tmp_path) as environment:
+    with object_store() as (environment, copy):
+        copy(tmp_path / "xrays", "xrays")
+        door.before = {"--shards-url": lambda: copy(tmp_path / "shards" / "tb", "tb")}
         door.environment |= environment | {
             **slurm(tmp_path),
             "SLURM_SUBMIT_DIR": str(tmp_path),
