@@ -40,10 +40,13 @@ def chosen(words: list[str]) -> str:
     parser.add_argument("-h", "--help", action="help", help="show this")
     parser.add_argument("--version", action="version", version=f"cxrdist {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of these:")
-    command: str = parser.parse_args(words[:1] or ["--help"]).command
+    first = words[:1] or ["--help"]
+    if first[0].startswith("-") and first[0] not in ("-h", "--help", "--version"):
+        parser.error(f"{first[0]}: a command comes first, e.g. cxrdist train {first[0]} ...")
+    command: str = parser.parse_args(first).command
     known = [name for names in COMMANDS.values() for name in names]
     if command not in known:
-        close = difflib.get_close_matches(command, known, n=1)
+        close = difflib.get_close_matches(command.lower(), [*known, "--help", "--version"], n=1)
         parser.error(f"there is no command {command!r}" + (f" (did you mean {close[0]}?)" if close else ""))
     return command
 

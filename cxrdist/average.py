@@ -12,7 +12,7 @@ from torch import Tensor
 from cxrdist import recipes
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
-from cxrdist.files import disk_errors_named, write_atomically
+from cxrdist.files import check_outputs, disk_errors_named, write_atomically
 from cxrdist.flags.average import parser
 from cxrdist.runs.checkpoint import epoch_folder, write_checkpoint
 from cxrdist.runs.documents import EpochMeta, RunDocument
@@ -39,9 +39,12 @@ def average(names: list[tuple[Path, int]], out: Path, weights: Literal["ema", "m
 
     Raises UserError when a checkpoint is missing, damaged, or of another model, size, task or frozen backbone.
     """
+    check_outputs([out / "recipe.json"], [run for run, _ in names], folder=out)
     with disk_errors_named(out):
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty; give another --out")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--from {twice[0]}@{twice[1]} is there twice; name each checkpoint once")
     if len(names) < 2:
         raise UserError("one checkpoint has no average; name at least two with --from RUN@5,6")
     total: dict[str, Tensor] = {}

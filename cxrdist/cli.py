@@ -51,13 +51,20 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option for action in self._actions for option in action.option_strings if action.dest != "help"]
+        message = re.sub(r"invalid (int|float) value: ('.*')$", _not_a_number, message)
         if message.startswith(("unrecognized arguments:", "the following arguments are required:")):
             for word in (word.split("=")[0] for word in self._words if word.startswith("--")):
-                if word not in known and (close := difflib.get_close_matches(word, known, n=1)):
+                if word not in known and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.7)):
                     message += f" (you wrote {word}: did you mean {close[0]}?)"
+        if re.match(r"unrecognized arguments: [^-]", message):
+            message += " (a value needs its flag before it)"
         line = f"error: {redacted(message)}; see `{self.prog} --help`\n"
         self.exit(2, line if environment.rank_text() == "0" else "")  # every rank makes the same mistake: said once
+
+
+def _not_a_number(found: re.Match[str]) -> str:
+    return f"{found[2]} is not {'an integer' if found[1] == 'int' else 'a number'}"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -122,6 +129,20 @@ def recipe_type(text: str) -> RecipeFile:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def existing(text: str) -> Path:
+    """A path that must be there, as an argparse type."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder; check the path")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """The folder of a shard set as an argparse type; an address is refused."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address, which train, folds and infer take as --shards-url")
+    return Path(text)
+
+
 def flag(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> dict[str, Any]:
     """Keywords of `add_argument` for a flag with a value."""
     text += " (default %(default)s)" if "default" in more else ""
@@ -144,7 +165,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--data": flag(Path, "DIR", "the competition's folder, as drawn above"),
     "--images": flag(Path, "DIR", "folder of images"),
     "--csv": flag(Path, "FILE", "table of labels, a row an image"),
-    "--shards": flag(Path, "DIR", f"a shard set that `cxrdist preprocess` made (default: {SHARDS})"),
+    "--shards": flag(folder, "DIR", f"a shard set that `cxrdist preprocess` made (default: {SHARDS})"),
     "--shards-url": flag(
         str, "URL", "copy the shards from s3://, gs://, https:// or hf:// into --shards first, checking all hashes"
     ),
@@ -154,7 +175,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--init": flag(
         str, "FILE|timm|random", "weights to start from; FILE,FILE: of parts (default: official, in weights/)"
     ),
-    "--backbone": flag(Path, "FILE", "where to look first for a run's frozen backbone"),
+    "--backbone": flag(existing, "FILE", "where to look first for a run's frozen backbone"),
     "--resume": {"action": "store_true", "help": "resume from the newest complete checkpoint"},
     "--set": flag(str, "FIELD=VALUE", "change a field that `cxrdist recipes NAME` lists, e.g. seed=1 (repeatable)")
     | {"dest": "overrides", "action": "append", "default": []},
@@ -215,6 +236,8 @@ def with_readings(task: Task, args: argparse.Namespace) -> Task:
 
 def shards_of(args: argparse.Namespace) -> Path:
     """The shard set that --shards names, or --task's own folder; UserError where neither was given."""
+    if args.shards is None and args.task is None and getattr(args, "shards_url", None):
+        raise UserError("--shards-url is copied into a folder: give that, too, with --shards DIR (or stream: --cache)")
     if args.shards is None and args.task is None:
         raise UserError("give --shards DIR (a shard set says its task), or --task NAME for shards/<task>")
     return Path("shards", args.task.folder) if args.shards is None else Path(args.shards)

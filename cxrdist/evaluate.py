@@ -52,14 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     labelled, source = read_truth(args.csv, args.shards, task, tables)
     unscored = check_rows(tables[0], labelled, source, allow_missing=args.allow_missing)
     truth = match_labels(tables[0], labelled, source)
+    logged = {run: read_metrics(run) for run in args.run}
+    timings = {} if args.timings is None else read_timings(args.timings)
+    shown = args.shards is not None and args.run
+    check_shown(args, tables[0])
     print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
     write_output(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
     targets = truth.targets.astype(np.float64)
-    logged = {run: read_metrics(run) for run in args.run}
     patients = truth.about["patient"].to_numpy(object)
     points = [] if calibration is None else performance(calibration, tables[0].probs, targets, patients)
-    shown = args.shards is not None and args.run
     images, pictures = read_pictures(args, tables, targets, result) if shown else ({}, [])
     private = [PRIVACY] if shown else []
     sections = [
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     paths |= {f"run {run.name}": str(run) for run in args.run}
     paths |= {} if args.shards is None else {"shards": str(args.shards)}
-    sections.append(figures.files_section(paths, {} if args.timings is None else read_timings(args.timings)))
+    sections.append(figures.files_section(paths, timings))
     first = tables[0].meta
     where = "" if first.task is None else f"task {first.task.name}, split {first.split or '?'}; "
     about = f"{where}{result.num_images:,} images of {result.num_patients:,} patients; cxrdist {__version__}"
@@ -105,6 +107,16 @@ def printed(result: Evaluation) -> Iterator[str]:
         counted = f"{score.num_labels} of {len(result.labels)} labels"
         name = fitted(printable(score.name), columns_of_names)
         yield f"{name}  macro AUROC {score.macro_auroc:.4f} (95 % {low:.4f} to {high:.4f}), {counted}"
+
+
+def check_shown(args: argparse.Namespace, table: ScoreTable) -> None:
+    """UserError, before anything is scored, for runs that have no epoch to show, or images that were not scored."""
+    if args.show and not (args.run and args.shards is not None):
+        raise UserError("--show draws images with a model's maps: give its --run and the --shards, too")
+    if unknown := set(args.show) - {*table.image_names}:
+        raise UserError(f"--show {min(unknown)}: not among the scored images, such as {table.image_names[0]}")
+    if args.shards is not None and (empty := [run for run in args.run if not epochs_of(run)]):
+        raise UserError(f"--run {empty[0]}: has no finished epoch to show; finish it, or leave it out")
 
 
 def calibration_of(path: Path | None, tables: Sequence[ScoreTable]) -> Calibration | None:
@@ -176,7 +188,7 @@ def read_metrics(run: Path) -> list[LogRow]:
     """The rows of a run's metrics.jsonl that can be drawn; how many are damaged is said."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --run takes a folder that cxrdist.train wrote")
+        raise UserError(f"--run {run}: holds no {path.name}; give the folder of a run, as `cxrdist train` writes it")
     rows, num_bad = read_json_lines(path)
     good = [row for row in rows if isinstance(row.get("kind"), str) and all(map(_drawable, map(row.get, DRAWN)))]
     good = [row for row in good if row.get("step") and row.get("epoch")]

@@ -104,6 +104,8 @@ def may_be_seen(meta: TableMeta, task: Task) -> bool:
 
 def read_labelled(spec: SetSpec, tables: Sequence[ScoreTable], args: argparse.Namespace) -> tuple[LabelTable, Task]:
     """All labels of a set, and the task that says what they are: a shard set's own, `#TASK`, or the tables'."""
+    if not spec.labels.exists():
+        raise UserError(f"--external {spec.name}: {spec.labels}: no such shard set or label CSV; check the path")
     if spec.labels.is_dir():
         if spec.task is not None:
             raise UserError(f"--external {spec.name}: {spec.labels} is a shard set and says its task: leave out #TASK")

@@ -123,9 +123,9 @@ def open_to_read(path: Path) -> io.BufferedReader:
     except (OSError, ValueError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({_why(error)})"
         raise UserError(f"{path}: {why}; check the path and its permissions") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path}: not a regular file; give a file")
+        raise UserError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; give a file")
     return open(descriptor, "rb")
 
 
@@ -330,6 +330,9 @@ def reason(path: Path, size: int | None, error: OSError) -> str:
             f"{path}: the disk is full ({to_write}{free:,} bytes free in {folder}); "
             "make room and run the same command again"
         )
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)
+        return f"{path}: cannot be written, as {file} is a file; give another folder"
     return f"{path}: cannot be written ({_why(error)}); check the path and its permissions"
 
 

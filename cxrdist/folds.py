@@ -23,7 +23,7 @@ from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.metrics import macro_auroc
 from cxrdist.scoring.tables import ScoreTable, read_members, write_table
 from cxrdist.shard_sets import ShardSet, find_shards
-from cxrdist.shards.index import read_meta, task_of
+from cxrdist.shards.index import task_of
 from cxrdist.steps import Step, path_hash, run_steps, stop_as_interrupted, unfinished
 
 FOR_INFER = ("--task", "--shards", "--backbone", "--precision", "--max-unreadable")  # flags that go to both
@@ -88,7 +88,10 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, Job]:
     at = find_shards(given)
     at.fetch("train", given.task)
     task = given.task or task_of(at.folder)
-    num_images = read_meta(at.folder, "train", task).counts.images
+    index = at.open("train", task)
+    if not index.patients.has_distinct(args.folds):
+        raise UserError(f"--folds {args.folds}: {at.folder} has images of fewer patients; give fewer folds")
+    num_images = len(index)
     recipe = train.asked_for(given, task.name, num_images)[1]
     job = Job(
         words=args.words,

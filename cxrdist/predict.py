@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
-from cxrdist.files import check_outputs, refuse_links, write_output
+from cxrdist.files import check_outputs, refuse_input, refuse_links, write_output
 from cxrdist.flags.model import load_model
 from cxrdist.flags.predict import parser
 from cxrdist.inference.findings import NOT_CALIBRATED, is_positive, ranked, shown_prob
@@ -35,13 +35,16 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.monotonic()
     started_s = seconds_since_start()
     images = named_images(args.images)
-    out = [path for path in (args.json, args.csv) if path is not None]
+    out = {flag: path for flag, path in (("--json", args.json), ("--csv", args.csv)) if path is not None}
     inputs = [path for path in (args.bundle, args.calibration, args.backbone) if path is not None]
-    check_outputs(out, [*inputs, *images.values()], flag="--json or --csv")
-    keep = out[0].with_name(f"{out[0].name}.parts") if out else None
-    for path, named in ((args.maps, "--maps"), (keep, "--json or --csv")):
-        if path is not None:
-            refuse_links(path, flag=named)
+    for flag, path in out.items():
+        check_outputs([path], [*inputs, *images.values()], flag=flag)
+    if args.maps is not None:
+        check_maps(args.maps, args.images)
+    flag, first = next(iter(out.items()), ("", None))
+    keep = None if first is None else first.with_name(f"{first.name}.parts")
+    if keep is not None:
+        refuse_links(keep, flag=flag)
     model = load_model(args)
     if args.maps is not None:
         model.mapped()
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     maps = write_maps(model, images, found, args.maps) if args.maps is not None else 0
     if keep is not None:
         shutil.rmtree(keep, ignore_errors=True)
-    for path in out:
+    for path in out.values():
         print(f"written: {path}")
     mapped_s = time.monotonic() - done
     shares = [f"start and imports {started_s:.1f} s", f"weights {loaded - begun:.1f} s"]
@@ -71,6 +74,15 @@ def main(argv: list[str] | None = None) -> None:
         name, reason = next(iter(found.unreadable.items()))
         what = f"{len(found.unreadable):,} of {len(images):,} images could not be read and have no result"
         raise UserError(f"{what}, e.g. {name}: {reason}; repair them or leave them out")
+
+
+def check_maps(folder: Path, images: Sequence[Path]) -> None:
+    """UserError, before a model is loaded, where maps must not be written."""
+    refuse_links(folder, flag="--maps")
+    for source in images:
+        refuse_input(folder, source, "--maps")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--maps {folder}: is a file; give a folder")
 
 
 def seconds_since_start() -> float:

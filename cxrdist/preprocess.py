@@ -56,12 +56,14 @@ def task_from(args: argparse.Namespace) -> Task:
     labels = parse_labels(args.labels) if args.labels else ()
     if args.task is not None:
         folder = Path(args.task)
-        task = task_of(folder) if folder.is_dir() and splits_in(folder) else load_task(args.task)
+        task = task_of(folder) if folder.is_dir() and splits_in(folder) else load_task(args.task, "--task shards/")
     elif labels:
         task = Task(name=args.name or "csv", labels=labels, columns=Columns(image=""))
     elif out is not None and splits_in(out):
         task = task_of(out)
     else:
+        if args.data:
+            raise UserError(f"--data {args.data}: which division is it? add --task {' or --task '.join(LAYOUTS)}")
         there = [*read_cells(args.csv[0], (), most=1).first][:40] if args.csv else []
         named = f" (columns of {args.csv[0]}: {', '.join(there)})" if there else ""
         raise UserError(f"give --labels A,B,... for your own table{named}, or --task NAME|FILE|SHARDS")
@@ -127,6 +129,8 @@ def competition_inputs(task: Task, data: Path, split: str | None) -> list[tuple[
 def parse_labels(text: str) -> tuple[str, ...]:
     """The labels of --labels: A,B,C, or @FILE with one a line."""
     names = text.split(",")
+    if len(names) == 1 and Path(text).is_file():
+        raise UserError(f"--labels {text}: is a file; write --labels @{text} for labels that it lists, one a line")
     if text.startswith("@"):
         try:
             names = read_bounded(Path(text[1:])).decode("utf-8-sig").splitlines()

@@ -52,7 +52,11 @@ class RecipeFile:
         found = vars(module).get(self.name)
         if callable(found):
             return found  # type: ignore[no-any-return]
-        own = [name for name, each in vars(module).items() if isinstance(each, FunctionType)]
+        own = [
+            name
+            for name, each in vars(module).items()
+            if isinstance(each, FunctionType) and each.__module__ == module.__name__
+        ]
         close = difflib.get_close_matches(self.name, own, 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(own) or 'none'}"
         raise UserError(f"{self.path}: no function {self.name!r} in it; {hint}")
@@ -79,6 +83,8 @@ class RecipeFile:
             lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(self.path) else []
             where = f"{self.path}, line {lines[-1]}" if lines else str(self)
             remedy = f"; {ALONE}" if isinstance(error, ImportError) else ""
+            if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+                remedy = "; `cxrdist recipes eva_x` lists the fields of a recipe"
             raise UserError(f"{where}: {type(error).__name__}: {error}{remedy}") from None
 
 

@@ -15,7 +15,7 @@ from cxrdist.flags.recipes import parser
 from cxrdist.models import recipe_for
 from cxrdist.recipe_file import read_recipe_file
 from cxrdist.recipes import RECIPES, Group, Inference, Recipe, Step, plain
-from cxrdist.task import TASKS
+from cxrdist.task import TASKS, near
 
 TASK = TASKS["b"]  # whose seeds and number of labels are shown
 PRECISION = "bf16"
@@ -46,7 +46,7 @@ def shown(name: str) -> Iterator[str]:
     Raises UserError for an unknown name, and for a file as `RecipeFile` does.
     """
     function: Callable[..., Any]
-    if ".py:" in name:
+    if ".py:" in name or name.endswith(".py"):
         file = read_recipe_file(name)
         function, recipe = file.function(), file.build(TASK.name)
     elif ":" in name:
@@ -55,7 +55,9 @@ def shown(name: str) -> Iterator[str]:
         function, recipe = RECIPES[name], RECIPES[name](TASK.name)
     else:
         known = ", ".join([*RECIPES, "timm:NAME"])
-        raise UserError(f"{name!r} is no recipe: one of {known}, or FILE.py:NAME for one of your own")
+        meant = near(name, RECIPES)
+        told = f"did you mean {meant}?" if meant else f"one of {known}, or FILE.py:NAME for one of your own"
+        raise UserError(f"{name!r} is no recipe: {told}")
     flops, memory, batch = cost_of(recipe)
     yield f"{_doc(function)}\n"
     yield f"command: {command_of(name, function)}"

@@ -8,6 +8,7 @@ Source of every number: the published solution of Grand X-Ray Slam (2nd place di
 
 import ast
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -510,8 +511,10 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         if not equals:
             raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. --set ema_decay=0.9995")
         if name not in homes:
-            hint = "; learning rates: --lr X" if name in ("lr", "groups") else ""
-            raise UserError(f"--set {name}: no such recipe field{hint}; one of {', '.join(sorted(homes))}")
+            close = difflib.get_close_matches(name, homes, n=1)
+            meant = f"did you mean {close[0]}?" if close else "`cxrdist recipes NAME` lists them with what they are"
+            meant = "learning rates: --lr X" if name in ("lr", "groups") else meant
+            raise UserError(f"--set {name}: no such recipe field; {meant}")
         parts: Any = value
         if name == "model_kwargs":
             parts = sorted(part.split("=" if "=" in part else ":", 1) for part in value.split(",") if part)

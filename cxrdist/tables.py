@@ -49,6 +49,14 @@ MAX_COMPARED = 1000  # columns, for the nearest to one that is missing
 MAX_RATIO = 200  # of a gzip file larger than 64 MB; the public tables have 5 to 20
 
 
+class MissingColumnError(UserError):
+    """A table lacks a column. what: the message without flags, which only some commands have."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
 @dataclass(frozen=True, eq=False)
 class LabelTable:
     """The rows of a label table, in file order.
@@ -197,7 +205,7 @@ def read_template(path: Path, task: Task) -> Template:
     for name in header:
         if name != image and name not in task.labels:
             meant = nearest(name, task.labels)
-            remedy = f"{meant}: rename it if that is meant" if meant else ""
+            remedy = f"{meant}: rename it if that is meant" if meant else f"; a template has {image} and labels alone"
             raise UserError(f"{path}: column {name!r} is not a label of task {task.name}{remedy}")
     if len(header) == 1:
         raise UserError(f"{path}: no label column; a template has {image} and the labels to predict")
@@ -214,7 +222,8 @@ def read_cells(path: Path, wanted: Collection[str] | None = None, *, most: int |
     first bytes. Raises UserError as `read_label_csv` does for what is wrong with the file itself.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such CSV file; check the path")
+        what = "is a folder; give the CSV file in it" if path.is_dir() else "no such CSV file; check the path"
+        raise UserError(f"{path}: {what}")
     notes: tuple[str, ...] = ()
     lines: list[int] = []
     kept: list[str] = []  # row after row in one list: millions of small ones keep Python's garbage collector busy
@@ -233,7 +242,7 @@ def read_cells(path: Path, wanted: Collection[str] | None = None, *, most: int |
                 if not cells:
                     continue
                 if len(cells) != len(header):
-                    told = f"{len(cells)} cells, but the header has {len(header)} columns"
+                    told = f"{len(cells)} cells, but the header has {len(header)} columns; correct that line"
                     raise UserError(f"{path}, line {reader.line_num}: {told}")
                 sample = sample or cells
                 lines.append(reader.line_num)
@@ -336,12 +345,13 @@ def check_columns(cells: Cells, task: Task) -> None:
         else:
             remedies.append(f"--labels {shlex.quote(','.join(columns)) if known else 'A,B,C'}")
         sure = sure and known
-    more = f" (and {len(missing) - 1} more: {_some(missing[1:])})" if len(missing) > 1 else ""
+    more = f" (and {len(missing) - 1} more: {_some(missing[1:], 4)})" if len(missing) > 1 else ""
     there = "" if sure else f"; its columns: {_some(header)}"
     rename = ", or rename the column" if sure else ""
     close = nearest(missing[0], free)
-    raise UserError(
-        f"{cells.path}: column {missing[0]!r} is missing{close}{more}; give {' '.join(remedies)}{rename}{there}"
+    raise MissingColumnError(
+        f"{cells.path}: column {missing[0]!r} is missing{close}{more}; give {' '.join(remedies)}{rename}{there}",
+        f"{cells.path}: column {missing[0]!r} is missing{close}{more}; its columns: {_some(header)}",
     )
 
 
@@ -414,6 +424,6 @@ def _bad_label(path: Path, line: int, label: str, text: str, count: int) -> str:
     elif re.fullmatch(r"[01],[0-9]+", kind):
         remedy = "has a decimal comma; write it with a point"
     else:
-        remedy = "is neither 0 nor 1 nor a number between; correct the file"
+        remedy = "is neither 0 nor 1 nor a number between; correct the file, or take another column"
     more = f" ({count - 1:,} more such cells)" if count > 1 else ""
     return f"{path}, line {line}, column {label!r}: {text[:80]!r} {remedy}{more}"

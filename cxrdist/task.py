@@ -25,6 +25,7 @@ Readings = Reading | float | Mapping[str, Reading | float]  # for all labels, or
 Format = Literal["table", "chexpert", "mimic", "nih", "padchest", "vindr"]
 ALL = "*"  # in `blank` and `uncertain`: every label that is not named
 MAX_LABELS = 1000
+NUM_NAMED = 10  # labels that an error lists
 MAX_ID_CHARACTERS = 128
 NAMES = {  # the part of an image's name, by rule, that says its patient and its study
     "patient_study_image": r"(?:.*/)?([0-9]{1,8})_([0-9]+)_[0-9]+\.[^/]*",
@@ -87,7 +88,7 @@ class Task(Document):
                     f"task {self.name}: label {label[:50]!r} is blank, too long or holds a control character"
                 )
             if label in seen:
-                raise UserError(f"task {self.name}: label {label!r} is there twice")
+                raise UserError(f"task {self.name}: label {label!r} is there twice; name it once")
             seen.add(label)
         for kind, readings in (("blank", self.blank), ("uncertain", self.uncertain)):
             for label, reading in readings.items():
@@ -366,7 +367,7 @@ PUBLISHED = {
 TASKS = COMPETITION | PUBLISHED
 
 
-def load_task(text: str) -> Task:
+def load_task(text: str, of_shards: str = "--shards shards/") -> Task:
     """The built-in task of that name, or the one in a .toml or .json file. UserError for anything else.
 
     The competition's divisions may be written as A and B, too, as the competition does.
@@ -375,13 +376,16 @@ def load_task(text: str) -> Task:
         return TASKS[text if text in TASKS else text.lower()]
     path = Path(text)
     if path.suffix not in (".toml", ".json"):
-        raise UserError(f"--task {text}: no such task; one of {', '.join(TASKS)}, or a .toml or .json file")
+        meant = f" (a shard set says its task: {of_shards}{text})" if Path("shards", text).is_dir() else ""
+        raise UserError(f"--task {text}: no such task{meant}; one of {', '.join(TASKS)}, or a .toml or .json file")
     content = read_bounded(path)
     if path.suffix == ".toml":
         try:
             content = json.dumps(tomllib.loads(content.decode("utf-8"))).encode()
         except (ValueError, TypeError, RecursionError) as error:  # a date in TOML has no JSON
-            raise UserError(f"{path}: not readable as TOML ({error})") from None
+            raise UserError(
+                f"{path}: not readable as TOML ({error}); correct it there (text stands in quotes)"
+            ) from None
     return Task.from_json(content, path)
 
 
@@ -400,7 +404,8 @@ def parse_readings(text: str, labels: Iterable[str], flag: str = "") -> dict[str
         item, comma, after = (rest if label is None else rest[len(label) + 1 :]).partition(",")
         if label is None and "=" in item:
             unknown = item.rpartition("=")[0].strip()
-            raise UserError(f"{start}: there is no label {unknown!r}{nearest(unknown, known)}")
+            there = nearest(unknown, known) or f"; the labels are {', '.join(known[:NUM_NAMED])}"
+            raise UserError(f"{start}: there is no label {unknown!r}{there}")
         key, reading = label or ALL, _reading(item.strip(), start, known)
         if key in readings:
             raise UserError(f"{start}: {'a value for all labels' if key == ALL else repr(key)} is there twice")

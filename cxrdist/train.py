@@ -67,13 +67,16 @@ def main(argv: list[str] | None = None) -> None:
         at.fetch("valid", task, optional=True)
     num_images = read_meta(shards, "train", task).counts.images if (shards / "train.json").is_file() else None
     published, recipe = asked_for(args, task.name, num_images)
-    architecture_of(recipe.model)  # an unknown name ends here
+    architecture = architecture_of(recipe.model)  # an unknown name ends here
     run = args.out or Path("runs") / f"{recipe.name}_{task.name}"
     if args.dry_run:
         if environment.rank() == 0:
             names = ("device_batch_size", "precision", "grad_checkpointing")
             print(dry_run(recipe, task, shards, run, **{name: getattr(args, name) for name in names}))
         return
+    resumes = args.resume and (run / "recipe.json").exists()
+    if not resumes and args.init not in ("random", "timm"):  # before a model is made: weights that are not there
+        fit.init_files(architecture, None if args.init is None else Path(args.init))
     with process_group(args.timeout_s, then=AGAIN) as ranks, contextlib.ExitStack() as stack:
         if published.global_batch_size != recipe.global_batch_size:
             changed = "; ".join(recipes.differences(published, recipe))

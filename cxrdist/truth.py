@@ -9,7 +9,7 @@ from cxrdist.errors import UserError
 from cxrdist.published import read_labels
 from cxrdist.scoring.tables import ScoreTable, check_shards
 from cxrdist.shards.index import ShardIndex, open_index
-from cxrdist.tables import LabelTable
+from cxrdist.tables import LabelTable, MissingColumnError
 from cxrdist.task import Task
 
 
@@ -18,7 +18,11 @@ def read_truth(
 ) -> tuple[LabelTable, Path]:
     """The labels in `csv`, or else those in the shard set, and which it was. UserError where neither has any."""
     if csv is not None:
-        truth = read_labels(csv, task)
+        try:
+            truth = read_labels(csv, task)
+        except MissingColumnError as error:
+            remedy = "give the labels of the scored images, under the columns that the scores' task names"
+            raise UserError(f"{error.what}; {remedy}") from None
         print("".join(f"{note}\n" for note in truth.notes), end="")
         return truth, csv
     if shards is None:

@@ -14,7 +14,7 @@ from cxrdist.errors import UserError
 from cxrdist.files import check_outputs
 from cxrdist.flags.verify import parser
 from cxrdist.report.dataset import check_page, write_dataset_report
-from cxrdist.shards.index import ShardIndex, open_index, splits_in
+from cxrdist.shards.index import ShardIndex, absent, open_index, splits_in
 from cxrdist.shards.verify import verify, write_table
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     splits = [args.split] if args.split else splits_in(folder)
     if not splits:
-        raise UserError(f"{folder}: no shard set here; make it with `cxrdist preprocess --task NAME ...`")
+        raise UserError(absent(folder))
     if args.report is not None:
         check_page(args.report)
         check_outputs([args.report], [folder], flag="--report")

@@ -3,6 +3,7 @@
 A benchmark has `add_arguments(parser)` and `run(args) -> list[Row]`; its first docstring line is its help.
 """
 
+import argparse
 import ast
 import importlib
 import json
@@ -17,7 +18,9 @@ from cxrdist.bench.timing import FAILED, Row, as_json, table
 from cxrdist.cli import Parser, add_flags, run_entry
 from cxrdist.errors import UserError
 from cxrdist.files import check_outputs, write_output
+from cxrdist.flags.model import check_device
 
+MAY_BE_0 = ("statistics",)  # numbers that may be 0
 NAMES = sorted({module.name for module in pkgutil.iter_modules(cxrdist.bench.__path__)} - {"__main__", "timing"})
 
 
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     module.add_arguments(parser)
     add_flags(parser, "--json")
     args = parser.parse_args(argv[1:])
+    check_numbers(args)
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.json is not None:
@@ -48,6 +52,17 @@ def main(argv: list[str] | None = None) -> None:
         write_output(args.json, json.dumps(as_json(rows), indent=1) + "\n")
     if failed := [row.variant for row in rows if row.stage == FAILED]:
         raise UserError(f"{', '.join(failed)}: failed, see the table")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """UserError for a number that no benchmark can take, or a device that is none."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if is_number and (number < 0 or (number == 0 and name not in MAY_BE_0)):
+                raise UserError(f"--{name.replace('_', '-')} {number}: give a number above 0")
+    if (device := getattr(args, "device", None)) is not None:
+        check_device(device)
 
 
 if __name__ == "__main__":

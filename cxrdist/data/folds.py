@@ -120,5 +120,6 @@ def inside_fold(patients: Texts, fold_of: Mapping[str, int], validate_fold: int)
     number = int(np.count_nonzero(chosen))
     if number in (0, len(chosen)):
         left = f"{len(chosen) - number} images to train on and {number} to validate on"
-        raise UserError(f"fold {validate_fold} leaves {left}")
+        known = ", ".join(map(str, sorted({*fold_of.values()})[:20]))
+        raise UserError(f"fold {validate_fold} leaves {left}; the split has the folds {known}")
     return chosen

@@ -23,7 +23,9 @@ from cxrdist.runs.checkpoint import epoch_folder
 from cxrdist.scoring.weights import Fit
 from cxrdist.shards.columns import Texts
 from cxrdist.shards.index import read_meta
+from cxrdist.shards.sources import list_images
 from cxrdist.steps import Step, run_steps, stop_as_interrupted
+from cxrdist.tables import MissingColumnError
 from cxrdist.task import Task, load_task
 
 FOLD_EPOCHS = 3  # with --folds, a training has this part of its epochs: nine trainings in a quarter of an hour
@@ -53,7 +55,14 @@ def check_input(images: Path | None, csv: Path | None, task: Task) -> None:
         raise UserError(f"--images {images}: no such folder; check the path")
     if not any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in images.rglob("*")):
         raise UserError(f"--images {images}: holds no .png, .jpg or .jpeg file; give the folder that holds the images")
-    num_patients = read_labels(csv, task).about["patient"].nunique()
+    try:
+        about = read_labels(csv, task).about
+    except MissingColumnError as error:
+        raise UserError(f"--csv {error.what}; say what its columns are with --task FILE.toml") from None
+    files = list_images(images)
+    if all(files.file_of(name) is None for name in about["image_name"]):
+        raise UserError(f"--csv {csv}: none of its images is in {images}; give the table of these images")
+    num_patients = about["patient"].nunique()
     if num_patients < 2 * NUM_FOLDS:
         raise UserError(
             f"--csv {csv}: {num_patients} patients are too few to hold some out; use {2 * NUM_FOLDS} or more"

@@ -32,7 +32,7 @@ def parser() -> Parser:
     given |= {"out": {"default": Path("demo"), "help": "where to write (default %(default)s)"}}
     add_flags(flags, "--task", "--images", "--csv", "--out", "--blank", "--uncertain", "--set", **given)
     flags.add_argument("--patients", **flag(int, "N", "phantom patients", default=NUM_PATIENTS))
-    flags.add_argument("--seed", **flag(int, "N", "of the phantoms and of the held-out split", default=0))
+    flags.add_argument("--seed", **flag(at_least(0), "N", "of the phantoms and of the held-out split", default=0))
     folds = "train by N folds of the patients, 3 where N is left out, with a third of the epochs, and fit weights"
     flags.add_argument("--folds", **flag(at_least(2), "N", folds, nargs="?", const=3))
     return flags

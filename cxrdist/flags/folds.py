@@ -9,6 +9,8 @@ Writes the runs OUT/RECIPE_TASK_fold<K> and the table OUT/MEMBER.csv: every trai
 that was not trained on its patient. From such tables `cxrdist ensemble --fit` finds weights.
 """
 
+import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,16 @@ class FoldsParser(Parser):
 
 def fold_choice(text: str) -> int:
     """The fold of --only; ALL for all."""
-    return ALL if text == "all" else int(at_least(0)(text))
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold, from 0, nor all")
+    return ALL if text == "all" else int(text)
+
+
+def member_name(text: str) -> str:
+    """The name of a member as an argparse type."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: a name has letters, digits, '.', '_', '-'")
+    return text
 
 
 def parser() -> Parser:
@@ -50,7 +61,7 @@ def parser() -> Parser:
     flags.add_argument("--folds", **flag(at_least(2), "N", "patient-grouped folds", default=5))
     flags.add_argument("--only", **flag(fold_choice, "K|all", only))
     flags.add_argument(
-        "--member", **flag(str, "NAME", "of the table, as a member of an ensemble (default: the recipe's name)")
+        "--member", **flag(member_name, "NAME", "of the table, as a member of an ensemble (default: the recipe's name)")
     )
     flags.add_argument("--out", **flag(Path, "DIR", "where to write (default: runs/<recipe>_<task>_folds)"))
     return flags

@@ -36,9 +36,18 @@ def check_model_flags(args: argparse.Namespace) -> None:
     if (args.bundle is None) == (not args.member):
         raise UserError("give the model: --bundle DIR, or --member NAME=RUN (repeatable), not both")
     if args.bundle is not None and not (args.bundle / CONFIG).is_file():
-        raise UserError(f"--bundle {args.bundle}: no {CONFIG} there; give a folder that cxrdist export wrote")
-    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
+        what = (
+            f"no {CONFIG} there" if args.bundle.is_dir() else "is a file" if args.bundle.exists() else "no such folder"
+        )
+        run = f", or a run with --member NAME={args.bundle}" if (args.bundle / "recipe.json").is_file() else ""
+        raise UserError(f"--bundle {args.bundle}: {what}; give a folder that `cxrdist export` wrote{run}")
+    if args.device is not None:
+        check_device(args.device)
+
+
+def check_device(text: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UserError(f"--device {text}: give cpu, cuda or cuda:N")
 
 
 def load_model(args: argparse.Namespace) -> "Predictor":

@@ -29,5 +29,5 @@ def parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     check_model_flags(args)
-    if args.csv is not None and args.json == args.csv.with_suffix(".json"):
-        raise UserError(f"--json {args.json}: beside a score table this name is that of its origin; give another")
+    if args.csv is not None and args.json in (args.csv, args.csv.with_suffix(".json")):
+        raise UserError(f"--json {args.json}: --csv writes under this name, or its origin; give another")

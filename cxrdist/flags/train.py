@@ -7,6 +7,7 @@ are the same on any number of processes, and a run that was killed resumes with 
 
 import argparse
 import importlib.util
+import re
 
 from cxrdist.cli import STREAMING, Parser, add_flags, at_least, flag, recipe_type
 from cxrdist.errors import UserError
@@ -38,6 +39,13 @@ def fold_argument(text: str) -> int:
     return NO_FOLD if text == "none" else int(at_least(0)(text))
 
 
+def trained_part(text: str) -> str:
+    """What --train says, as `Recipe.train` has it."""
+    if re.fullmatch(r"all|head|last:[1-9]\d{0,3}", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of all, head and last:N, e.g. last:3")
+    return text
+
+
 OWN_FLAGS = {
     "--epochs": flag(at_least(1), "N", EPOCHS),
     "--lr": flag(at_least(0, float), "X", LR),
@@ -49,7 +57,7 @@ OWN_FLAGS = {
     "--max-skips": flag(at_least(1), "N", "stop after N skipped steps in a row", default=20),
     "--max-steps": flag(at_least(1), "N", "checkpoint and stop after N steps, to try things out"),
     "--continue-init": SWITCH | {"help": INIT},
-    "--train": flag(str, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
+    "--train": flag(trained_part, "all|head|last:N", "train all of the model, its head, or that and its last N layers"),
     "--grad-checkpointing": SWITCH | {"help": "less memory, about a third more compute"},
     "--tracker": {"choices": ("wandb", "trackio", "none"), "default": "wandb", "help": TRACKER},
     "--wandb": {

@@ -128,9 +128,10 @@ def metric_lines(content: bytes, source: Path | None) -> Iterator[str]:
         yield "| label | positives | AUROC | 95 % |\n|---|---|---|---|"
         for label, count, value, ends in zip(labels, positives, score["auroc"], score["auroc_interval"], strict=True):
             yield f"| {_escaped(label)} | {count:,.7g} | {_number(value)} | {_ends(ends)} |"
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        problem = f"is no metrics.json of cxrdist evaluate ({type(error).__name__})"
-        raise UserError(f"--metrics {source}: {problem}; give OUT/metrics.json") from None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise UserError(
+            f"--metrics {source}: is no metrics.json of `cxrdist evaluate`; give OUT/metrics.json"
+        ) from None
 
 
 def calibration_lines(calibration: Calibration | None) -> Iterator[str]:

@@ -86,6 +86,8 @@ def parse_member(text: str) -> MemberSpec:
     VIEWS is tta, plain or view names with commas.
     """
     form = f"--member {text}: write NAME=RUN@5,6[:tta|:plain][:raw][*WEIGHT], or NAME=FILE[#RECIPE] for a weight file"
+    if "=" not in text:
+        raise UserError(f"--member {text}: give it a name, e.g. --member eva_x={text}")
     text, raw = re.subn(r":raw(?=[:*]|$)", "", text, count=1)
     if (found := MEMBER.fullmatch(text)) is None:
         raise UserError(f"{form}; a name has letters, digits, '.', '_', '-'")
@@ -177,6 +179,10 @@ def load_checkpoints(
 ) -> Iterator[tuple[Origin, Recipe, nn.Module]]:
     """(origin, recipe, model) of every checkpoint that one `--member` names."""
     if spec.source.is_dir():
+        if spec.recipe is not None:
+            raise UserError(
+                f"--member {spec.name}: {spec.source} is a run, which has its recipe: leave out #{spec.recipe}"
+            )
         for epoch in spec.epochs or read_recipe(spec.source).inference.member_epochs:
             yield load_epoch(spec, spec.source, epoch, "model" if spec.raw else "ema", task, backbone)
     elif (place := place_in_run(spec)) is not None:

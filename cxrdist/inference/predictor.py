@@ -84,6 +84,8 @@ class Predictor:
         self.task, self.members, self.stored, self.how = task, ensemble.members, stored, how
         self.calibration, self.notes = calibration, list(ensemble.notes)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torch sees no GPU here; leave it out, or ask `cxrdist doctor` why")
         self.precision, _ = resolve_precision(precision, [hardware_of(self.device)])
         self._passes = plan_passes(self.members)
         self._models = {name: model.to(self.device) for name, model in ensemble.models.items()}

@@ -250,7 +250,7 @@ def named_misfits(misfits: dict[str, list[str]]) -> str:
     return "; ".join(f"{kind}: {listed(names)}" for kind, names in misfits.items())
 
 
-def listed(names: Iterable[str], limit: int = 8) -> str:
+def listed(names: Iterable[str], limit: int = 3) -> str:
     """The first names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -57,8 +57,11 @@ def read_task(run: Path) -> Task:
 
 
 def _read(run: Path, name: str) -> bytes:
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "no such folder"
+        raise UserError(f"{run}: {what}; give the folder of a run, as `cxrdist train` writes it")
     if not (run / name).is_file():
-        raise UserError(f"{run / name}: no such file; {run} is not a run folder of cxrdist.train")
+        raise UserError(f"{run}: holds no {name}, so it is no run folder; give one, as `cxrdist train` writes it")
     return read_bounded(run / name)
 
 
@@ -89,7 +92,8 @@ def load_member(run: Path, epoch: int, weights: Weights = "ema", backbone: Path 
     folder = checkpoint.epoch_folder(run, epoch)
     if not folder.is_dir():
         there = ", ".join(map(str, checkpoint.epochs_of(run)))
-        raise UserError(f"{folder} is not there; {run} has epochs: {there or 'none yet'}; train on with --resume")
+        remedy = "name one of these, or train on" if there else "finish it: train"
+        raise UserError(f"{folder} is not there; {run} has epochs: {there or 'none yet'}; {remedy} with --resume")
     try:
         checkpoint.check(folder)
         meta = read_versioned(EpochMeta, folder / "meta.json")

@@ -104,10 +104,13 @@ def find_start(
     if not (run / "recipe.json").exists():
         if any((run / "checkpoints").glob("*")):
             raise UserError(f"{run} has checkpoints but no recipe.json: not a complete run folder; give another --out")
+        if resume:
+            say(f"there is no run in {run} to resume: starting from the beginning")
         return Start()
     last_epoch = checkpoint.epoch_folder(run, recipe.epochs)
     if not resume:
-        state = "holds a finished run" if last_epoch.exists() else "holds an unfinished run: --resume continues it"
+        last = checkpoint.epoch_folder(run, member.read_recipe(run).epochs)
+        state = "holds a finished run" if last.exists() else "holds an unfinished run: --resume continues it"
         raise UserError(f"{run} {state}; give another --out for a new one")
     changed = recipes.differences(member.read_recipe(run), recipe)
     if changed:

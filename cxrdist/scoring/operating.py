@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.documents import Document
+from cxrdist.documents import Document, read_bounded
 from cxrdist.errors import UserError
 from cxrdist.scoring.calibration import fitted_line
 from cxrdist.scoring.metrics import Floats, interval
@@ -134,7 +134,13 @@ class Calibration(Document):
 
 def read_calibration(path: Path) -> Calibration:
     """The calibration in the file `path`, or in that folder."""
-    return Calibration.read(path / FILE if path.is_dir() else path)
+    file = path / FILE if path.is_dir() else path
+    try:
+        return Calibration.from_json(read_bounded(file), file)
+    except UserError as error:
+        raise UserError(
+            f"--calibration: {error}; give the {FILE} that `cxrdist calibrate` wrote, or its folder"
+        ) from None
 
 
 def identity(members: Sequence[tuple[float, Sequence[Checkpoint]]], average: Average) -> str:

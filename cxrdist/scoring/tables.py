@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -189,7 +190,10 @@ def _read_probs(path: Path, rows: Iterator[list[str]], labels: tuple[str, ...]) 
         try:
             numbers.extend(map(float, cells[1:]))
         except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}; a score table holds numbers in [0, 1]") from None
+            cell = str(error).removeprefix("could not convert string to float: ")
+            raise UserError(
+                f"{path}, line {line}: {cell} is no number; a score table holds numbers in [0, 1]"
+            ) from None
     image_names = np.empty(len(names), dtype=object)
     image_names[:] = list(names)
     return image_names, np.array(numbers, np.float32).reshape(len(names), len(labels))
@@ -346,7 +350,7 @@ def join_parts(tables: Sequence[ScoreTable], *, allow_missing: bool = False) -> 
         names = np.concatenate([part.image_names for part in parts])
         if len(repeated := names[pd.Series(names).duplicated()]):
             both = f"two tables are named {name!r} and both hold image {repeated[0]!r}"
-            raise UserError(f"{both}: give them different member names (in their JSON), or parts over different images")
+            raise UserError(f"{both}: name each table once, or score again under other names (infer --member NAME=RUN)")
         if found := _difference(parts) or _difference_of_weights(parts):
             raise UserError(f"two parts of member {name!r} differ in {found[2]}; score all with one shard set")
         unsaid = dict.fromkeys(what for part in parts for what in part.unsaid if what in ("split", "shards"))
@@ -386,7 +390,9 @@ def _difference(tables: Sequence[ScoreTable]) -> tuple[str, str, str] | None:
             if found := by_task.meta.task.differences(table.meta.task):
                 return by_task.name, table.name, "; ".join(found)
         elif table.labels != tables[0].labels:
-            return tables[0].name, table.name, "their labels"
+            pairs = itertools.zip_longest(tables[0].labels, table.labels)
+            one, other = next(pair for pair in pairs if pair[0] != pair[1])
+            return tables[0].name, table.name, f"their labels ({one!r} and {other!r})"
     for key in ("split", "shards"):
         said: dict[str, str] = {}
         for table in tables:
@@ -429,9 +435,9 @@ def _check_header(path: Path, header: list[str], task: Task | None, wanted: tupl
     wanted = wanted or next((task.labels for task in TASKS.values() if set(task.labels) == set(labels)), labels)
     first = ("image_name", "Image_name" if task is None else task.columns.image)
     if not labels or len(labels) != len(wanted) or header[0] not in first or len(set(labels)) < len(labels):
-        count = f"the {len(wanted)} labels" if wanted else "one or more labels"
-        problem = f"its header has {len(header)} columns instead of image_name and {count}, each once"
-        raise UserError(f"{path} is not a score table: {problem}")
+        there = ", ".join(header[:8])[:80] or "none"
+        needed = f"image_name and {'the task' if task or wanted != labels else 'a label'}'s columns, each once"
+        raise UserError(f"{path} is not a score table (its columns: {there}; wanted: {needed}); give one of infer's")
     for place, (found, label) in enumerate(zip(labels, wanted, strict=True), start=2):
         if found != label:
             problem = f"column {place} is {found!r} where {label!r} belongs"

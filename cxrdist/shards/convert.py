@@ -55,9 +55,7 @@ class Pixels:
 
     def __post_init__(self) -> None:
         if not MIN_SIZE_PX <= self.size_px <= MAX_SIZE_PX:
-            raise UserError(
-                f"images of {self.size_px} px are not stored; give a size of {MIN_SIZE_PX} to {MAX_SIZE_PX}"
-            )
+            raise UserError(f"images of {self.size_px} px are not stored; give --size {MIN_SIZE_PX} to {MAX_SIZE_PX}")
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a source of this size has within the square."""

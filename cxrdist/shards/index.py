@@ -44,7 +44,7 @@ from cxrdist.shards.columns import (
     sealed,
 )
 from cxrdist.shards.convert import Pixels, as_mode
-from cxrdist.task import TASKS, Task
+from cxrdist.task import TASKS, Task, near
 
 FORMAT_VERSION = 2
 ADOPTED_VERSION = 3  # of tars that others wrote
@@ -342,10 +342,18 @@ def shard_name(split: str, number: int) -> str:
 
 
 def splits_in(folder: Path) -> list[str]:
-    """The splits of which the folder holds any file, `train` first. Adopted tars are not a split for their names."""
+    """The splits of which the folder holds any file, `train` first; none in the folder of a run.
+
+    Adopted tars are not a split for their names, nor is a JSON that says nothing of shards.
+    """
+    if (folder / "recipe.json").is_file():
+        return []
     pattern = re.compile(rf"({SPLIT_NAME}?)(-\d{{6,}}\.tar|\.index\.(arrow|csv)|\.json)")
     matches = [match for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
-    found = {match[1] for match in matches if not match[0].endswith(".tar")}
+    found = {match[1] for match in matches if ".index." in match[0]}
+    alone = {match[1] for match in matches if match[0].endswith(".json")} - found
+    fields = {split: read_fields(folder / f"{split}.json") for split in alone}
+    found |= {split for split in alone if not fields[split] or "shards" in fields[split]}  # none: a damaged one
     if tars := {match[0]: match[1] for match in matches if match[1] not in found}:
         adopted = {name for split in found for name in adopted_tars(read_fields(folder / f"{split}.json"))}
         found |= {split for name, split in tars.items() if name not in adopted}
@@ -358,6 +366,22 @@ def adopted_tars(fields: dict[str, Any]) -> set[str]:
     return (
         {str(shard.get("name")) for shard in shards if isinstance(shard, dict)} if isinstance(shards, list) else set()
     )
+
+
+def absent(folder: Path, command: str = "cxrdist preprocess --task NAME") -> str:
+    """What to say of a folder that is no shard set. command: what makes one."""
+    if folder.is_file():
+        return f"{folder}: is a file; give the folder of a shard set, such as {folder.parent}"
+    if (folder / "recipe.json").is_file():
+        return f"{folder}: is the folder of a run; give the shard set that it was trained on"
+    what = "no shard set here" if folder.is_dir() else "no such folder"
+    sets = [str(place) for place in sorted(folder.glob("*")) if place.is_dir() and splits_in(place)]
+    if sets:
+        return f"{folder}: {what}, but it holds some: give {', '.join(sets[:5])}"
+    beside = [place.name for place in folder.parent.glob("*") if place.is_dir() and splits_in(place)]
+    if meant := near(folder.name, beside):
+        return f"{folder}: {what}; did you mean {folder.parent / meant}?"
+    return f"{folder}: {what}; make it with `{command} ...`"
 
 
 def task_of(folder: Path) -> Task:
@@ -382,11 +406,14 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
     check_split_name(split)
     path = folder / f"{split}.json"
     command = f"cxrdist preprocess --task {task.name if task else 'NAME'}"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it with `{command} ...`")
+    if not path.is_file() and not splits_in(folder):
+        raise UserError(absent(folder, command))
     if not path.is_file():
-        there = ", ".join(sorted(file.name for file in folder.glob("*.json"))) or "no finished split"
-        raise UserError(f"{path} is missing (the folder holds {there}); run or finish `{command} --split {split} ...`")
+        there = ", ".join(each for each in splits_in(folder) if (folder / f"{each}.json").is_file()) or "none finished"
+        raise UserError(
+            f"{folder} has no split {split!r} (it has: {there}); take one that is there, or make or finish it: "
+            f"cxrdist preprocess --out {folder} --split {split} ..."
+        )
     fields = read_fields(path)
     version = fields.get("format_version")
     if isinstance(version, int) and version not in (1, FORMAT_VERSION, ADOPTED_VERSION):

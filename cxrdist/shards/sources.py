@@ -105,6 +105,9 @@ def make_jobs(
     Raises UserError for what cannot be right.
     """
     check_split_name(split or "train")
+    for folder in (folder for folder in images if isinstance(folder, Path) and folder.is_dir()):
+        if out.is_dir() and out.samefile(folder):
+            raise UserError(f"--out {out}: holds the images; give a folder of its own, such as shards/{task.folder}")
     pairs: list[tuple[tuple[Path | str, ...], tuple[Path, ...]]]
     pairs = [((folder,), (table,)) for folder, table in zip(images, tables, strict=False)]
     if len(images) != len(tables):
@@ -278,7 +281,8 @@ def _list_store(url: str) -> Folder:
 
 def _list_folder(folder: Path) -> Folder:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such image folder; check the path")
+        what = "is a file; --images takes the folder of the images" if folder.is_file() else "no such image folder"
+        raise UserError(f"--images {folder}: {what}{'' if folder.is_file() else '; check the path'}")
     root = folder.resolve()
     listed = Folder({}, {})
     folders, linked = [""], list[str]()

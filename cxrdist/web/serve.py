@@ -43,9 +43,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); give another --port"
-        ) from None
+        why = f"cannot listen there ({error.strerror or error})"
+        raise UserError(f"--host {host} --port {port}: {why}; give another --host or --port") from None
 
 
 def address_of(listening: socket.socket) -> str:

@@ -23,6 +23,10 @@ def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...
         if absent := [path for path in files if not path.is_file()]:
             raise UserError(f"--init {absent[0]}: there is no such file")
         return files
+    if init is not None and (init / "recipe.json").is_file():
+        epochs = sorted(init.glob("checkpoints/epoch_*/ema.safetensors"))
+        remedy = f"name its weights: --init {epochs[-1]}" if epochs else "and has no epoch yet: give another"
+        raise UserError(f"--init {init}: is a run folder; {remedy}")
     folder, official = WEIGHTS_FOLDER if init is None else init, architecture.official
     if official is None:
         other = "--init random" if architecture.download is None else "--init timm (downloads them), or --init random"
@@ -32,7 +36,7 @@ def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...
         first = folder / official.names[0]
         hint = f" (--init {first} starts with a fresh head)" if first.is_file() else ""
         needs = f"{architecture.name} needs {' and '.join(missing)} in {folder}/{beside}: get it from"
-        raise UserError(f"{needs} {official.source}{hint}; --init FILE takes other weights, --init random none")
+        raise UserError(f"{needs} {official.source}{hint}; --init FILE takes other weights, random none")
     return tuple(folder / name for name in official.names)
 
 
