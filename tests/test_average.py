@@ -57,7 +57,7 @@ def test_what_cannot_be_averaged_is_named(run, tmp_path):
         with pytest.raises(UserError, match=message):
             average.main(["--from", text, "--out", str(tmp_path / "mean")])
     assert not (tmp_path / "mean").exists()
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="lies in an input folder"):
         average.main(["--from", f"{run}@2,3", "--out", str(run)])
     other = tmp_path / "other"
     shutil.copytree(run, other)

@@ -63,5 +63,5 @@ def test_a_recipe_of_ones_own_is_shown_and_an_unknown_name_refused(tmp_path: Pat
     assert text.startswith("(it has no docstring)")
     assert f"train --div b --recipe {file}:mine" in text
     assert "model = eva_x_tiny" in text
-    with pytest.raises(UserError, match="'eva' is no recipe: one of eva_x, "):
-        list(recipe_list.shown("eva"))
+    with pytest.raises(UserError, match="'resnet50' is no recipe: one of eva_x, "):
+        list(recipe_list.shown("resnet50"))

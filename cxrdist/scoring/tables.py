@@ -436,7 +436,7 @@ def _check_header(path: Path, header: list[str], task: Task | None, wanted: tupl
     first = ("image_name", "Image_name" if task is None else task.columns.image)
     if not labels or len(labels) != len(wanted) or header[0] not in first or len(set(labels)) < len(labels):
         there = ", ".join(header[:8])[:80] or "none"
-        needed = f"image_name and {'the task' if task or wanted != labels else 'a label'}'s columns, each once"
+        needed = "image_name and the labels, each once"
         raise UserError(f"{path} is not a score table (its columns: {there}; wanted: {needed}); give one of infer's")
     for place, (found, label) in enumerate(zip(labels, wanted, strict=True), start=2):
         if found != label:

@@ -409,10 +409,10 @@ def read_meta(folder: Path, split: str, task: Task | None = None) -> SplitMeta:
     if not path.is_file() and not splits_in(folder):
         raise UserError(absent(folder, command))
     if not path.is_file():
-        there = ", ".join(each for each in splits_in(folder) if (folder / f"{each}.json").is_file()) or "none finished"
+        there = ", ".join(each for each in splits_in(folder) if (folder / f"{each}.json").is_file()) or "none"
         raise UserError(
-            f"{folder} has no split {split!r} (it has: {there}); take one that is there, or make or finish it: "
-            f"cxrdist preprocess --out {folder} --split {split} ..."
+            f"{folder} has no split {split!r} ({path.name} is missing; finished: {there}); take another, or make or "
+            f"finish it: cxrdist preprocess --out {folder} --split {split} ..."
         )
     fields = read_fields(path)
     version = fields.get("format_version")

@@ -153,9 +153,9 @@ def test_a_page_a_benchmark_and_converted_weights_are_written_to_new_or_own_file
 
 def test_average_names_an_out_that_is_a_file_or_holds_something(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for out, told in ((tmp_path / "file", "Not a directory"), (tmp_path, "not empty")):
+    for out, told in ((tmp_path / "file", "not a folder"), (tmp_path, "not empty")):
         with pytest.raises(UserError, match=told):
-            average.main(["--from", f"{tmp_path}@1,2", "--out", str(out)])
+            average.main(["--from", f"{tmp_path / 'run'}@1,2", "--out", str(out)])
 
 
 def test_the_demo_removes_and_replaces_only_what_its_stamps_say(tmp_path: Path) -> None:

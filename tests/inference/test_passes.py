@@ -89,7 +89,7 @@ def test_raw_weights_are_asked_for_beside_the_views(text, views, weight):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("runs/eva_x_b@5,6", "write NAME=RUN"),
+        ("runs/eva_x_b@5,6", "give it a name, e.g. --member eva_x=runs/eva_x_b@5,6"),
         ("../x=run", "a name has letters"),
         ("x=run:tte", "view 'tte' is unknown"),
         ("x=run:rawer", "view 'rawer' is unknown"),

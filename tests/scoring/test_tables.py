@@ -91,7 +91,7 @@ def test_a_table_with_other_label_order_values_or_a_changed_file_is_named(tmp_pa
         (good + ",".join(["new.jpg", *["nan"] * 14]) + "\n", "not a probability"),
         (good + ",".join(["new.jpg", *["x"] * 14]) + "\n", "line 8"),
         (good + "new.jpg,1\n", "line 8: 2 cells"),
-        ("", "header has 0 columns"),
+        ("", "its columns: none"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
