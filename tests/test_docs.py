@@ -395,6 +395,7 @@ def test_the_door_to_a_cluster(division: Path, tmp_path: Path) -> None:
         "processes 16": "processes 2",
         "accel_configs/nodes.yaml": "accel_configs/cpu.yaml",
         "/nvme/": f"{tmp_path}/nvme/",
+        "--cache-gb 500": "--cache-gb 1",  # no more than the disk has
     }
     with object_store() as (environment, copy):
         copy(tmp_path / "xrays", "xrays")
