@@ -109,6 +109,7 @@ def test_every_flag_that_is_spoken_of_is_one_of_a_command() -> None:
     others |= {"--nodes", "--array", "--gpus-per-node", "--recursive"}  # of sbatch and a store's own tool
     others |= {"--config_file", "--num_machines", "--machine_rank", "--num_processes", "--main_process_ip"}
     others |= {"--main_process_port", "--rdzv_backend", "--max_restarts"}  # of accelerate
+    others |= {"--nnodes", "--nproc_per_node", "--rdzv_endpoint", "--rdzv_id"}  # of torchrun
     others |= {
         "--no-deps",
         "--wheel-dir",
