@@ -15,6 +15,12 @@ pytestmark = pytest.mark.fast
 C = 3
 
 
+@pytest.fixture(autouse=True)
+def _same_images() -> None:
+    """A value at ReLU's kink has another gradient where it is rounded otherwise: such images are rare."""
+    torch.manual_seed(0)
+
+
 def synced(norm: nn.Module, total=lambda rows: rows, place=(0, 1)) -> tuple[nn.Sequential, BatchNorms]:
     model = nn.Sequential(copy.deepcopy(norm))
     norms = BatchNorms(model, sync=True, place=place, total=total)
