@@ -27,7 +27,7 @@ RUN python -c 'import sys, tomllib; project = tomllib.load(sys.stdin.buffer)["pr
     print(*project["dependencies"], *sum(extras, []), sep="\n")' "$EXTRAS" < pyproject.toml > needs.txt \
     && if [ -n "$TORCH_INDEX" ]; then \
         grep -oE '^(torch|torchvision)==[^ ]+' lock.txt > torch.txt \
-        && pip install --no-deps --index-url "$TORCH_INDEX" -r torch.txt; \
+        && pip install --index-url "$TORCH_INDEX" -r torch.txt; \
     fi \
     && pip install --require-hashes -c lock.txt -r needs.txt
 # Everything above is reused as long as the dependencies are the same: a change of the code is a layer of two megabytes.
