@@ -34,6 +34,8 @@ class FoldsParser(Parser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, found_words = self.parse_known_args(args, namespace)
         found.words, found.training = tuple(found_words), train.parser().parse_args(found_words)
+        if found.member is not None and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", found.member) is None:
+            raise UserError(f"--member {found.member!r}: a name has letters, digits, '.', '_', '-'")
         for name, instead in REFUSED.items():
             if getattr(found.training, name) not in (None, False):
                 text = f"--{name.replace('_', '-')} is of one training, and this command makes several: {instead}"
@@ -48,20 +50,13 @@ def fold_choice(text: str) -> int:
     return ALL if text == "all" else int(text)
 
 
-def member_name(text: str) -> str:
-    """The name of a member as an argparse type."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: a name has letters, digits, '.', '_', '-'")
-    return text
-
-
 def parser() -> Parser:
     flags = FoldsParser(prog="cxrdist folds", description=__doc__)
     only = "train and score this fold (default: the number of the Slurm array's task, or all)"
     flags.add_argument("--folds", **flag(at_least(2), "N", "patient-grouped folds", default=5))
     flags.add_argument("--only", **flag(fold_choice, "K|all", only))
     flags.add_argument(
-        "--member", **flag(member_name, "NAME", "of the table, as a member of an ensemble (default: the recipe's name)")
+        "--member", **flag(str, "NAME", "of the table, as a member of an ensemble (default: the recipe's name)")
     )
     flags.add_argument("--out", **flag(Path, "DIR", "where to write (default: runs/<recipe>_<task>_folds)"))
     return flags
