@@ -15,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from cxrdist import files
 from cxrdist.errors import UserError
 
+BUNDLE = "config.json"  # the document that makes a folder a bundle
+
 MAX_BYTES = 2**29  # of a document: a split's JSON lists every image left out, 100 bytes each
 LogRow = dict[str, Any]  # a line of metrics.jsonl or timings.jsonl
 

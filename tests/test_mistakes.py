@@ -441,7 +441,7 @@ MISTAKES = {
     ],
     "export": [
         Mistake("runs/eva_x_tiny_tb", "--out", HELP),
-        Mistake("--out model", "RUN|NAME=RUN", HELP),
+        Mistake("--out model", "what to export", "cxrdist export runs/eva_x_tb"),
         Mistake("runs/eva_x_tiny_tb --output model", "--output", "did you mean --out"),
         Mistake("runs/none --out model", "runs/none", "check the path"),
         Mistake("runs/notes --out model", "runs/notes: holds no recipe.json", "as `cxrdist train` writes it"),

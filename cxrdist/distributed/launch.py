@@ -68,7 +68,7 @@ def run_ranks(module: str, words: Sequence[str], plan: LaunchPlan, again: str) -
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # of this process: torch's agent tells what the ranks tell better
     processes = str(plan.num_processes)
     where = ("--config_file", plan.config, "--num_processes", processes, "--main_process_port", "0")
     args = launch_command_parser().parse_args([*where, "-m", module, *words, "--expect-processes", processes])

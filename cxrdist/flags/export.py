@@ -18,7 +18,11 @@ from cxrdist.errors import UserError
 def parser() -> Parser:
     flags = Parser(prog="cxrdist export", description=__doc__, check=check)
     about = "a run folder, or members as in cxrdist infer --member"
-    flags.add_argument("members", nargs="+", metavar="RUN|NAME=RUN@5,6[:tta]", help=about)
+    form = "RUN|NAME=RUN@5,6[:tta]"
+    flags.add_argument("members", nargs="*", metavar=form, help=about)
+    flags.add_argument(
+        "--member", **flag(str, form, "the same, as other commands have it", action="append", default=[])
+    )
     add_flags(
         flags,
         *("--out", "--task", "--average", "--backbone"),
@@ -40,5 +44,8 @@ def parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
+    args.members += args.member
+    if not args.members:
+        raise UserError("say what to export: a run folder, e.g. `cxrdist export runs/eva_x_tb --out model`")
     if args.check is not None and not args.onnx:
         raise UserError("--check goes with --onnx")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxrdist.cli import add_flags, flag
+from cxrdist.documents import BUNDLE
 from cxrdist.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +32,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """UserError for flags that name no model, two, or no device."""
-    from cxrdist.inference.bundle import CONFIG
-
     if (args.bundle is None) == (not args.member):
         raise UserError("give the model: --bundle DIR, or --member NAME=RUN (repeatable), not both")
-    if args.bundle is not None and not (args.bundle / CONFIG).is_file():
+    if args.bundle is not None and not (args.bundle / BUNDLE).is_file():
         what = (
-            f"no {CONFIG} there" if args.bundle.is_dir() else "is a file" if args.bundle.exists() else "no such folder"
+            f"no {BUNDLE} there" if args.bundle.is_dir() else "is a file" if args.bundle.exists() else "no such folder"
         )
         run = f", or a run with --member NAME={args.bundle}" if (args.bundle / "recipe.json").is_file() else ""
         raise UserError(f"--bundle {args.bundle}: {what}; give a folder that `cxrdist export` wrote{run}")

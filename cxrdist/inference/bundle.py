@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cxrdist.documents import Document
+from cxrdist.documents import BUNDLE, Document
 from cxrdist.errors import CheckpointError, UserError
 from cxrdist.files import check_outputs, is_recorded, write_output
 from cxrdist.inference.members import Ensemble
@@ -35,7 +35,7 @@ from cxrdist.scoring.operating import Calibration, identity
 from cxrdist.scoring.tables import Average, Checkpoint
 from cxrdist.task import Task
 
-CONFIG, TASK, WEIGHTS, CARD = "config.json", "task.json", "model.safetensors", "README.md"
+TASK, WEIGHTS, CARD = "task.json", "model.safetensors", "README.md"
 OFFICIAL = "give the official file with --backbone FILE"
 
 
@@ -140,17 +140,17 @@ def write_bundle(
         backbones=(with_backbone,) * len(backbones),
     )
     write_safetensors(out / WEIGHTS, tensors, {"format": "pt"}, recorded=True)
-    write_output(out / CONFIG, config.to_json())
+    write_output(out / BUNDLE, config.to_json())
     write_output(out / TASK, task.to_json())
     if calibration is not None:
         write_output(out / CALIBRATION, calibration.to_json())
     write_output(out / CARD, card)
-    return [WEIGHTS, CONFIG, TASK, *([] if calibration is None else [CALIBRATION])]
+    return [WEIGHTS, BUNDLE, TASK, *([] if calibration is None else [CALIBRATION])]
 
 
 def check_folder(out: Path, inputs: Sequence[Path], more: Sequence[str] = ()) -> None:
     """UserError, before any work, where a bundle must not be written."""
-    names = (CONFIG, TASK, CALIBRATION, WEIGHTS, CARD, *more, checkpoint.MANIFEST)
+    names = (BUNDLE, TASK, CALIBRATION, WEIGHTS, CARD, *more, checkpoint.MANIFEST)
     check_outputs([out / name for name in names], inputs, folder=out)
 
 
@@ -177,9 +177,9 @@ def load_bundle(folder: Path, backbone: Path | None = None) -> Bundle:
     except CheckpointError as error:
         raise UserError(f"{error}; this is not the bundle that was exported: copy or export it again") from None
     listed = Manifest.read(folder / checkpoint.MANIFEST).files
-    if missing := [name for name in (CONFIG, TASK, WEIGHTS) if name not in listed]:
+    if missing := [name for name in (BUNDLE, TASK, WEIGHTS) if name not in listed]:
         raise UserError(f"{folder / checkpoint.MANIFEST}: does not list {missing[0]}; export the bundle again")
-    config, task = Config.read(folder / CONFIG), Task.read(folder / TASK)
+    config, task = Config.read(folder / BUNDLE), Task.read(folder / TASK)
     calibration = None
     if CALIBRATION in listed:
         calibration = Calibration.read(folder / CALIBRATION)
@@ -223,7 +223,7 @@ def _load(
         architecture.check_trained(shape, own, source)
         frozen = architecture.frozen_names(shape)
     if bool(frozen) != (item.backbone is not None):
-        raise UserError(f"{folder / CONFIG}: checkpoint {item.number} is of a model with another backbone")
+        raise UserError(f"{folder / BUNDLE}: checkpoint {item.number} is of a model with another backbone")
     model = build_model(item.recipe, task, to_load=True)
     architecture.load_trained_state_dict(model, own, source)
     if item.backbone is not None:

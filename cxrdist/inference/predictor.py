@@ -20,8 +20,9 @@ from cxrdist.augment.views import make_views
 from cxrdist.data.images import PUBLISHED, Levels, Pixels, Source, levels_of
 from cxrdist.distributed.environment import usable_cores
 from cxrdist.distributed.precision import DTYPES, autocast, hardware_of, resolve_precision
+from cxrdist.documents import BUNDLE
 from cxrdist.errors import UserError
-from cxrdist.inference.bundle import CONFIG, load_bundle
+from cxrdist.inference.bundle import load_bundle
 from cxrdist.inference.members import Ensemble, MemberSpec, load_ensemble, parse_member, task_of_models
 from cxrdist.inference.parts import Basis, Part, PartStore, joined, merge
 from cxrdist.inference.passes import Member, columns_of, plan_passes
@@ -257,7 +258,7 @@ def load(
     fp16 or fp32. Raises UserError for what is missing, damaged or does not fit together.
     """
     place = None if backbone is None else Path(backbone)
-    if isinstance(source, str | Path) and (Path(source) / CONFIG).is_file():
+    if isinstance(source, str | Path) and (Path(source) / BUNDLE).is_file():
         if task is not None or how is not None:
             raise UserError(f"{source}: a bundle says its task and how it averages; give neither")
         bundle = load_bundle(Path(source), place)

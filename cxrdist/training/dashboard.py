@@ -4,6 +4,7 @@ Once a project, by someone who is logged in (`wandb login`); it adds a saved vie
 Runs are grouped as they were trained: folds of `cxrdist folds` together. Needs `pip install wandb-workspaces`.
 """
 
+import importlib
 import re
 from typing import Any
 
@@ -27,8 +28,8 @@ NEEDS = "a saved workspace needs: pip install wandb-workspaces"
 def workspace(entity: str, project: str, name: str) -> Any:
     """The view as an object of wandb's library, not saved yet. UserError where the library is not installed."""
     try:
-        import wandb_workspaces.reports.v2 as reports
-        import wandb_workspaces.workspaces as workspaces
+        reports: Any = importlib.import_module("wandb_workspaces.reports.v2")  # its types lack what it exports
+        workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise UserError(NEEDS) from None
     panels = [

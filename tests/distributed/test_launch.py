@@ -16,8 +16,8 @@ if os.environ.get("RANK", "1") == "1":
 """
 
 
-def started(tmp_path: Path, processes: int, end: str) -> "subprocess.CompletedProcess[str]":
-    """What `launch` makes of a module whose last rank ends by `end`."""
+def begun(tmp_path: Path, processes: int, end: str) -> "subprocess.Popen[str]":
+    """`launch` with a module whose last rank ends by `end`."""
     (tmp_path / "ends.py").write_text(RANK.format(end=end))
     code = (
         "from cxrdist.distributed.launch import launch; import sys; sys.exit(launch('ends', ['--x'], again='resume'))"
@@ -25,7 +25,14 @@ def started(tmp_path: Path, processes: int, end: str) -> "subprocess.CompletedPr
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "RANK": ""}
     environment |= {"CXRDIST_PROCESSES": str(processes), "ACCELERATE_USE_CPU": "true"}
     del environment["RANK"]
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def started(tmp_path: Path, processes: int, end: str) -> "subprocess.CompletedProcess[str]":
+    process = begun(tmp_path, processes, end)
+    output = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -42,6 +49,15 @@ def test_a_rank_that_was_killed_is_named_with_the_remedy(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stderr == "error: the process of rank 1 was ended by SIGKILL; then resume\n"
     assert "--x --expect-processes 2" in done.stdout
+
+
+def test_sigterm_ends_the_ranks_and_is_not_spoken_of(tmp_path: Path) -> None:
+    process = begun(tmp_path, 2, "import time; time.sleep(100)")
+    assert process.stdout is not None
+    while "--x" not in process.stdout.readline():
+        pass
+    process.terminate()
+    assert (process.communicate(timeout=100)[1], process.returncode) == ("", 143)
 
 
 def test_what_another_rank_than_the_first_says_is_told_at_the_end(tmp_path: Path) -> None:
