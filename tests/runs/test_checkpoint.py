@@ -109,5 +109,5 @@ def test_a_missing_epoch_names_those_that_are_there(tmp_path):
     write(tmp_path, "epoch_01")
     with pytest.raises(UserError, match="has epochs: 1"):
         member.load_member(tmp_path, 5)
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="no such folder; give the folder of a run"):
         member.load_member(tmp_path / "nothing", 5)

@@ -150,7 +150,7 @@ def test_a_log_that_cannot_be_read_is_said_and_hides_no_other_run(tmp_path: Path
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     found = seen(run)
-    assert any("not a regular file" in note for note in found.notes)
+    assert any("is a folder; give a file" in note for note in found.notes)
     (run / "recipe.json").write_text("{")
     assert seen(run).total_steps is None
 
