@@ -54,6 +54,8 @@ def told(failures: Mapping[int, Any], again: str) -> int:
     rank, first = min(failures.items(), key=lambda failure: failure[1].timestamp)
     if first.exitcode >= 0:
         return int(first.exitcode)
+    if (text := texts[rank]) and isinstance(text, str) and text.startswith("error: "):
+        return 2  # it had said why, and was ended with the others
     name = signal.Signals(-first.exitcode).name
     print(f"error: the process of rank {rank} was ended by {name}; then {again}", file=sys.stderr)
     return 1
@@ -65,10 +67,13 @@ def run_ranks(module: str, words: Sequence[str], plan: LaunchPlan, again: str) -
     Rank 0 prints its error at once, the others write theirs into torch's error files: most often it is the same.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.agent.server import api as agent
+    from torch.distributed.elastic.multiprocessing import api as multiprocessing
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # of this process: torch's agent tells what the ranks tell better
+    for speaker in (agent, multiprocessing):  # each has a level of its own
+        logging.getLogger(speaker.__name__).setLevel(logging.CRITICAL)
     processes = str(plan.num_processes)
     where = ("--config_file", plan.config, "--num_processes", processes, "--main_process_port", "0")
     args = launch_command_parser().parse_args([*where, "-m", module, *words, "--expect-processes", processes])
