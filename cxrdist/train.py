@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         if environment.rank() == 0:
             names = ("device_batch_size", "precision", "grad_checkpointing")
-            print(dry_run(recipe, task, shards, run, **{name: getattr(args, name) for name in names}))
+            dry_run(recipe, task, shards, run, **{name: getattr(args, name) for name in names})
         return
     resumes = args.resume and (run / "recipe.json").exists()
     if not resumes and args.init not in ("random", "timm"):  # before a model is made: weights that are not there

@@ -133,19 +133,22 @@ def require_fit(cost: Cost, recipe: Recipe, machine: Machine, device_batch_size:
             what = f"{recipe.name} needs about {need / GB:.1f} GB per device for one image"
             remedy = "a smaller --model or --set image_size=N"
         raise UserError(f"{what}, but {machine.name} has {machine.memory_bytes / GB:.1f} GB: use {remedy}")
-    epoch, step = checkpoint_bytes(cost)
-    disk = epoch * recipe.epochs + 2 * step
-    if disk > free_disk:
+    if (disk := disk_bytes(cost, recipe)) > free_disk:
         needed = f"about {disk / GB:.1f} GB, but {free_disk / GB:.1f} GB are free"
-        raise UserError(f"the run's checkpoints need {needed}: give --out a folder on a larger disk")
+        raise UserError(f"the run's checkpoints need {needed}: give --out a folder on a larger disk, or fewer --epochs")
+
+
+def disk_bytes(cost: Cost, recipe: Recipe) -> float:
+    """A checkpoint of each epoch, and two of steps."""
+    epoch, step = checkpoint_bytes(cost)
+    return epoch * recipe.epochs + 2 * step
 
 
 def report(
     recipe: Recipe, count: Count, num_images: int, here: Machine, device_batch_size: int | None, free_disk: float
 ) -> str:
-    """The table `train --dry-run` prints; raises UserError (see `require_fit`) when the run cannot fit here."""
+    """The table `train --dry-run` prints."""
     cost = count(here.precision)
-    require_fit(cost, recipe, here, device_batch_size, free_disk)
     epoch, step = checkpoint_bytes(cost)
     num_steps = math.ceil(num_images / recipe.global_batch_size) * recipe.epochs
     lines = [
@@ -155,8 +158,8 @@ def report(
         f"{cost.num_parameters / 1e6:.1f} M parameters, {cost.num_trained / 1e6:.1f} M of them trained; "
         f"{cost.activation_bytes / 1e6:.0f} MB of activations an image and {cost.step_traffic / GB:.2g} GB of traffic "
         f"({here.precision})",
-        f"files: {epoch / GB:.2f} GB an epoch checkpoint, {step / GB:.2f} GB a step checkpoint; "
-        f"{free_disk / GB:.0f} GB free",
+        f"files: {epoch / GB:.2f} GB an epoch checkpoint, {step / GB:.2f} GB a step checkpoint, "
+        f"{disk_bytes(cost, recipe) / GB:.1f} GB in all; {free_disk / GB:.0f} GB free",
         "",
         f"{'estimates':<30}{'batch/device':>13}{'GB/device':>10}{'images/s':>10}{'epoch':>9}{'all':>9}  at",
     ]
@@ -217,14 +220,16 @@ def dry_run(
     device_batch_size: int | None,
     precision: str,
     grad_checkpointing: bool = False,
-) -> str:
-    """The report of a training on this machine. UserError: it does not fit (`require_fit`), no images to count."""
+) -> None:
+    """Print the report of a training on this machine. UserError: no images to count; then, that it does not fit."""
     num_images, size_px, note = _count_images(task, shards, "train")
     here = this_machine(precision)
     folder = next(path for path in (out, *out.absolute().parents) if path.exists())
     options = {"size_px": size_px, "grad_checkpointing": grad_checkpointing}
     count = functools.partial(count_cost, recipe, task.num_labels, **options)
-    return report(recipe, count, num_images, here, device_batch_size, float(shutil.disk_usage(folder).free)) + note
+    free_disk = float(shutil.disk_usage(folder).free)
+    print(report(recipe, count, num_images, here, device_batch_size, free_disk) + note)
+    require_fit(count(here.precision), recipe, here, device_batch_size, free_disk)
 
 
 def infer_dry_run(task: Task, shards: Path, precision: str, split: str = "test") -> str:
