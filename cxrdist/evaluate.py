@@ -32,6 +32,7 @@ from cxrdist.shards.index import open_index
 from cxrdist.terminal import aligned, fitted, printable, width, with_interval
 from cxrdist.truth import check_rows, open_scored, read_truth
 
+SEEN = "These images may have been trained on"
 DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
 
 
@@ -62,10 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     targets = truth.targets.astype(np.float64)
     patients = truth.about["patient"].to_numpy(object)
     points = [] if calibration is None else performance(calibration, tables[0].probs, targets, patients)
+    for note in (told := notes(tables)):
+        if note.startswith(SEEN):
+            print(f"warning: {note}")
     images, pictures = read_pictures(args, tables, targets, result) if shown else ({}, [])
     private = [PRIVACY] if shown else []
     sections = [
-        figures.summary_section(result, [*notes(tables), *unscored, *ema_notes(logged), *private]),
+        figures.summary_section(result, [*told, *unscored, *ema_notes(logged), *private]),
         figures.label_section(result, points),
         figures.panel_section(tables, targets, result, points, images),
         figures.calibration_section(tables, targets, result),
@@ -159,7 +163,7 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
     ]
     behind = [table.meta for table in tables if table.meta.checkpoints] or [first]
     if any(meta.split == "train" if (seen := was_seen(meta)) is None else seen for meta in behind):
-        found.append("These images may have been trained on: the scores say how well the models remember them.")
+        found.append(f"{SEEN}: the scores say how well the models remember them, not how good they are on others.")
     if first.unreadable:
         found.append(f"{len(first.unreadable)} unreadable images have no score: {', '.join(first.unreadable)}")
     return found

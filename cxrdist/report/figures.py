@@ -167,8 +167,10 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
     for title, series in (("training loss", losses), ("validation macro AUROC", aurocs)):
         if series:
             x, y = (np.concatenate([getattr(one, side) for one in series]) for side in "xy")
-            pictures.append(plot(axis_of("epoch", x), axis_of(title, y), series, title, f"<b>{title.capitalize()}</b>"))
-    about = "Loss of each run per logged step (thin) and its moving average."
+            pictures.append(
+                plot(axis_of("epoch", x), axis_of(title, y), series, title, f"<b>{title[0].upper()}{title[1:]}</b>")
+            )
+    about = "Loss of each run per logged step (thin) and, where there are many, its moving average."
     items = "".join(f"<li>{key(colours[name])}{html.escape(name)}</li>" for name in names)
     return Section("Training", about, f'<ul class="legend">{items}</ul>{plots(pictures)}')
 
