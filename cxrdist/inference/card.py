@@ -30,9 +30,9 @@ USES = """## Intended use, and what it is not for
 Research on chest X-rays like those that it was trained on: sorting, triage studies, baselines, teaching.
 
 It is **not a medical device**. No diagnosis and no treatment may rest on it. It has not been validated on other
-hospitals, devices, ages or prevalences than those below; validate it on your own data first (`cxrdist evaluate`). It
-says nothing of findings outside its labels, of lateral views unless those were trained on, or of images that are no
-chest X-rays. A saliency map shows what moved a score, not where a disease is.
+hospitals, devices, ages or prevalences than those of its training data; validate it on your own data first
+(`cxrdist evaluate`). It says nothing of findings outside its labels, of lateral views unless those were trained on, or
+of images that are no chest X-rays. A saliency map shows what moved a score, not where a disease is.
 """
 ONNX = """## ONNX
 
@@ -100,9 +100,11 @@ def data_lines(ensemble: Ensemble) -> Iterator[str]:
         if each is not None and each not in known:
             known.append(each)
     for each in known:
-        held = "" if each.validate_fold is None else f", fold {each.validate_fold} of {each.folds} held out"
+        held = (
+            "" if each.validate_fold is None else f", of which fold {each.validate_fold} of {each.folds} was held out"
+        )
         yield (
-            f"- {each.images:,} images of task {_escaped(each.task)}, split {each.split}{held}. Positives: "
+            f"- {each.images:,} images of task {_escaped(each.task)}, split {each.split}{held}. Positives of all: "
             + ", ".join(f"{_escaped(label)} {count:,.7g}" for label, count in each.positives.items())
         )
     if None in facts or not known:
