@@ -94,6 +94,21 @@ def is_recorded(path: Path) -> bool:
         return bool(hashes) and hashlib.file_digest(file, "sha256").hexdigest().encode() in hashes
 
 
+def own_files(folder: Path) -> set[str]:
+    """The names of the files in `folder` that are there as `write_output` wrote them."""
+    hashes: dict[bytes, set[bytes]] = {}
+    for line in read_bytes(folder / RECORD_FILE).splitlines():
+        hashes.setdefault(line[66:], set()).add(line[:64])
+    found = set()
+    for name, known in hashes.items():
+        path = folder / os.fsdecode(name)
+        if name and b"/" not in name and path.is_file() and not path.is_symlink():
+            with open_to_read(path) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest().encode() in known:
+                    found.add(path.name)
+    return found
+
+
 def write_output(path: Path, content: bytes | str) -> None:
     """`write_atomically`, recorded beforehand, so that a later command knows the file as cxrdist's own.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cxrdist.errors import UserError
-from cxrdist.files import is_utf8
+from cxrdist.files import RECORD_FILE, is_utf8, own_files
 from cxrdist.published import read_labels
 from cxrdist.shards import dicom, store
 from cxrdist.shards.convert import EXTENSIONS, Pixels
@@ -303,7 +303,22 @@ def _list_folder(folder: Path) -> Folder:
                     (listed.images if is_image else listed.others)[name] = file
     if linked:
         print(f"{folder}: linked folders, not entered: {len(linked):,} (first: {min(linked)!r})")
+    _leave_out_own(folder, listed)
     return listed
+
+
+def _leave_out_own(folder: Path, listed: Folder) -> None:
+    """Take what cxrdist itself wrote into these folders, as maps of `cxrdist predict`, out of the list."""
+    own = list[str]()
+    for record in [name for name in listed.others if name.rpartition("/")[2] == RECORD_FILE]:
+        inside = record.removesuffix(RECORD_FILE)
+        own += [inside + name for name in own_files(folder / inside)]
+        del listed.others[record]
+    for name in own:
+        listed.images.pop(name, None)
+        listed.others.pop(name, None)
+    if own:
+        print(f"{folder}: files that cxrdist wrote, not used: {len(own):,} (first: {min(own)})")
 
 
 def _image_file(entry: "os.DirEntry[str]", root: Path) -> ImageFile:

@@ -11,6 +11,7 @@ from PIL import Image
 from cxrdist import preprocess
 from cxrdist.cli import run_entry
 from cxrdist.errors import UserError
+from cxrdist.files import write_output
 from cxrdist.shards import sources
 from cxrdist.shards.index import ShardIndex, open_index, splits_in
 from cxrdist.task import TASKS
@@ -179,6 +180,20 @@ def test_files_that_are_no_images_are_counted_and_named(
         "files that are no images, not used: .txt (2), .db (1), no extension (1); first: LICENSE"
         in capsys.readouterr().out
     )
+
+
+def test_maps_and_tables_that_cxrdist_wrote_into_the_folder_are_no_images_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "maps").mkdir()
+    for name in ("a.png", "maps/of_a_ward.png", "maps/changed.png"):
+        (tmp_path / name).write_bytes(b"an X-ray")
+    for name in ("found.csv", "maps/a--TB.png", "maps/changed.png"):
+        write_output(tmp_path / name, b"a map")
+    (tmp_path / "maps" / "changed.png").write_bytes(b"an X-ray of the user's, by the name of a map")
+    listed = sources.list_images(tmp_path)
+    assert (set(listed.images), set(listed.others)) == ({"a.png", "maps/of_a_ward.png", "maps/changed.png"}, set())
+    assert "files that cxrdist wrote, not used: 2 (first: found.csv)" in capsys.readouterr().out
 
 
 def write_dicom(path: Path, **header: str) -> None:
