@@ -19,6 +19,7 @@ from cxrdist.truth import read_truth
 
 REPORT = "calibration.html"
 CROSSED = "After: each half of the patients by lines that were fitted on the other half."
+NO_HELP = "On other patients the calibrated probabilities are no better than the raw ones: more cases are needed."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,9 +48,11 @@ def main(argv: list[str] | None = None) -> None:
         table=together,
     )
     crossed = operating.cross_fitted(together.probs, targets, patients, task, args.method)
+    before, after = (reliability(targets, probs).expected_error for probs in (together.probs, crossed))
+    warnings = [NO_HELP] if after > before else []
     write_output(out / operating.FILE, fitted.to_json())
     sections = [
-        reliability_section(targets, together.probs, crossed, task.labels, [CROSSED, *notes]),
+        reliability_section(targets, together.probs, crossed, task.labels, [CROSSED, *warnings, *notes]),
         points_section(fitted, operating.performance(fitted, together.probs, targets, patients, args.resamples)),
     ]
     about = f"task {task.name}, {together.name}, {len(truth):,} images of {fitted.patients:,} patients; "
@@ -57,10 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     for note in notes:
         print(note)
     print(summary(fitted))
-    before, after = (reliability(targets, probs).expected_error for probs in (together.probs, crossed))
     print(f"expected calibration error {before:.3f} -> {after:.3f} (each half of the patients by the other's lines)")
-    if after > before:
-        print("warning: these lines do not help other patients: more cases are needed, or no calibration")
+    for warning in warnings:
+        print(f"warning: {warning}")
     print(f"calibration: {out / operating.FILE}; report: {out / REPORT}")
 
 

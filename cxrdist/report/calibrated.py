@@ -10,7 +10,7 @@ from cxrdist.report.figures import rate_cell, rates_of
 from cxrdist.report.page import Cell, Section, html_table, interval_text
 from cxrdist.report.plots import legend, plots
 from cxrdist.scoring.calibration import reliability
-from cxrdist.scoring.operating import Calibration, OperatingPoint
+from cxrdist.scoring.operating import MIN_CASES, Calibration, OperatingPoint
 from cxrdist.scoring.tables import Probs
 
 
@@ -42,12 +42,15 @@ def points_section(calibration: Calibration, points: Sequence[OperatingPoint]) -
         cells = [rate_cell(rate) for rate in rates_of(point)]
         marks = f"{each.label}{' *' if each.shared else ''}"
         spread = "" if each.threshold_interval is None else interval_text(each.threshold_interval)
-        rows.append([marks, (threshold, spread), *cells])
-    head = ("label", "threshold", "sensitivity", "specificity", "PPV", "NPV")
+        rows.append([marks, f"{each.positives:,.5g}", (threshold, spread), *cells])
+    head = ("label", "positives (fitted on)", "threshold", "sensitivity", "specificity", "PPV", "NPV")
     about = (
         f"Thresholds ({calibration.rule}) are of calibrated probabilities; below each number its 95 % interval from "
     )
     about += "resampled patients. PPV and NPV depend on how common a finding is among these images."
     if any(each.shared for each in calibration.labels):
-        about += " * too few cases: calibrated by the line of all labels together."
+        about += (
+            f" * fewer than {MIN_CASES} positives or negatives: calibrated by the line of all labels together, and "
+        )
+        about += "with so few cases an interval may be too narrow, even of no width."
     return Section("Operating points", about, html_table(head, rows, kind="scores sortable"))
