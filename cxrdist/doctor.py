@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, text in [*rows.items(), *(("problem", text) for text in problems)]:
         print(f"{name:<11}{text}")
     if not problems:
-        print("no problem found; `cxrdist demo` runs all steps on a small division")
+        print("no problem found; `cxrdist demo` runs all steps on made-up X-rays")
 
 
 def augment_sheet(args: Namespace, out: Path) -> None:

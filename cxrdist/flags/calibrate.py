@@ -1,6 +1,6 @@
 """Fit what turns a model's scores into calibrated probabilities and decisions, on images that it has not seen.
 
-  cxrdist calibrate --scores runs/*_folds/*.csv --labels train.csv --out calibration      out-of-fold tables
+  cxrdist calibrate --scores runs/*_folds/*.csv --csv train.csv --out calibration      out-of-fold tables
   cxrdist calibrate --scores out/scores/*.csv --shards shards/tb --threshold sensitivity=0.9    a split not trained on
 
 Per label: Platt scaling (or a temperature), and a threshold (Youden, F1, or a wanted sensitivity or specificity), each

@@ -1,4 +1,4 @@
-"""Is a shard set what its index says?
+"""Check a shard set, and look at it: --report writes a page of its images, labels and what is suspicious.
 
   cxrdist verify --shards shards/div_b             names, sizes and headers of the tars: seconds
   cxrdist verify --shards shards/div_b --hashes    every byte
