@@ -137,10 +137,15 @@ def comparison_section(result: Evaluation) -> Section:
         ((f"study average ({first})", "gain", "95 % interval", "AUROC, a study once", "95 % interval"), by_label),
         ((f"subgroup ({first})", "images", "macro AUROC", "95 % interval", "labels"), groups),
     )
+    about = (
+        "Differences are paired: both tables are scored on the same resamples of the patients. Macros of subgroups "
+        "may hold fewer labels; compare them with care."
+    )
+    if not any(rows for _, rows in tables):
+        about = "None: there is one table, and view, sex, age and study of the images are not known."
     return Section(
         "Comparisons and subgroups",
-        "Differences are paired: both tables are scored on the same resamples of the patients. Macros of subgroups "
-        "may hold fewer labels; compare them with care.",
+        about,
         "<br>".join(html_table(head, rows, kind="sortable") for head, rows in tables if rows),
     )
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cxrdist.report.style import LIGHT, NUM_COLOURS
 
 WIDTH, HEIGHT = 300, 240  # user units, about pixels
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 40  # margins
 Points = list[tuple[float, float]]
 TOLERANCE = 1 / 2000  # of an axis: a tenth of a unit, which no screen shows
 
@@ -81,7 +81,7 @@ def plot(x: Axis, y: Axis, series: Sequence[Series], alt: str, caption: str) -> 
         texts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>' if text else "")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     texts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{x.title}</text>')
-    texts.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{y.title}</text>')
+    texts.append(f'<text x="11" y="{middle}" text-anchor="middle" transform="rotate(-90 11 {middle})">{y.title}</text>')
     drawn = [(each, _points(x, y, each)) for each in series]
     marks = "".join(_marks(*each) for each in drawn)
     return (
@@ -192,7 +192,7 @@ def _points(x: Axis, y: Axis, series: Series) -> Points:
     """Where the series' points lie, in user units, without those that a line does not need."""
     points = np.stack([_across(x, series.x), _down(y, series.y)])
     across, down = points[:, np.isfinite(points).all(axis=0)]
-    if {"line", "thin"} & set(series.looks) and len(across):
+    if {"line", "thin"} >= set(series.looks) and len(across):  # a dot is drawn of every point
         across, down = (ends * 200 for ends in thinned(across / 200, down / 200))
     return list(zip(across.round(1).tolist(), down.round(1).tolist(), strict=True))
 

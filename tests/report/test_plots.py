@@ -185,3 +185,9 @@ def test_intervals_lie_where_the_axis_says():
     assert row.count("<circle") == 1
     assert f'cx="{ticks[0.6]:.2f}%"' in row
     assert f'class="whole c0" stroke-width="2.5" x1="{ticks[0.4]:.2f}%" x2="{ticks[0.8]:.2f}%"' in row
+
+
+def test_every_point_has_its_dot_also_where_three_lie_on_a_line():
+    axis = plots.unit_axis("AUROC")
+    values = [0.1, 0.2, 0.3, 0.4]
+    assert plots.plot(axis, axis, [plots.Series(values, values, 0, ("line", "dot"))], "", "").count("<circle") == 4
