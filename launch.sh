@@ -111,16 +111,11 @@ case "$command" in # `setup X && ...` would switch off `set -e` inside setup
     ;;
   test)
     setup dev
-    all=
     if [ "${1:-}" = --all ]; then
-      all=1
       shift
-    fi
-    if [ -n "$all" ] && [ $# -gt 0 ]; then
-      python -m pytest "$@"
+      python -m pytest -n 2 --dist loadfile "$@"
     else
       python -m pytest -n 2 --dist loadfile -m "not slow and not fault" "$@"
-      [ -z "$all" ] || python -m pytest -m "slow or fault" # one at a time: they start ranks and wait for them
     fi
     ;;
   fuzz | soak)
