@@ -264,6 +264,9 @@ def train(
                 if decision.stop or (decision.save and state.step < num_steps):
                     save_step(folder, learner, tracker, ranks)
                 if decision.stop:
+                    with ranks.agree("writing the log"):
+                        if tracker is not None:
+                            tracker.stopped(state.global_step, decision.stop)
                     ranks.say(f"stopped after step {state.global_step} ({decision.stop}); to continue, {AGAIN}")
                     return
             loader.next_pass()

@@ -54,7 +54,7 @@ def frame(runs: Sequence[Progress], columns: int, max_lines: int | None = None) 
     for run in runs:
         run.update()
     now = time.time()
-    order = sorted(runs, key=lambda run: 2 if run.finished else run.silent_s(now) is not None)
+    order = sorted(runs, key=lambda run: 2 if run.finished else run.stopped or run.silent_s(now) is not None)
     across = max(1, (columns + GAP) // (MIN_CARD + GAP))
     each = min(MAX_CARD, (columns - GAP * (across - 1)) // across)
     names = names_of(runs)
@@ -74,7 +74,8 @@ def frame(runs: Sequence[Progress], columns: int, max_lines: int | None = None) 
 def card(run: Progress, name: str, columns: int, now: float) -> list[str]:
     """A run in lines of exactly so many columns."""
     silent = run.silent_s(now)
-    state = "finished" if run.finished else "running" if silent is None else f"silent for {duration(silent)}"
+    state = "running" if silent is None else f"silent for {duration(silent)}"
+    state = "finished" if run.finished else "stopped" if run.stopped else state
     lines = [fitted(name, max(columns - len(state) - 1, 8)) + " " + state, place(run)]
     encoding = sys.stdout.encoding or "ascii"
     plain = BARS.encode(encoding, "replace").decode(encoding) != BARS
@@ -88,7 +89,8 @@ def card(run: Progress, name: str, columns: int, now: float) -> list[str]:
         lines.append(f"best  {figure(run.best[0])} of epoch {run.best[1]}")
     speed = [] if run.images_per_s is None else [f"{run.images_per_s:,.{int(run.images_per_s < 100)}f} images/s"]
     speed += [] if run.wait_share is None else [f"waiting {run.wait_share:.0%}"]
-    speed += [] if run.seconds_left is None or silent is not None else [f"{duration(run.seconds_left)} left"]
+    works = run.seconds_left is not None and silent is None and not run.stopped
+    speed += [f"{duration(run.seconds_left)} left"] if works else []
     lines += [", ".join(speed)] if speed else []
     return [fitted(line, columns) for line in (*lines, *map(printable, run.notes))]
 

@@ -78,6 +78,16 @@ def test_running_ones_come_first_then_silent_ones_then_finished_ones_as_they_wer
     ]
 
 
+def test_a_stopped_run_says_so_and_promises_no_end(runs: Path) -> None:
+    run = next(runs.glob("b*"))
+    add(run, {"step": 5, "stopped": "SIGTERM"}, log="timings.jsonl")
+    lines = watch.frame([Progress(run)], 60)
+    assert lines[0].split()[-1] == "stopped"
+    assert lines[-1].strip() == "1.0 images/s, waiting 50%"
+    add(run, {"kind": "epoch", "step": 30, "epoch": 3})
+    assert watch.frame([Progress(run)], 60)[0].split()[-1] == "finished"
+
+
 def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     found = [Progress(make_run(tmp_path / place / "run")) for place in ("a", "b")]
     assert sorted(watch.names_of(found).values()) == ["a/run", "b/run"]

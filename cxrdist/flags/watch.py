@@ -6,8 +6,9 @@
   cxrdist watch --once runs/eva_x_b                   print what there is, and end
 
 Loss with its curve, macro AUROC of each validation with the best, images/s, the share of time in which the slowest
-process waits for data, and time left at the present speed. A run counts as silent when nothing was written for five
-minutes and four rows' time. Nothing is written, and what runs is not touched. Ctrl-C ends it.
+process waits for data, and time left at the present speed. A run is stopped when Ctrl-C or a limit ended it before its
+last epoch, until it is resumed and writes a row; it counts as silent when nothing was written for five minutes and four
+rows' time. Nothing is written, and what runs is not touched. Ctrl-C ends it.
 """
 
 from pathlib import Path

@@ -100,6 +100,7 @@ class Progress:
         self._metrics, self._timings = (Log(run / name) for name in LOGS)
         self._forget()
         self._speeds: deque[tuple[int, float, float]] = deque(maxlen=5)  # step, images/s, share of waiting
+        self.stopped = False  # in order, by a signal or a limit, and not resumed since
 
     epochs: int | None
     batch: int | None  # images of a step
@@ -128,6 +129,7 @@ class Progress:
         for row in rows:
             self._odd += not self._take(row)
         for row in self._timings.read()[0]:
+            self.stopped = isinstance(row.get("stopped"), str)
             step, speed, waiting = (_number(row.get(name)) for name in ("step", "images_per_s", "wait_share"))
             if step is not None and speed and waiting is not None:
                 self._speeds.append((int(step), speed, waiting))

@@ -110,6 +110,10 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """Append one row of speeds, waiting times and memory."""
         self._write(self._timings, row)
 
+    def stopped(self, step: int, reason: str) -> None:
+        """Append a row that says why a session ended before the training did; it is for this machine alone."""
+        self._write(self._timings, {"step": step, "stopped": reason}, show=False)
+
     def images(self, step: int, name: str, images: NDArray[np.uint8], captions: list[str]) -> None:
         """Show (N, H, W) or (N, H, W, 3) images under `name` on the dashboard, where they may leave the machine."""
         if not self._send_images:
@@ -130,7 +134,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         if self.dashboard is not None:
             self.dashboard.send({"step": step, name: shown})
 
-    def _write(self, file: io.FileIO, row: dict[str, Any]) -> None:
+    def _write(self, file: io.FileIO, row: dict[str, Any], *, show: bool = True) -> None:
         line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
         require_same(file)
         begin = file.tell()
@@ -141,7 +145,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             with contextlib.suppress(OSError):
                 file.truncate(begin)
             raise UserError(reason(Path(file.name), len(line), error)) from error
-        if self.dashboard is not None:
+        if show and self.dashboard is not None:
             self.dashboard.send(row)
 
 
@@ -175,7 +179,8 @@ def _history(run: Path) -> list[dict[str, Any]]:
         if num_bad := num_bad + len(rows) - len(found[-1]):
             _say("dashboard", f"warning: {path}: {num_bad:,} damaged lines are not sent; all others are")
     last_step = max((row["step"] for row in found[0]), default=-1)
-    return sorted((row for row in [*found[0], *found[1]] if row["step"] <= last_step), key=lambda row: row["step"])
+    shown = (row for row in [*found[0], *found[1]] if row["step"] <= last_step and "stopped" not in row)
+    return sorted(shown, key=lambda row: row["step"])
 
 
 def resolve_mode(mode: WandbMode) -> Literal["online", "offline", "off"]:

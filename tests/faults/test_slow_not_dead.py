@@ -173,6 +173,7 @@ def test_ctrl_c_saves_and_the_advice_works(uneven_shards, tmp_path):
     newest, _ = checkpoint.newest_step(run)
     assert newest is not None
     stood_at = json.loads((newest / "state.json").read_text())["global_step"]
+    assert json.loads((run / "timings.jsonl").read_text().splitlines()[-1]) == {"step": stood_at, "stopped": "SIGINT"}
     ended = training_runs.train(
         uneven_shards, run, *NO_FOLD, "--resume", "--max-steps", "1", model="tiny_eva_x", processes=1
     )

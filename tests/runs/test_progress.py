@@ -145,6 +145,21 @@ def test_a_run_is_silent_after_the_time_of_some_rows(tmp_path: Path) -> None:
     assert found.silent_s(0.0) is None  # a clock that is behind
 
 
+def test_a_run_that_was_stopped_in_order_is_so_until_a_later_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    found = seen(run)
+    for step in (10, 20):
+        add(run, {"step": step, "images_per_s": 1.0, "wait_share": 0.0}, log="timings.jsonl")
+        found.update()
+        assert not found.stopped
+        add(run, {"step": step, "stopped": "SIGINT"}, log="timings.jsonl")
+        found.update()
+        found.update()  # nothing new
+        assert found.stopped
+        assert found.images_per_s == 1.0
+        assert found.notes == []
+
+
 def test_a_log_that_cannot_be_read_is_said_and_hides_no_other_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").unlink()

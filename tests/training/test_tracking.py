@@ -93,6 +93,7 @@ def test_a_resumed_dashboard_gets_the_rows_it_lacks(tmp_path, monkeypatch, known
             tracker.metrics({"step": step, "loss": step / 8})
         for step in (1, 3, 4):
             tracker.timings({"step": step, "images_per_s": 2.5})
+        tracker.stopped(3, "SIGINT")
     with (tmp_path / "timings.jsonl").open("a") as file:
         file.write('{"step": 5, "ima')
     session = Session(known)
@@ -100,7 +101,9 @@ def test_a_resumed_dashboard_gets_the_rows_it_lacks(tmp_path, monkeypatch, known
     with Tracker(tmp_path, wandb_mode="offline") as tracker:
         tracker.metrics({"step": 5, "loss": 0.5})
         tracker.timings({"step": 5, "images_per_s": 3.5})
-    assert json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])["images_per_s"] == 3.5
+        tracker.stopped(5, "--max-steps")
+    *_, speed, end = map(json.loads, (tmp_path / "timings.jsonl").read_text().splitlines()[-2:])
+    assert (speed["images_per_s"], end) == (3.5, {"step": 5, "stopped": "--max-steps"})
     assert [row["step"] for row in session.rows] == sent
     if known is None:
         assert session.rows[:2] == [{"step": 1, "loss": 0.125}, {"step": 1, "images_per_s": 2.5}]
