@@ -27,7 +27,7 @@ from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
 from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
 from cxrdist.scoring.operating import Calibration, OperatingPoint, identity_of, performance, read_calibration
-from cxrdist.scoring.tables import ScoreTable, read_members, task_of, was_seen, with_ensemble
+from cxrdist.scoring.tables import ScoreTable, may_be_seen, read_members, task_of, with_ensemble
 from cxrdist.shards.index import open_index
 from cxrdist.terminal import aligned, fitted, printable, width, with_interval
 from cxrdist.truth import check_rows, open_scored, read_truth
@@ -162,7 +162,7 @@ def notes(tables: Sequence[ScoreTable]) -> list[str]:
         if table.unsaid
     ]
     behind = [table.meta for table in tables if table.meta.checkpoints] or [first]
-    if any(meta.split == "train" if (seen := was_seen(meta)) is None else seen for meta in behind):
+    if any(map(may_be_seen, behind)):
         found.append(f"{SEEN}: the scores say how well the models remember them, not how good they are on others.")
     if first.unreadable:
         found.append(f"{len(first.unreadable)} unreadable images have no score: {', '.join(first.unreadable)}")

@@ -24,7 +24,7 @@ from cxrdist.distributed.ranks import Ranks
 from cxrdist.estimate.report import infer_dry_run
 from cxrdist.files import folder_lock
 from cxrdist.flags.infer import parser
-from cxrdist.inference.members import Ensemble, held_out, load_ensemble, parse_members, task_of_models
+from cxrdist.inference.members import Ensemble, held_out, load_ensemble, parse_members, seen_notes, task_of_models
 from cxrdist.inference.parts import Basis, Part, PartStore, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
 from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
@@ -148,6 +148,7 @@ def prepare(
     most = args.max_unreadable.of(len(rows) + len(left_out))
     check_unreadable(left_out, most, len(rows) + len(left_out))
     passes = plan_passes(ensemble.members)
+    ensemble.notes += seen_notes(ensemble, args.fold, index.split, index.fingerprint)
     basis = Basis(
         shards=index.fingerprint,
         rows=hash_of(rows),

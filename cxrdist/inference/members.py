@@ -23,7 +23,7 @@ from cxrdist.recipes import PUBLISHED_VIEWS, RECIPES, Recipe
 from cxrdist.runs import checkpoint
 from cxrdist.runs.documents import Facts
 from cxrdist.runs.member import Weights, build_model, load_member, read_recipe, read_task
-from cxrdist.scoring.tables import Checkpoint, shares
+from cxrdist.scoring.tables import Checkpoint, TableMeta, may_be_seen, shares
 from cxrdist.task import Task
 
 Kind = Literal["", "ema", "raw"]
@@ -356,3 +356,15 @@ def held_out(ensemble: Ensemble, member: Member, fold: int | None, shards: str) 
     """True when every run of the member kept `fold` of these very shards (by fingerprint) out of training."""
     facts = [ensemble.origins[item.sha256].facts for item in member.checkpoints]
     return fold is not None and all(f is not None and (f.validate_fold, f.shards) == (fold, shards) for f in facts)
+
+
+def seen_notes(ensemble: Ensemble, fold: int | None, split: str, shards: str) -> list[str]:
+    """A warning for each member that may have been trained on what it scores."""
+    found = []
+    for member in ensemble.members:
+        kept_out = held_out(ensemble, member, fold, shards)
+        meta = TableMeta(split=split, shards=shards, checkpoints=member.checkpoints, out_of_fold=kept_out)
+        if may_be_seen(meta):
+            told = "the scores say how well it remembers them, not how good it is on others"
+            found.append(f"warning: {member.name} may have been trained on these images: {told}")
+    return found

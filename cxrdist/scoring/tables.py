@@ -87,6 +87,12 @@ def was_seen(meta: TableMeta) -> bool | None:
     return False if meta.shards and trained_on and "" not in trained_on else None
 
 
+def may_be_seen(meta: TableMeta) -> bool:
+    """Whether a model behind a table may have been trained on the images: where it is not known, of a split `train`."""
+    seen = was_seen(meta)
+    return meta.split == "train" if seen is None else seen
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """Probabilities of one member, or of an average.

@@ -144,7 +144,9 @@ def test_the_shard_set_says_the_task_and_the_folder_of_the_results(world, tmp_pa
     assert (tmp_path / "predictions" / "div_b" / "submission.csv").is_file()
 
 
-def test_only_a_held_out_fold_is_scored_and_it_counts_as_out_of_fold_only_where_it_was_held_out(world, tmp_path):
+def test_only_a_held_out_fold_is_scored_and_it_counts_as_out_of_fold_only_where_it_was_held_out(
+    world, tmp_path, capsys
+):
     index = open_index(world.shards, "train", TASK)
     run = tmp_path / "run"
     shutil.copytree(world.eva_x, run)
@@ -162,6 +164,8 @@ def test_only_a_held_out_fold_is_scored_and_it_counts_as_out_of_fold_only_where_
         table = read_table(tmp_path / str(fold) / "scores/eva_x.csv")
         assert table.image_names.tolist() == index.image_names[folds == fold].to_list()
         assert table.meta.out_of_fold is (fold == 1)
+        warned = capsys.readouterr().out.count("warning: eva_x may have been trained on these images: ")
+        assert warned == (fold != 1)
         assert not (tmp_path / str(fold) / "submission.csv").exists()
     with pytest.raises(UserError, match="add --split train"):
         world.run(tmp_path / "x", "--fold", "1", members=members)
