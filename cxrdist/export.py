@@ -4,7 +4,7 @@ from cxrdist import __version__
 from cxrdist.cli import run_entry
 from cxrdist.documents import read_bounded
 from cxrdist.errors import UserError
-from cxrdist.flags.export import parser
+from cxrdist.flags.export import NO_CALIBRATION, parser
 from cxrdist.inference import bundle
 from cxrdist.inference.card import model_card
 from cxrdist.inference.members import load_ensemble, parse_member, task_of_models
@@ -16,16 +16,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     specs = [parse_member(member_text(text)) for text in args.members]
     task = task_of_models(specs, args.task)
-    files = [path for path in (args.calibration, args.backbone, args.metrics) if path is not None]
+    calibrated = args.calibration != NO_CALIBRATION
+    files = [args.calibration if calibrated else None, args.backbone, args.metrics]
+    inputs = [*(spec.source for spec in specs), *(path for path in files if path is not None)]
     if args.onnx and (missing := onnx_available()):
         raise UserError(f"--onnx: {missing}")
-    bundle.check_folder(args.out, [*(spec.source for spec in specs), *files])
+    bundle.check_folder(args.out, inputs)
     metrics = None if args.metrics is None else read_bounded(args.metrics)
     ensemble = load_ensemble(specs, task, args.backbone)
     heads = [item for member in ensemble.members for item in member.checkpoints]
     more = [file_of(number) for number in range(len(heads))] if args.onnx else []
-    bundle.check_folder(args.out, [*(spec.source for spec in specs), *files], more)
-    calibration = find_calibration(ensemble, runs_of(specs), args.average, args.calibration)
+    bundle.check_folder(args.out, inputs, more)
+    calibration = None
+    if calibrated:
+        calibration = find_calibration(ensemble, runs_of(specs), args.average, args.calibration)
     stored, note = stored_of(ensemble)
     for line in [*ensemble.notes, *([note] if note else [])]:
         print(line)
@@ -45,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.out / file_of(number)}: more than {MAX_DIFFERENCE:g} from torch; not used")
     sha256 = bundle.write_manifest(args.out, [*names, *more])
     size = sum((args.out / name).stat().st_size for name in (*names, *more))
-    told = "no calibration (cxrdist calibrate makes one)" if calibration is None else f"calibrated ({calibration.rule})"
+    told = f"no calibration{' (cxrdist calibrate makes one)' if calibrated else ''}"
+    told = told if calibration is None else f"calibrated ({calibration.rule})"
     print(
         f"bundle: {args.out}, {len(heads)} checkpoints, {len(ensemble.members)} members, {size / 1e6:,.1f} MB, {told}"
     )

@@ -121,6 +121,9 @@ def test_scores_of_one_run_are_calibrated_in_its_folder_and_found_there(world, s
     assert cxrdist.load(run).calibration is not None  # the views and epochs of its recipe
     assert cxrdist.load([f"eva_x={run}@1,2:tta"]).predict(image).decisions is not None
     assert cxrdist.load([f"eva_x={run}@1:tta"]).calibration is None
+    for flags, kept in (([], True), (["--calibration", "none"], False)):
+        export.main([str(run), "--out", str(tmp_path / "bundle"), *flags])
+        assert (cxrdist.load(tmp_path / "bundle").calibration is not None) is kept
 
 
 def trained_run(world, folder: Path, shards: str) -> Path:

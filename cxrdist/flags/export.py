@@ -14,6 +14,8 @@ from pathlib import Path
 from cxrdist.cli import Parser, add_flags, flag
 from cxrdist.errors import UserError
 
+NO_CALIBRATION = Path("none")
+
 
 def parser() -> Parser:
     flags = Parser(prog="cxrdist export", description=__doc__, check=check)
@@ -32,7 +34,7 @@ def parser() -> Parser:
     )
     flags.add_argument(
         "--calibration",
-        **flag(Path, "FILE", "calibration.json, or its folder (default: a run's own that fits these members)"),
+        **flag(Path, "FILE", "calibration.json, or its folder; none: without (default: a run's own that fits these)"),
     )
     flags.add_argument("--metrics", **flag(Path, "FILE", "metrics.json of cxrdist evaluate, for the model card"))
     without = "leave frozen backbones out and name them by their hash; users then give --backbone"
