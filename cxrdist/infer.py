@@ -27,7 +27,7 @@ from cxrdist.flags.infer import parser
 from cxrdist.inference.members import Ensemble, held_out, load_ensemble, parse_members, seen_notes, task_of_models
 from cxrdist.inference.parts import Basis, Part, PartStore, batches_done, collect, merge
 from cxrdist.inference.passes import Pass, columns_of, describe_plan, plan_passes
-from cxrdist.inference.score import check_finite, check_folder, in_parts, member_table, score
+from cxrdist.inference.score import check_finite, check_folder, check_same_images, in_parts, member_table, score
 from cxrdist.inference.wanted import SomeOf, choose_rows, choose_template, hash_of
 from cxrdist.models.compiled import graphs_told
 from cxrdist.scoring.submission import check_unreadable, unreadable_note, write_submission
@@ -128,6 +128,7 @@ def prepare_members(args: argparse.Namespace, shards: Path, index: ShardIndex) -
     out = args.out or Path("predictions") / f"{index.task.folder}{by}"
     inputs = [shards, args.template, args.backbone, *(spec.source for spec in specs if spec.source.is_file())]
     check_folder(out, [spec.name for spec in specs], inputs)
+    check_same_images(out / "scores", [spec.name for spec in specs], index)
     return load_ensemble(specs, task, args.backbone), task, out
 
 

@@ -290,6 +290,9 @@ MISTAKES = {
         Mistake(
             f"{TB} --split train --fold 0 --member late=runs/eva_x_tiny_tb", "early.csv", "another folder by --out"
         ),
+        Mistake(
+            f"{TB} --split new --out seen {EVA}@2", "seen/scores/eva.csv: holds scores of split 'train'", "by --out"
+        ),
         Mistake(f"{NEW} {EVA} --task b", "of another task", "give the shards of the task"),
         Mistake(f"{NEW} {EVA} --average mean", "'mean'", "choose from 'prob', 'logit', 'rank'"),
         Mistake(f"{NEW} {EVA} --bundle bundle", "--bundle", HELP),

@@ -1,5 +1,6 @@
 """Batches of images -> float32 logits of every pass -> parts on the disk -> a score table per member."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,7 +22,8 @@ from cxrdist.files import check_outputs, refuse_links, with_json
 from cxrdist.inference.parts import Logits, Part, Rows
 from cxrdist.inference.passes import Column, Member, Pass
 from cxrdist.models import architecture_of
-from cxrdist.scoring.tables import ScoreTable, TableMeta, average, sigmoid
+from cxrdist.scoring.tables import ScoreTable, TableMeta, average, read_meta, sigmoid
+from cxrdist.shards.index import ShardIndex
 
 HELD_BATCHES = 32  # decoded batches kept while models that do not fit together take turns on the device
 RESIDENT_SHARE = 0.5  # of the free device memory that weights may fill; the rest is for activations
@@ -155,6 +157,25 @@ def check_no_other_tables(folder: Path, names: Sequence[str]) -> None:
         raise UserError(
             f"{about}; give its members with --member, too, move it away, or choose another folder by --out"
         )
+
+
+def check_same_images(folder: Path, names: Sequence[str], index: ShardIndex) -> None:
+    """UserError where a score table in `folder` that would be replaced says that it is of another split or shard set.
+
+    A JSON that cannot be read says nothing.
+    """
+    paths = (folder / f"{name}.csv" for name in dict.fromkeys(names))
+    for path in filter(Path.exists, paths):
+        meta = TableMeta()
+        with contextlib.suppress(UserError):
+            meta = read_meta(path.with_suffix(".json"))
+        if meta.split not in ("", index.split):
+            about = f"scores of split {meta.split!r}, which those of {index.split!r} would replace"
+        elif meta.shards not in ("", index.fingerprint):
+            about = "scores of another shard set, which those of this one would replace"
+        else:
+            continue
+        raise UserError(f"{path}: holds {about}; choose another folder by --out, or move it away")
 
 
 def check_finite(logits: Logits, passes: Sequence[Pass], image_names: NDArray[np.object_], precision: str) -> None:

@@ -156,7 +156,7 @@ def read_table(path: Path, task: Task | None = None) -> ScoreTable:
     not a number in [0, 1], a repeated image, a CSV changed since its JSON was written, another format version.
     """
     side = path.with_suffix(".json")
-    meta = _read_meta(side) if side.exists() else TableMeta(member=path.stem)
+    meta = read_meta(side) if side.exists() else TableMeta(member=path.stem)
     if task is not None and meta.task is not None and (found := task.differences(meta.task)):
         raise UserError(f"{path} is of another task than --task: {found[0]}; give the tables' own task, or none")
     task = meta.task or task
@@ -451,7 +451,7 @@ def _check_header(path: Path, header: list[str], task: Task | None, wanted: tupl
     return wanted
 
 
-def _read_meta(path: Path) -> TableMeta:
+def read_meta(path: Path) -> TableMeta:
     """The JSON beside a table, of format version 1, too."""
     try:
         data = json.loads(read_bounded(path))

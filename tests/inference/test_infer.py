@@ -23,7 +23,7 @@ from cxrdist.recipes import recipe_for
 from cxrdist.runs.checkpoint import read_tensors, write_checkpoint
 from cxrdist.runs.documents import EpochMeta, Facts, read_versioned
 from cxrdist.runs.member import load_member
-from cxrdist.scoring.tables import read_table
+from cxrdist.scoring.tables import ScoreTable, TableMeta, read_table, write_table
 from cxrdist.shards.index import open_index
 from cxrdist.task import TASKS
 
@@ -169,6 +169,25 @@ def test_only_a_held_out_fold_is_scored_and_it_counts_as_out_of_fold_only_where_
         assert not (tmp_path / str(fold) / "submission.csv").exists()
     with pytest.raises(UserError, match="add --split train"):
         world.run(tmp_path / "x", "--fold", "1", members=members)
+
+
+def test_scores_of_another_split_or_shard_set_are_not_replaced(world, tmp_path):
+    index = open_index(world.shards, "train", TASK)
+    path = tmp_path / "scores" / "m.csv"
+    path.parent.mkdir()
+    scored = [("test", index.fingerprint, "of split 'test'"), ("train", "0" * 64, "of another shard set")]
+    for split, shards, told in [*scored, ("train", index.fingerprint, None), ("", "", None)]:
+        meta = TableMeta(member="m", task=TASK, split=split, shards=shards)
+        write_table(path, ScoreTable(np.array(["a"], object), np.zeros((1, len(LABELS)), np.float32), meta))
+        score.check_same_images(path.parent, ["other"], index)
+        if told is None:
+            score.check_same_images(path.parent, ["m"], index)
+            continue
+        with pytest.raises(UserError, match=rf"m\.csv: holds scores {told}.*by --out"):
+            score.check_same_images(path.parent, ["m"], index)
+    write_table(path, ScoreTable(np.array(["a"], object), np.zeros((1, len(LABELS)), np.float32), meta))
+    path.with_suffix(".json").write_text("{")
+    score.check_same_images(path.parent, ["m"], index)
 
 
 def test_averaging_again_in_another_way_computes_no_pass(world, tmp_path, monkeypatch, capsys):
