@@ -25,11 +25,11 @@ from cxrdist.report.calibrated import points_section, reliability_section
 from cxrdist.report.page import PRIVACY, Section, write_report
 from cxrdist.runs.checkpoint import epochs_of
 from cxrdist.runs.member import load_member, read_recipe
-from cxrdist.scoring.evaluation import Evaluation, evaluate, match_labels
+from cxrdist.scoring.evaluation import FEW_CASES, Evaluation, evaluate, match_labels
 from cxrdist.scoring.operating import Calibration, OperatingPoint, identity_of, performance, read_calibration
 from cxrdist.scoring.tables import ScoreTable, may_be_seen, read_members, task_of, with_ensemble
 from cxrdist.shards.index import open_index
-from cxrdist.terminal import aligned, fitted, printable, width, with_interval
+from cxrdist.terminal import MAX_FIRST, aligned, fitted, printable, width, with_interval
 from cxrdist.truth import check_rows, open_scored, read_truth
 
 SEEN = "These images may have been trained on"
@@ -97,13 +97,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def printed(result: Evaluation) -> Iterator[str]:
-    """The first table by label, and each table's macro."""
+    """The first table by label, a star after those of few cases, and each table's macro."""
     first, rows = result.scores[0], []
-    columns = result.labels, result.positives, first.auroc, first.auroc_interval, first.average_precision
-    for label, positives, auroc, ends, precision in zip(*columns, strict=True):
+    few_cases = result.few_cases()
+    columns = result.labels, few_cases, result.positives, first.auroc, first.auroc_interval, first.average_precision
+    for label, few, positives, auroc, ends, precision in zip(*columns, strict=True):
+        if few:
+            name = printable(label)
+            label = f"{fitted(name, min(width(name), MAX_FIRST - 2))} *"
         cells = (*with_interval(auroc, ends), "none" if math.isnan(precision) else f"{precision:.4f}")
         rows.append((label, f"{positives:,.6g}", *cells))
     yield from aligned((f"label, by {first.name}", "positive", "AUROC", "95 % interval", "average precision"), rows)
+    if any(few_cases):
+        yield FEW_CASES
     yield ""
     columns_of_names = max(width(printable(score.name)) for score in result.scores)
     for score in result.scores:

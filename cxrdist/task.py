@@ -26,6 +26,7 @@ Format = Literal["table", "chexpert", "mimic", "nih", "padchest", "vindr"]
 ALL = "*"  # in `blank` and `uncertain`: every label that is not named
 MAX_LABELS = 1000
 NUM_NAMED = 10  # labels that an error lists
+MIN_CASES = 20  # positives, and negatives, of a label below which its own numbers say little
 MAX_ID_CHARACTERS = 128
 NAMES = {  # the part of an image's name, by rule, that says its patient and its study
     "patient_study_image": r"(?:.*/)?([0-9]{1,8})_([0-9]+)_[0-9]+\.[^/]*",

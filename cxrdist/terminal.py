@@ -5,6 +5,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
+MAX_FIRST = 40  # columns of a table's first column
 BARS, BARS_ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
@@ -33,7 +34,7 @@ def fitted(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
-def aligned(head: Sequence[str], rows: Sequence[Sequence[object]], max_first: int = 40) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[object]], max_first: int = MAX_FIRST) -> list[str]:
     """The lines of a table: its first column is text, cut at `max_first` columns, the others stand to the right."""
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     first, *widths = (max(map(width, column)) for column in zip(*cells, strict=True))

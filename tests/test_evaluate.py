@@ -50,11 +50,14 @@ def test_report_is_one_page_without_any_outside_address_and_its_numbers_are_thos
         auroc = (
             rf"{first['auroc'][place]:.4f}  {low:.4f} to {high:.4f}" if first["auroc"][place] is not None else "none"
         )
-        assert re.search(rf"^{label} +{numbers['positives'][place]} +{auroc}", said, re.M), label
+        assert re.search(rf"^{label} \* +{numbers['positives'][place]} +{auroc}", said, re.M), label
+    few = "* fewer than 20 positives or negatives"
+    assert f"\n{few}" in said
     for score in numbers["scores"]:
         assert re.search(rf"^{score['name']} +macro AUROC {score['macro_auroc']:.4f} \(95 % ", said, re.M)
     page = (tmp_path / "report" / "report.html").read_text()
     assert "not for clinical use" in page
+    assert f">{few}" in page
     assert "holds images of patients" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert page.count("data:image/jpeg") >= 14 * 6

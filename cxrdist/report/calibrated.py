@@ -10,8 +10,9 @@ from cxrdist.report.figures import rate_cell, rates_of
 from cxrdist.report.page import Cell, Section, html_table, interval_text
 from cxrdist.report.plots import legend, plots
 from cxrdist.scoring.calibration import reliability
-from cxrdist.scoring.operating import MIN_CASES, Calibration, OperatingPoint
+from cxrdist.scoring.operating import Calibration, OperatingPoint
 from cxrdist.scoring.tables import Probs
+from cxrdist.task import MIN_CASES
 
 
 def reliability_section(

@@ -23,7 +23,7 @@ from cxrdist.report.plots import (
     plots,
 )
 from cxrdist.scoring import metrics
-from cxrdist.scoring.evaluation import Evaluation
+from cxrdist.scoring.evaluation import FEW_CASES, Evaluation
 from cxrdist.scoring.operating import OperatingPoint, Rate
 from cxrdist.scoring.tables import ScoreTable
 
@@ -47,12 +47,14 @@ def summary_section(result: Evaluation, notes: Sequence[str]) -> Section:
 
 def label_section(result: Evaluation, points: Sequence[OperatingPoint] = ()) -> Section:
     """The table of labels. points: what the first table's threshold of each label does, where one was chosen."""
-    about = "Dots with 95 % intervals (patients resampled; on a handful of positives they say little). A label without "
-    about += "positives or negatives has no AUROC and is left out of the macro. AP: average precision of "
+    about = "Dots with 95 % intervals from resampled patients. A label without positives or negatives has no AUROC and "
+    about += "is left out of the macro. AP: average precision of "
     about += f"{result.scores[0].name}; a random score has the positives' share."
     about += " Sensitivity and specificity are at its calibrated threshold." if points else ""
     about += " A label leads to its curves and images." + _note(result, "These are there for")
-    return Section("Labels", about, legend([score.name for score in result.scores]) + _label_table(result, points))
+    note = f'<p class="note">{FEW_CASES}</p>' if any(result.few_cases()) else ""
+    body = legend([score.name for score in result.scores]) + _label_table(result, points) + note
+    return Section("Labels", about, body)
 
 
 def panel_section(
@@ -216,10 +218,11 @@ def _label_table(result: Evaluation, points: Sequence[OperatingPoint]) -> str:
     low = forest_low([ends for score in result.scores for ends in [*score.auroc_interval, score.macro_interval]])
     some_masked = min(result.observed) < result.num_images
     rows: list[list[Cell]] = []
-    for label, name in enumerate(result.labels):
+    for label, (name, few) in enumerate(zip(result.labels, result.few_cases(), strict=True)):
         some, seen = result.positives[label], result.observed[label]
         cells = [(score.auroc[label], score.auroc_interval[label]) for score in result.scores]
-        link = Html(f'<a href="#label-{label}">{html.escape(name)}</a>') if label in shown else name
+        star = " *" if few else ""
+        link = Html(f'<a href="#label-{label}">{html.escape(name)}</a>{star}') if label in shown else name + star
         bars = Html(forest_row([value for value, _ in cells], [ends for _, ends in cells], low))
         numbers = [(number_text(value), interval_text(ends)) for value, ends in cells]
         rates = [rate_cell(rate) for rate in rates_of(points[label])[:2]] if points else []

@@ -84,6 +84,7 @@ svg .chance { opacity: 1; }
 svg .ring { fill: var(--paper); stroke-width: 2.5; }
 details p { color: var(--soft); font-size: 13px; margin: 4px 0; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 16px 22px; }
+section > p.note { margin: 8px 0 0; color: var(--soft); font-size: 13.5px; }
 .plots + .scroll { margin-top: 14px; }
 .plots figure { margin: 0; max-width: 430px; min-width: 0; }
 .plots svg.plot { width: 100%; height: auto; }

@@ -20,7 +20,9 @@ from cxrdist.errors import UserError
 from cxrdist.scoring import calibration, metrics
 from cxrdist.scoring.tables import ScoreTable, average_studies, study_ids
 from cxrdist.tables import LabelTable
+from cxrdist.task import MIN_CASES
 
+FEW_CASES = f"* fewer than {MIN_CASES} positives or negatives: its intervals may be too narrow"
 MIN_SUBGROUP = 20  # images; smaller groups say nothing
 AGES, AGE_NAMES = (0, 40, 60, 80, 200), ("under 40", "40-59", "60-79", "80 and over")
 
@@ -97,6 +99,10 @@ class Evaluation:
     scores: list[TableScore]
     comparisons: list[Comparison]
     subgroups: list[Subgroup]
+
+    def few_cases(self) -> list[bool]:
+        """By label: has it so few positives or negatives that its intervals may be too narrow?"""
+        return [min(n, seen - n) < MIN_CASES for n, seen in zip(self.positives, self.observed, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; nan becomes null."""

@@ -21,12 +21,11 @@ from cxrdist.errors import UserError
 from cxrdist.scoring.calibration import fitted_line
 from cxrdist.scoring.metrics import Floats, interval
 from cxrdist.scoring.tables import Average, Checkpoint, Probs, ScoreTable, logit, shares, was_seen
-from cxrdist.task import Task
+from cxrdist.task import MIN_CASES, Task
 
 Method = Literal["platt", "temperature"]
 Range = tuple[float, float]
 FILE = "calibration.json"
-MIN_CASES = 20  # positives, and negatives, of a label that is fitted by itself
 NO_THRESHOLD = -1  # the decision on a label without one
 RULE = re.compile(r"youden|f1|(sensitivity|specificity)=(0?\.\d+|1(\.0*)?)")
 

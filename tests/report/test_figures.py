@@ -1,11 +1,13 @@
 """Tables and panels of a report: a place for every label, or for those that say most."""
 
+import dataclasses
 import math
 import re
 
 import numpy as np
 import pytest
 
+from cxrdist.evaluate import printed
 from cxrdist.report import figures
 from cxrdist.report.page import duration_text, number_text
 from cxrdist.report.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
@@ -89,6 +91,19 @@ def test_the_threshold_of_a_label_is_a_ring_on_its_curves_and_two_columns_of_the
     assert "<th>sensitivity</th><th>specificity</th>" in body
     assert "0.750<br><small>0.625 to 0.875</small></td><td>0.625<br>" in body
     assert "sensitivity" not in figures.label_section(result).body
+
+
+def test_labels_of_fewer_than_20_positives_or_negatives_are_marked_and_the_page_and_the_terminal_say_why():
+    result = dataclasses.replace(evaluation(4), observed=[60] * 4, positives=[19, 20, 40, 41])
+    body = figures.label_section(result).body
+    assert re.findall(r"(label \d)</a>( \*|)", body) == list(zip(result.labels, (" *", "", "", " *"), strict=True))
+    assert "</div><p" in body
+    assert "* fewer than 20 positives or negatives" in body
+    lines = list(printed(dataclasses.replace(result, labels=["a", "b", "c", "d" * 50])))
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["a *", "b", "c", "d" * 37 + "~ *"]
+    assert lines[5].startswith("* fewer than 20")
+    enough = dataclasses.replace(result, positives=[20, 30, 40, 40])
+    assert "*" not in figures.label_section(enough).body + "".join(printed(enough))
 
 
 def test_the_same_scores_make_the_same_bytes():
