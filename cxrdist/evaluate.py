@@ -33,7 +33,7 @@ from cxrdist.terminal import MAX_FIRST, aligned, fitted, printable, width, with_
 from cxrdist.truth import check_rows, open_scored, read_truth
 
 SEEN = "These images may have been trained on"
-DRAWN = ("step", "epoch", "loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
+DRAWN = ("step", "epoch", "loss", "epoch_loss", "validation/auroc_macro")  # numbers of a row of metrics.jsonl
 
 
 def main(argv: list[str] | None = None) -> None:

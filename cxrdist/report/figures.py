@@ -28,6 +28,7 @@ from cxrdist.scoring.operating import OperatingPoint, Rate
 from cxrdist.scoring.tables import ScoreTable
 
 MAX_SHOWN = 48  # labels with curves and images of their own
+MIN_LOGGED = 5  # rows of an epoch: fewer draw spikes, since one after an epoch's end is the mean of a few batches
 NO_RATE = Rate(math.nan, None)
 
 
@@ -161,8 +162,13 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
     for name in names:
         rows, place = runs[name], colours[name]
         per_epoch = next((row["step"] / row["epoch"] for row in reversed(rows)), 1)
-        if points := [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]:
-            x, y = np.array(points, dtype=float).T
+        logged = [(row["step"] / per_epoch, row["loss"]) for row in rows if row.get("loss") is not None]
+        means = [(row["epoch"], row["epoch_loss"]) for row in rows if row.get("epoch_loss") is not None]
+        if means and len(logged) < MIN_LOGGED * len(means):
+            x, y = np.array(means, dtype=float).T
+            losses.append(Series(x, y, place, ("line", "dot")))
+        elif logged:
+            x, y = np.array(logged, dtype=float).T
             window = max(1, len(y) // 25)
             losses.append(Series(x, y, place, ("thin",)))
             losses.append(Series(x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid"), place))
@@ -177,7 +183,8 @@ def training_section(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: M
             pictures.append(
                 plot(axis_of("epoch", x), axis_of(title, y), series, title, f"<b>{title[0].upper()}{title[1:]}</b>")
             )
-    about = "Loss of each run per logged step (thin) and, where there are many, its moving average."
+    about = "Loss of each run per logged step (thin) and, where there are many, its moving average; the mean of each "
+    about += f"epoch (dots) where fewer than {MIN_LOGGED} steps of an epoch were logged."
     items = "".join(f"<li>{key(colours[name])}{html.escape(name)}</li>" for name in names)
     return Section("Training", about, f'<ul class="legend">{items}</ul>{plots(pictures)}')
 

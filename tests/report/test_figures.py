@@ -106,6 +106,18 @@ def test_labels_of_fewer_than_20_positives_or_negatives_are_marked_and_the_page_
     assert "*" not in figures.label_section(enough).body + "".join(printed(enough))
 
 
+@pytest.mark.parametrize(("steps", "dots"), [(120, 3), (249, 3), (250, 0), (1000, 0)])
+def test_the_loss_of_short_epochs_is_drawn_as_their_means(steps, dots):
+    rows = []
+    for epoch in (1, 2, 3):
+        logged = [step for step in range(50, 3 * steps + 1, 50) if (epoch - 1) * steps < step <= epoch * steps]
+        rows += [{"kind": "train", "step": step, "epoch": epoch, "loss": 9 - step / 500} for step in logged]
+        rows.append({"kind": "epoch", "step": epoch * steps, "epoch": epoch, "epoch_loss": 1 / epoch})
+    body = figures.training_section({"run": rows}, {"run": 0}).body
+    assert body.count('class="dot') == dots
+    assert ('class="thin' in body) == (not dots)
+
+
 def test_the_same_scores_make_the_same_bytes():
     table, targets = scored(3)
     one, other = (figures.panel_section([table], targets, evaluation(3)).body for _ in range(2))
