@@ -23,6 +23,7 @@ from cxrdist.distributed.environment import usable_cores
 from cxrdist.errors import UserError
 from cxrdist.shards.columns import Targets, Texts
 from cxrdist.shards.index import AdoptedMeta, ShardIndex
+from cxrdist.task import MIN_CASES
 
 Ids = NDArray[np.int64]
 
@@ -277,6 +278,7 @@ def findings(splits: Splits, pixels: Pixels) -> list[Finding]:
         *_blank(splits, pixels),
         *_odd_sources(splits),
         *_one_sided_labels(splits),
+        *_few_cases(splits),
     ]
     return [finding for finding in found if finding.count]
 
@@ -517,3 +519,21 @@ def _one_sided_labels(splits: Splits) -> Iterator[Finding]:
         remedy = "Check the label's column and spelling in the table; or leave the label out of the task."
         examples = tuple(Example(f"{label} in {split}") for split, label in missing[: 10 * MAX_EXAMPLES])
         yield Finding(f"Labels without a {kind} image", len(missing), "labels in a split", why, remedy, examples)
+
+
+def _few_cases(splits: Splits) -> Iterator[Finding]:
+    few = []
+    for index in splits.indexes:
+        if index.targets is None:
+            continue
+        counts = label_counts(index.targets)
+        numbers = zip(splits.task.labels, counts.positive.tolist(), counts.observed.tolist(), strict=True)
+        few += [
+            Example(f"{label} in {index.split}: {some:,} positive, {seen - some:,} negative")
+            for label, some, seen in numbers
+            if 0 < min(some, seen - some) < MIN_CASES
+        ]
+    why = "So few teach little about a label, and its AUROC on them, or on a part of them, is mostly chance."
+    remedy = "Add images of these, merge the label with a related one, or read its scores with care."
+    title = f"Labels with fewer than {MIN_CASES} positive or negative images"
+    yield Finding(title, len(few), "labels in a split", why, remedy, tuple(few[: 10 * MAX_EXAMPLES]))

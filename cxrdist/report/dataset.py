@@ -200,7 +200,7 @@ def _distributions(splits: Splits) -> Section:
     sizes, codes = np.unique(
         splits.column("widths").astype(np.int64) << 32 | splits.column("heights"), return_inverse=True
     )
-    size_texts = [f"{size >> 32:,} x {size % 2**32:,} px" if size else "" for size in sizes.tolist()]
+    size_texts = [f"{size >> 32:9,} x {size % 2**32:9,} px" if size else "" for size in sizes.tolist()]
     ages, age_texts = splits.texts("ages").codes()
     blocks = [
         _distribution(splits, "Source size (width x height)", codes, size_texts, by_count=True),
@@ -298,7 +298,8 @@ def _suspicious(splits: Splits, findings: Sequence[Finding]) -> Section:
         else "This set is of an older version: its sources' sizes and rotations are not known. "
     )
     if not findings:
-        body = '<p class="good">Nothing: no repeated, blank, tiny or turned image, no contradictory id.</p>'
+        nothing = "Nothing: no repeated, blank, tiny or turned image, no contradictory id, no label with few cases."
+        body = f'<p class="good">{nothing}</p>'
         return Section("Suspicious", f"{unknown}What was looked for and not found.", body)
     rows = [[finding.title, finding.amount] for finding in findings]
     blocks = [html_table(["what", "how many"], rows, kind="text")]

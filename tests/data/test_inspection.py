@@ -35,6 +35,7 @@ from cxrdist.task import Columns, Task
 pytestmark = pytest.mark.fast
 
 SIDE = 400
+FEW = "Labels with fewer than 20 positive or negative images"
 
 
 def picture(seed: int, width: int = SIDE, height: int = SIDE) -> Image.Image:
@@ -118,8 +119,28 @@ def inspect(folder: Path) -> tuple[Splits, dict[str, Finding]]:
     return splits, {finding.title: finding for finding in findings(splits, look(splits))}
 
 
-def test_nothing_is_suspicious_in_a_clean_set(clean: Path) -> None:
-    assert inspect(clean)[1] == {}
+def test_nothing_but_its_size_is_suspicious_in_a_clean_set(clean: Path) -> None:
+    assert list(inspect(clean)[1]) == [FEW]
+
+
+def test_labels_with_fewer_than_20_of_a_kind_are_named_with_their_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(5).save(tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    for split, counts in (("train", (19, 20, 0)), ("valid", (41, 40, 39))):
+        task = Task(name="own", labels=("one", "two", "three"), columns=Columns(image="image"))
+        sources = [
+            Source(row, f"{row}.png", str(tmp_path / "a.png"), size, "", targets=tuple(float(row < n) for n in counts))
+            for row in range(60)
+        ]
+        write_split(SplitJob(tmp_path / "set", task, split, sources, Pixels(), 60, {}))
+    found = inspect(tmp_path / "set")[1]
+    notes = ["one in train: 19 positive, 41 negative", "one in valid: 41 positive, 19 negative"]
+    assert [example.note for example in found[FEW].examples] == notes
+    assert [example.note for example in found["Labels without a positive image"].examples] == ["three in train"]
+    verify.main(["--shards", str(tmp_path / "set"), "--report", str(tmp_path / "look.html")])
+    assert f"suspicious: {FEW}: 2 labels in a split\n" in capsys.readouterr().out
 
 
 def test_each_planted_thing_is_found_with_its_images(planted: Path) -> None:
@@ -129,7 +150,7 @@ def test_each_planted_thing_is_found_with_its_images(planted: Path) -> None:
                 for example in finding.examples]
         for title, finding in found.items()
     }  # fmt: skip
-    del shown["Labels without a positive image"], shown["Labels without a negative image"]
+    del shown["Labels without a positive image"], shown["Labels without a negative image"], shown[FEW]
     assert shown == {
         "Equal images under different patients": [("1/1", "50/1"), ("70/1", "72/1")],
         "Equal images with different labels": [("3/1", "3/2", "3/3"), ("70/1", "72/1")],
