@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,10 @@ def adopt(args: argparse.Namespace, task: Task, pixels: Pixels, num_nodes: int) 
         rows, left_out = meta.counts.rows, list(meta.left_out)
         print("\n".join(account(split, f"{rows:,} rows = {meta.counts.images:,} images indexed", left_out)))
         found = open_index(adoption.out, split)
+        patients = {patient for patient, name in zip(found.patients, found.image_names, strict=True) if patient != name}
+        labels = () if found.targets is None else map(found.targets.label, range(found.targets.shape[1]))
+        for line in contents(len(patients), sum(int(np.isnan(cells).sum()) for cells in labels)):
+            print(line)
         sides = {*found.widths.tolist(), *found.heights.tolist()}
         if len(sides) == 1 and sides != {pixels.size_px} and MIN_SIZE_PX <= min(sides) <= MAX_SIZE_PX:
             side = sides.pop()
@@ -148,13 +153,23 @@ def account(split: str, counts: str, left_out: Sequence[LeftOut]) -> list[str]:
     return lines
 
 
+def contents(num_patients: int, num_masked: int) -> list[str]:
+    """The line that says how many patients and masked cells there are, of those that there are."""
+    counts = ((num_patients, "patient"), (num_masked, "masked cell"))
+    known = [f"{count:,} {what}{'s' * (count > 1)}" for count, what in counts if count]
+    return [f"  {'; '.join(known)}"] if known else []
+
+
 def summary(job: SplitJob, records: Records) -> str:
     """The lines that account for every row: used, or named with the reason."""
-    num_stored = sum(len(record.images) for record in records.values())
+    sources = {source.key: source for source in job.sources}
+    stored = [(image, sources[image.key]) for record in records.values() for image in record.images]
+    patients = {image.patient for image, row in stored if image.patient != row.image_name}
+    num_masked = sum(sum(map(math.isnan, row.targets or ())) for _, row in stored)
     left_out = [entry for record in records.values() for entry in record.left_out]
-    lines = account(job.split, f"{len(job.sources):,} rows = {num_stored:,} images stored", left_out)
-    firsts = [(image, job.groups[n][0]) for n, record in records.items() for image in record.images[:1]]
-    if firsts and all(image.patient == row.image_name and row.targets is not None for image, row in firsts):
+    lines = account(job.split, f"{len(job.sources):,} rows = {len(stored):,} images stored", left_out)
+    lines += contents(len(patients), num_masked)
+    if stored and not patients and stored[0][1].targets is not None:
         remedy = " (--patient-column says them)" if job.task.format == "table" else ""
         lines.append(f"  no patient is known: folds cannot keep the images of a patient apart{remedy}")
     return "\n".join(lines)

@@ -168,7 +168,9 @@ def test_labels_come_from_a_csv_whose_names_come_back_exactly(
     assert index.left_out == {"gone.jpg": "not in the image folder"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.index.arrow", "train.json"]
     assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
-    assert "images there without a row, not used: 1 (first: x.jpg)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images there without a row, not used: 1 (first: x.jpg)" in printed
+    assert "left out: gone.jpg: not in the image folder\n  5 masked cells\n" in printed
     verify.main(["--shards", str(tmp_path / "out"), "--hashes"])
 
 

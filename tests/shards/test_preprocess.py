@@ -124,7 +124,9 @@ def test_every_image_left_out_is_listed_and_the_counts_add_up(
         assert f"{name}: {reason}" in printed
 
 
-def test_a_test_split_comes_from_a_template_or_the_folder(make_division: Any, tmp_path: Path) -> None:
+def test_a_test_split_comes_from_a_template_or_the_folder(
+    make_division: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, _ = make_division(["00000002_001_000.jpg", "00000001_003_001.jpg", "x.png"])
     template = tmp_path / "sample.csv"
     template.write_text("Image_name,Edema\n00000002_001_000.jpg,0\nx.png,0\n00000001_003_001.jpg,0\n")
@@ -134,6 +136,7 @@ def test_a_test_split_comes_from_a_template_or_the_folder(make_division: Any, tm
     assert list(index.patients) == ["00000002", "x.png", "00000001"]
     assert list(index.studies) == ["001", "", "003"]
     assert index.targets is None
+    assert "\n  2 patients\n" in capsys.readouterr().out, "x.png says none; nothing is masked"
     run(images, None, tmp_path / "folder", "--split", "test")
     assert list(open_index(tmp_path / "folder", "test", TASKS["b"]).image_names) == sorted(index.image_names)
     (images / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
@@ -261,7 +264,9 @@ def test_images_in_nested_folders_keep_their_paths_and_links_are_not_entered(
     assert open_index(tmp_path / "out", "test").image_names.to_list() == sorted(names[:4])
 
 
-def test_a_task_of_three_labels_with_text_patients_and_masked_or_soft_cells_comes_back(tmp_path: Path) -> None:
+def test_a_task_of_three_labels_with_text_patients_and_masked_or_soft_cells_comes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "images").mkdir()
     names = [f"{number}.jpg" for number in range(4)]
     for name in names:
@@ -284,6 +289,7 @@ def test_a_task_of_three_labels_with_text_patients_and_masked_or_soft_cells_come
     expected = np.array([[0, 1, nan], [nan, 0, 1], [1, 0.25, 0], [0, 0, 0]], np.float32)
     assert np.array_equal(index.targets, expected, equal_nan=True)
     assert index.patients.to_list() == ["P-ä/1", "P-ä/1", "007", "7"]
+    assert "4 rows = 4 images stored + 0 left out\n  3 patients; 2 masked cells\n" in capsys.readouterr().out
     assert task_of(tmp_path / "soft") == index.task == task
     assert labels_stored(index) == {pa.float32()}
     samples = list(wds.WebDataset(str(tmp_path / "soft" / index.shards[0]), shardshuffle=False))
