@@ -24,7 +24,7 @@ COLUMNS = "grid-template-columns: repeat(auto-fill, minmax({}px, 1fr))"
 STYLE = """
 h3 { margin: 20px 0 6px; font-size: 16px; overflow-wrap: anywhere; }
 section p, section li, section h2 { overflow-wrap: anywhere; }
-.tall > .scroll { overflow: visible; }
+.tall > .scroll { overflow: visible; background: none; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 4px 28px; }
 .columns > div { min-width: 0; }
 table.pairs td:nth-child(2), table.pairs th:nth-child(2) { text-align: left; }

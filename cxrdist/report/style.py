@@ -59,6 +59,12 @@ th[aria-sort=descending] button:after { content: "\\a0\\2193"; opacity: 1; }
 a:focus-visible, button:focus-visible, summary:focus-visible, .pair:focus-visible { outline: 3px solid var(--c1);
   outline-offset: 2px; }
 .scroll { overflow-x: auto; }
+/* A shade at the edge behind which there is more; what scrolls with the table covers it where there is not. */
+.scroll, .tall {
+  background: linear-gradient(to right, var(--paper) 18px, transparent) left / 36px calc(100% + 2px) no-repeat local,
+    linear-gradient(to left, var(--paper) 18px, transparent) right / 36px calc(100% + 2px) no-repeat local,
+    linear-gradient(to right, var(--mark), transparent) left / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--mark), transparent) right / 14px 100% no-repeat scroll; }
 .tall { max-height: 620px; overflow: auto; }
 .tall th { position: sticky; top: 0; background: var(--paper); z-index: 2; }
 .scores th:first-child, .scores td:first-child { position: sticky; left: 0; z-index: 1; background: var(--paper);
@@ -139,7 +145,7 @@ footer { color: var(--soft); font-size: 13.5px; padding: 6px 0 40px; }
   .tall { max-height: none; }
   table { font-size: 10.5px; }
   th, td, .scores th, .scores td { padding: 3px; font-size: inherit; }
-  .scroll, .tall { overflow: visible; }
+  .scroll, .tall { overflow: visible; background: none; }
   .scores th:first-child, .scores td:first-child, .tall th { position: static; }
   .scores th:first-child, .scores td:first-child { min-width: 118px; }
   .scores .bars { width: 20%; min-width: 90px; }

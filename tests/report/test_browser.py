@@ -1,6 +1,7 @@
 """The report in a browser: labels open, tables are sorted, maps are shown large; no error, no request to any host."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
 from cxrdist import evaluate
 from cxrdist.data.inspection import Splits
@@ -153,6 +155,24 @@ def test_a_phone_shows_every_curve_without_scrolling_sideways(report: Path, open
         assert found == f"rgb({', '.join(str(int(palette[name][place : place + 2], 16)) for place in (1, 3, 5))})"
     texts = "Math.min(...Array.from(document.querySelectorAll('svg.plot text'), t => t.getBoundingClientRect().height))"
     assert page.evaluate(texts) >= 12
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_is_cut_has_a_shade_at_the_edge_until_it_is_scrolled_to_its_end(
+    report: Path, opened: Any, scheme: str
+) -> None:
+    paper = ImageColor.getrgb({"light": LIGHT, "dark": DARK}[scheme]["paper"])
+
+    def shaded(box: Any) -> bool:
+        """Whether most of the last pixels of its lines are not of the paper's colour."""
+        pixels = np.asarray(Image.open(io.BytesIO(box.screenshot())).convert("RGB"))[:, -2]
+        return bool((pixels != paper).any(axis=1).mean() > 0.5)
+
+    for width in (400, 1200):
+        box = opened(report, width=width, color_scheme=scheme).locator(".scroll:has(table.scores)").first
+        assert shaded(box) == (width == 400)
+        box.evaluate("box => { box.scrollLeft = 10000; }")
+        assert not shaded(box)
 
 
 def test_no_text_of_a_picture_covers_a_curve(report: Path, opened: Any) -> None:
