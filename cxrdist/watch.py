@@ -89,8 +89,8 @@ def card(run: Progress, name: str, columns: int, now: float) -> list[str]:
         lines.append(f"best  {figure(run.best[0])} of epoch {run.best[1]}")
     speed = [] if run.images_per_s is None else [f"{run.images_per_s:,.{int(run.images_per_s < 100)}f} images/s"]
     speed += [] if run.wait_share is None else [f"waiting {run.wait_share:.0%}"]
-    works = run.seconds_left is not None and silent is None and not run.stopped
-    speed += [f"{duration(run.seconds_left)} left"] if works else []
+    left_s = run.seconds_left if silent is None and not run.stopped else None
+    speed += [] if left_s is None else [f"{duration(left_s)} left"]
     lines += [", ".join(speed)] if speed else []
     return [fitted(line, columns) for line in (*lines, *map(printable, run.notes))]
 
