@@ -220,7 +220,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, *names: str, **changes: dict[str, Any]) -> None:
+def add_flags(parser: argparse._ActionsContainer, *names: str, **changes: dict[str, Any]) -> None:
     """Add shared flags by name; `changes` maps a flag (as its attribute name) to keyword arguments that differ."""
     for name in names:
         options = SHARED_FLAGS[name] | changes.get(name[2:].replace("-", "_"), {})

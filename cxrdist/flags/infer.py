@@ -20,25 +20,29 @@ from cxrdist.errors import UserError
 
 def parser() -> Parser:
     flags = Parser(prog="cxrdist infer", description=__doc__, check=check)
+    models = flags.add_argument_group("models, and how they are averaged")
     member = "a model, as above (repeatable; default: runs/eva_x_<task> and runs/chexfound_<task>)"
-    flags.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
-    flags.add_argument("--split", **flag(str, "NAME", "of the shards: what to score", default="test"))
+    models.add_argument("--member", **flag(str, "NAME=RUN@5,6[:tta]", member, action="append") | {"default": []})
+    add_flags(models, "--average", "--average-studies", "--backbone")
+    images = flags.add_argument_group("images")
+    add_flags(images, "--task", "--shards", *STREAMING)
+    images.add_argument("--split", **flag(str, "NAME", "of the shards: what to score", default="test"))
     fold = "with --split train: only patients of this fold of the runs"
-    flags.add_argument("--fold", **flag(at_least(0), "K", fold))
-    add_flags(
-        flags,
-        *("--task", "--shards", *STREAMING, "--out", "--template", "--average", "--average-studies"),
-        *("--backbone", "--device-batch-size", "--precision", "--compile", "--expect-processes", "--dry-run"),
-        *("--max-unreadable", "--checkpoint-minutes", "--timeout-s"),
-        out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
-        template={"help": "sample submission, whose rows the submission gets (default: the shards' order)"},
-        checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
-        timeout_s={"default": 1800.0},
-    )
+    images.add_argument("--fold", **flag(at_least(0), "K", fold))
     external = (
         "the shards are of another task than the models (the runs say theirs, or TASK): tables for evaluate --external"
     )
-    flags.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
+    images.add_argument("--external", **flag(task_type, "TASK", external, nargs="?") | {"default": False})
+    add_flags(
+        flags.add_argument_group("where it goes"),
+        *("--out", "--template", "--checkpoint-minutes", "--dry-run"),
+        out={"help": "where to write (default: predictions/<task>, of a and b predictions/div_<task>)"},
+        template={"help": "sample submission, whose rows the submission gets (default: the shards' order)"},
+        checkpoint_minutes={"default": 0.5, "help": "save scores this often (default %(default)s)"},
+    )
+    speed = flags.add_argument_group("speed and memory")
+    add_flags(speed, "--device-batch-size", "--precision", "--compile", "--expect-processes")
+    add_flags(flags.add_argument_group("faults"), "--max-unreadable", "--timeout-s", timeout_s={"default": 1800.0})
     return flags
 
 

@@ -44,47 +44,53 @@ def parser() -> Parser:
     flags = Parser(prog="cxrdist preprocess", description=__doc__, check=check)
     tasks = f"{', '.join(TASKS)}; a .toml or .json file; or a shard set, whose task it is (default: that of --out)"
     folders = {"type": str, "metavar": "DIR|URL", "nargs": "+", "help": "folders of images; also s3:// or gs://"}
+    source = flags.add_argument_group("images and table")
     add_flags(
-        flags,
-        *("--task", "--data", "--images", "--csv", "--out", "--blank", "--uncertain"),
-        task={"type": str, "help": tasks},
+        source,
+        *("--images", "--csv", "--data"),
         images=folders,
         csv={"type": table_path, "nargs": "+", "help": TABLE},
-        out={"help": OUT},
     )
     adopts = "WebDataset tars to index where they are; their labels: --csv, or json and cls members"
-    flags.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
+    source.add_argument("--adopt", **flag(str, "'DIR/*.tar'", adopts, nargs="+"))
+    learned = flags.add_argument_group("task and labels")
+    add_flags(learned, "--task", task={"type": str, "help": tasks})
     labels = "columns to learn; @FILE lists one a line (default: the task's)"
-    flags.add_argument("--labels", **flag(str, "A,B|@FILE", labels))
-    flags.add_argument("--name", **flag(str, "NAME", "what your task is called (default: the task's name, or csv)"))
-    for name, what in COLUMN_FLAGS.items():
-        flags.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column that says {what}"))
-    split = "one split: of a table that has several, else what the images are called (default: train)"
-    flags.add_argument("--split", **flag(str, "NAME", split))
+    learned.add_argument("--labels", **flag(str, "A,B|@FILE", labels))
+    learned.add_argument("--name", **flag(str, "NAME", "what your task is called (default: the task's name, or csv)"))
+    add_flags(learned, "--blank", "--uncertain")
     readers = "vindr: a label of several readers is what most say, or the share who say it"
-    flags.add_argument("--readers", choices=("majority", "mean"), help=readers)
+    learned.add_argument("--readers", choices=("majority", "mean"), help=readers)
+    columns = flags.add_argument_group("columns of the table")
+    for name, what in COLUMN_FLAGS.items():
+        columns.add_argument(f"--{name}-column", **flag(str, "NAME", f"the table's column that says {what}"))
+    split = "one split: of a table that has several, else what the images are called (default: train)"
+    written = flags.add_argument_group("what is written")
+    add_flags(written, "--out", out={"help": OUT})
+    written.add_argument("--split", **flag(str, "NAME", split))
     sides = f"px of the stored squares, {MIN_SIZE_PX} to {MAX_SIZE_PX}"
-    flags.add_argument("--size", **flag(int, "PX", sides, default=SIZE_PX))
+    written.add_argument("--size", **flag(int, "PX", sides, default=SIZE_PX))
     fits = "squash: sides scaled apart, as published; pad: aspect kept, black added"
-    flags.add_argument("--fit", choices=("squash", "pad"), default="squash", help=fits)
+    written.add_argument("--fit", choices=("squash", "pad"), default="squash", help=fits)
     modes = "exact: the published run's pixels; fast: a scaled decode, within 48 dB of them"
-    flags.add_argument("--mode", choices=("exact", "fast"), default="exact", help=modes)
-    flags.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
+    written.add_argument("--mode", choices=("exact", "fast"), default="exact", help=modes)
     rows = "rows of the table a tar covers (default %(default)s, about 100 MB); does not change training"
-    flags.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
+    written.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, metavar="N", help=rows)
+    written.add_argument(
+        "--overwrite", action="store_true", help="replace a finished split that was made from other inputs"
+    )
+    speed = flags.add_argument_group("cores and nodes")
+    speed.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: all cores of this job)")
     nodes = (
         "share the work with other nodes that have the same --out: each begins with its part and helps the others "
         "(default: what Slurm or torchrun says, else 1)"
     )
-    flags.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
-    flags.add_argument(
+    speed.add_argument("--num-nodes", type=at_least(1), metavar="N", help=nodes)
+    speed.add_argument(
         "--node-rank",
         type=int,
         metavar="K",
         help="which of the N this is, from 0 (default: what Slurm or torchrun says)",
-    )
-    flags.add_argument(
-        "--overwrite", action="store_true", help="replace a finished split that was made from other inputs"
     )
     return flags
 

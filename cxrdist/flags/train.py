@@ -1,5 +1,8 @@
 """Train one recipe on one shard set: `cxrdist train --task b [--model chexfound]`, on all GPUs of this machine.
 
+  cxrdist train --shards shards/tb --out runs/first                    your own data, as `cxrdist preprocess` made it
+  cxrdist train --shards shards/tb --model demo_eva_x --init random    to see every step work without weights or GPU
+
 Shards in, a run folder out. What is learned depends on the recipe alone: global batches, augmentation and validation
 are the same on any number of processes, and a run that was killed resumes with --resume, on any number of them.
 `accelerate launch -m cxrdist.train` takes the same flags where you choose the processes yourself.
@@ -72,24 +75,43 @@ OWN_FLAGS = {
 }
 
 
+CHANGED = {
+    "out": {"help": "folder of the run (default: runs/<recipe>_<task>)"},
+    "backbone": {"help": "with --resume: where to look first for the frozen backbone that the run began with"},
+    "device_batch_size": {"help": DEVICE_BATCH},
+    "compile": {"help": COMPILED},
+    "max_unreadable": {"help": "with --on-bad skip: stop when more images are unreadable (default 1%%)"},
+}
+MODELS = "model and recipe"
+GROUPS = {  # in the order of the help
+    "data": ("--task", "--shards", *STREAMING, "--validate-fold", "--folds"),
+    MODELS: ("--init", "--continue-init", "--train", "--epochs", "--lr", "--scale-lr", "--augment", "--set"),
+    "where it goes, and how it goes on": (
+        *("--out", "--resume", "--backbone", "--checkpoint-minutes", "--keep-steps"),
+        *("--max-hours", "--max-steps", "--dry-run"),
+    ),
+    "speed and memory": (
+        *("--device-batch-size", "--precision", "--grad-checkpointing", "--compile", "--threads"),
+        "--expect-processes",
+    ),
+    "log and dashboard": ("--log-every", "--tracker", "--wandb", "--wandb-images", "--group"),
+    "faults": ("--on-bad", "--max-unreadable", "--max-skips", "--timeout-s"),
+}
+
+
 def parser() -> Parser:
     flags = Parser(prog="cxrdist train", description=__doc__, check=check)
-    which = flags.add_mutually_exclusive_group()
-    which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
-    which.add_argument("--model", **flag(str, "NAME", MODEL, default="eva_x"))
-    add_flags(
-        flags,
-        *("--task", "--shards", *STREAMING, "--out", "--init", "--backbone", "--resume", "--set", "--augment"),
-        *("--device-batch-size", "--precision", "--compile", "--expect-processes", "--max-hours", "--dry-run"),
-        *("--checkpoint-minutes", "--timeout-s", "--max-unreadable"),
-        out={"help": "folder of the run (default: runs/<recipe>_<task>)"},
-        backbone={"help": "with --resume: where to look first for the frozen backbone that the run began with"},
-        device_batch_size={"help": DEVICE_BATCH},
-        compile={"help": COMPILED},
-        max_unreadable={"help": "with --on-bad skip: stop when more images are unreadable (default 1%%)"},
-    )
-    for name, options in OWN_FLAGS.items():
-        flags.add_argument(name, **options)
+    for title, names in GROUPS.items():
+        group = flags.add_argument_group(title)
+        if title == MODELS:
+            which = group.add_mutually_exclusive_group()
+            which.add_argument("--recipe", **flag(recipe_type, "FILE.py:NAME", OWN))
+            which.add_argument("--model", **flag(str, "NAME", MODEL, default="eva_x"))
+        for name in names:
+            if name in OWN_FLAGS:
+                group.add_argument(name, **OWN_FLAGS[name])
+            else:
+                add_flags(group, name, **CHANGED)
     return flags
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from cxrdist import train
 from cxrdist.errors import UserError
-from cxrdist.flags.train import parser
+from cxrdist.flags.train import GROUPS, OWN_FLAGS, parser
 from cxrdist.recipes import Recipe
 
 pytestmark = pytest.mark.fast
@@ -52,3 +52,13 @@ def test_flags_that_contradict_each_other_or_do_nothing_are_named(words: str, to
 def test_folds_are_taken_where_they_mean_something() -> None:
     for words in ("--folds 3 --div b --validate-fold 1", "--folds 3 --shards shards/own", "--div B"):
         parser().parse_args(words.split())
+
+
+def test_every_flag_stands_under_one_title_and_none_is_lost() -> None:
+    named = [name for names in GROUPS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert set(OWN_FLAGS) <= set(named)
+    flags = parser()
+    loose = {name for action in flags._optionals._group_actions for name in action.option_strings}
+    assert loose == {"-h", "--help"}
+    assert {*named, "--recipe", "--model"} <= set(flags._option_string_actions)
