@@ -53,12 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     loaded = time.monotonic()
     found = predict(model, images, args.device_batch_size, keep)
     done = time.monotonic()
-    print(table(model, found))
+    if some := len(found) > 0:
+        print(table(model, found))
     if args.csv is not None:
         write_output(args.csv, as_csv(found))
     if args.json is not None:
         write_output(args.json, as_json(model, found))
-    maps = write_maps(model, images, found, args.maps) if args.maps is not None else 0
+    maps = write_maps(model, images, found, args.maps) if some and args.maps is not None else 0
     if keep is not None:
         shutil.rmtree(keep, ignore_errors=True)
     for path in out.values():
@@ -68,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     shares += [f"images and model {done - loaded:.1f} s"]
     shares += [f"{maps} maps {mapped_s:.1f} s"] if args.maps is not None else []
     total = started_s + time.monotonic() - begun
-    print(f"{len(found)} images in {total:.1f} s on {model.device.type}, {model.precision}: {', '.join(shares)}")
-    print(WARNING)
+    if some:
+        print(f"{len(found)} images in {total:.1f} s on {model.device.type}, {model.precision}: {', '.join(shares)}")
+        print(WARNING)
     if found.unreadable:
         name, reason = next(iter(found.unreadable.items()))
         what = f"{len(found.unreadable):,} of {len(images):,} images could not be read and have no result"

@@ -248,6 +248,15 @@ def test_an_unreadable_image_is_named_and_the_others_are_scored(world, bundle, t
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 2
 
 
+def test_where_no_image_can_be_read_only_that_is_said(bundle, tmp_path, capsys) -> None:
+    (tmp_path / "findings.csv").write_text("image,label")
+    arguments = [str(tmp_path / "findings.csv"), "--bundle", str(bundle), "--maps", str(tmp_path / "maps")]
+    assert run_entry(lambda: predict.main(arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "1 of 1 images could not be read" in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
