@@ -157,8 +157,13 @@ def calibration_lines(calibration: Calibration | None) -> Iterator[str]:
 
 
 def licence_lines(ensemble: Ensemble) -> Iterator[str]:
-    names = dict.fromkeys(item.model for member in ensemble.members for item in member.checkpoints)
-    for name in names:
+    """Of the weights that training started from; a model is not named whose checkpoints all began from random ones."""
+    found = [item for member in ensemble.members for item in member.checkpoints]
+    started = dict.fromkeys(item.model for item in found if not item.from_random)
+    if not started:
+        yield "- Training started from random weights: these are under the terms of who trained them, and of the data."
+        return
+    for name in started:
         official = architecture_of(name).official
         where = "ask the authors of the weights that training started from" if official is None else official.source
         yield f"- {_escaped(name)}: {where}"

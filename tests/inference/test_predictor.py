@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -156,6 +157,15 @@ def test_the_model_card_may_be_edited(bundle, tmp_path) -> None:
     shutil.copytree(bundle, folder)
     (folder / "README.md").write_text("mine")
     assert cxrdist.load(folder).labels
+
+
+def test_the_model_card_names_the_official_weights_only_of_what_started_from_them(world, bundle, tmp_path) -> None:
+    export.main([f"chexfound={world.chexfound}", "--out", str(tmp_path / "random")])  # its backbone is random
+    both, random = ((folder / "README.md").read_text() for folder in (bundle, tmp_path / "random"))
+    both, random = (text.partition("## Licences of the weights")[2] for text in (both, random))
+    assert re.findall(r"^- (\S+): ", both, re.MULTILINE) == ["eva\\_x\\_tiny"]
+    assert not re.findall(r"^- (\S+): ", random, re.MULTILINE)
+    assert "random weights" in random
 
 
 def test_a_model_and_what_it_says_can_be_pickled(bundle) -> None:
