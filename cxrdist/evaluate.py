@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     timings = {} if args.timings is None else read_timings(args.timings)
     shown = args.shards is not None and args.run
     check_shown(args, tables[0])
-    print(f"scoring {len(tables)} tables over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
+    counted = "1 table" if len(tables) == 1 else f"{len(tables)} tables"
+    print(f"scoring {counted} over {len(truth):,} images, {args.resamples:,} resamples", flush=True)
     result = evaluate(tables, truth, num_resamples=args.resamples)
     write_output(args.out / "metrics.json", json.dumps(result.to_json(), indent=1) + "\n")
     targets = truth.targets.astype(np.float64)

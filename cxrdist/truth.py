@@ -58,8 +58,10 @@ def check_rows(table: ScoreTable, labelled: LabelTable, source: Path, *, allow_m
     if lost > 0 and not allow_missing:
         raise UserError(f"{told}; score them, or --allow-missing evaluates the others")
     if lost <= 0 and names:  # a fold, or a part of a larger CSV: all that was asked for
-        told = f"{len(table.image_names):,} of {int(there.sum()):,} images with labels in {source} were to be scored"
+        held_out = ", of patients whom training held out" if table.meta.out_of_fold else ""
+        counts = f"{len(table.image_names):,} of the {int(there.sum()):,} labelled images in {source}"
+        told = f"the scores are of {counts}{held_out}"
     if names or lost > 0:
         print(f"{'warning: ' if lost > 0 else ''}{told}")
-        return [f"{told}."]
+        return [f"{told[0].upper()}{told[1:]}."]
     return []

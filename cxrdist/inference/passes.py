@@ -66,6 +66,10 @@ def describe_plan(members: Sequence[Member], passes: Sequence[Pass], num_images:
             told = f"{kind}{'' if checkpoint.task else ' (the file does not say their task)'}"
             lines.append(f"  {member.name}: {checkpoint.source}, {told}, {checkpoint.image_size} px, views: {views}")
     naive, shared = num_naive_passes(members), sum(len(item.heads) - 1 for item in passes)
-    once = f"{naive - len(passes) - shared} equal views or weights and {shared} shared frozen backbones run once"
-    decoded = f"each image decoded once instead of {naive} times"
-    return "\n".join([*lines, f"  {len(passes)} backbone passes instead of {naive}: {once}; {decoded}"])
+    equal, several = naive - len(passes) - shared, "" if shared == 1 else "s"
+    once = [f"{equal} equal view{'' if equal == 1 else 's'} or weights"] * (equal > 0)
+    once += [f"{shared} shared frozen backbone{several}"] * (shared > 0)
+    told = f"{len(passes)} backbone pass{'' if len(passes) == 1 else 'es'}"
+    told += f" instead of {naive}: {' and '.join(once)} run once" if once else ""
+    told += f"; each image decoded once instead of {naive} times" if naive > 1 else ""
+    return "\n".join([*lines, f"  {told}"])

@@ -176,7 +176,9 @@ def test_a_fold_that_has_all_its_rows_is_evaluated_and_said(folder, capsys):
     write(folder / "m.csv", NAMES[:4], split="train", out_of_fold=True, asked=4)
     words = ["--scores", "m.csv", "--csv", "labels.csv", "--out", "report", "--resamples", "5"]
     assert ended(evaluate, *words) == 0
-    assert "4 of 12 images with labels" in capsys.readouterr().out
+    said = "he scores are of 4 of the 12 labelled images in labels.csv, of patients whom training held out"
+    assert f"t{said}" in capsys.readouterr().out
+    assert f"T{said}." in (folder / "report" / "report.html").read_text()
     write(folder / "m.csv", NAMES[:4], asked=6, unreadable={NAMES[4]: "cut"})
     assert ended(evaluate, *words) == 2
     assert "1 of 6 images of 'm'" in capsys.readouterr().err

@@ -42,9 +42,26 @@ def test_the_published_ensemble_needs_10_and_1_passes_instead_of_12_and_2():
     assert [len(item.heads) for item in plan if item.image_size == 512] == [2]
     assert passes.num_naive_passes(members) == 14
     text = passes.describe_plan(members, plan, 47927)
-    assert "11 backbone passes instead of 14: 2 equal views or weights and 1 shared frozen backbones" in text
+    assert "11 backbone passes instead of 14: 2 equal views or weights and 1 shared frozen backbone run" in text
     assert "plain (counts 2x)" in text
     assert len(passes.columns_of(plan)) == len(set(passes.columns_of(plan))) == 12
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (slice(1), "10 backbone passes instead of 12: 2 equal views or weights run once; each image decoded once"),
+        (slice(1, 2), "1 backbone pass instead of 2: 1 shared frozen backbone run once; each image decoded once"),
+    ],
+)
+def test_the_plan_names_only_what_is_shared(chosen, told):
+    members = published()[chosen]
+    assert told in passes.describe_plan(members, passes.plan_passes(members), 3)
+
+
+def test_the_plan_of_one_pass_saves_nothing():
+    alone = [Member("one", (checkpoint("run@1", "e1", None, 448, {"plain": 1.0}),))]
+    assert passes.describe_plan(alone, passes.plan_passes(alone), 3).endswith("\n  1 backbone pass")
 
 
 def test_equal_weights_in_two_members_and_backbones_of_another_size_are_kept_apart_only_where_they_differ():
