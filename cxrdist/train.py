@@ -186,6 +186,7 @@ def train(
             config = {"recipe": dataclasses.asdict(recipe)} | dataclasses.asdict(session)
             wanted = {"library": args.tracker, "wandb_mode": args.wandb, "images": args.wandb_images}
             tracker = stack.enter_context(Tracker(run, **wanted, group=args.group, config=config))
+    tell_disk(learner, begin, args, recipe, run, ranks)
     threads = environment.decode_threads() if args.threads is None else args.threads
     read = functools.partial(Loader, device=ranks.device, num_threads=threads, on_bad=args.on_bad)
     streams.start(state.epoch, state.step * recipe.global_batch_size, ranks)
@@ -346,6 +347,15 @@ def restore(
         found = layouts.read_weights(*files, architecture=learner.architecture)
         learner.continue_from(found, args.init, recipe.epochs, num_steps)
         ranks.say(f"continuing after epoch {state.epoch} of --init, with its EMA and optimizer state")
+
+
+def tell_disk(learner: Learner, begin: start.Start, args: Namespace, recipe: Recipe, run: Path, ranks: Ranks) -> None:
+    """Warn where the disk has no room for the checkpoints that are still to come."""
+    num_trained = sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad)
+    counts = num_trained, recipe.epochs - learner.state.epoch, args.keep_steps if begin.state is None else 1
+    remedy = "give fewer --epochs, or --out on a larger disk" if begin.state is None else "free some space"
+    if warning := ranks.on_main(checkpoint.disk_warning, run, learner.weights(), *counts, remedy):
+        ranks.say(f"warning: {warning}")
 
 
 def write_start(

@@ -68,6 +68,20 @@ class RunFolder:
         self.require_same()
 
 
+def disk_warning(run: Path, weights: Tensors, num_trained: int, num_epochs: int, num_steps: int, remedy: str) -> str:
+    """What to say where the disk of `run` has no room for so many checkpoints of epochs and of steps; '' where it has.
+
+    weights: what `save_epoch` gets. num_trained: numbers of the optimizer's parameters, of two moments each.
+    """
+    epoch = sum(tensor.nbytes for group in weights.values() for tensor in group.values())
+    step = epoch + 8 * num_trained
+    need, free = num_epochs * epoch + num_steps * step, shutil.disk_usage(run).free
+    if need <= free:
+        return ""
+    told = f"{num_epochs} of epochs, {epoch:,} bytes each, and {num_steps} of steps, {step:,} bytes each"
+    return f"{run}: the checkpoints to come need about {need:,} bytes ({told}), but {free:,} are free: {remedy}"
+
+
 def run_id(path: Path) -> str:
     """The id in a run folder's run.json; '' of a run of version 1, which has none."""
     return RunDocument.read(path / "run.json").id if (path / "run.json").exists() else ""

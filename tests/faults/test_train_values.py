@@ -266,6 +266,7 @@ def test_a_full_disk_is_named_and_the_checkpoints_before_it_stay_whole(uneven_sh
     flags = ["--checkpoint-minutes", "0", "--keep-steps", "50"]
     ended = training_runs.train(uneven_shards, run, *flags)
     assert ended.code != 0
+    assert ended.output.count("give fewer --epochs, or --out on a larger disk") == 1
     assert re.search(
         r"error: \S+step_\d+\S*: .*(disk is full|No space left)[^\n]*[\d,]+ (bytes )?(are )?free", ended.output
     )

@@ -1,4 +1,6 @@
 import errno
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,25 @@ def test_an_existing_checkpoint_is_replaced_as_a_whole(tmp_path):
     folder = write(tmp_path, "epoch_01", 2.0)
     checkpoint.check(folder)
     assert checkpoint.read_tensors(folder, "model")["w"][0] == 2.0
+
+
+def test_too_little_disk_is_told_by_what_the_checkpoints_will_take(tmp_path, monkeypatch):
+    weights = {name: {"w": torch.zeros(100_000)} for name in ("model", "ema")}
+    moments = {"w": torch.zeros(200_000)}  # of 100,000 parameters
+    checkpoint.write_checkpoint(tmp_path / "checkpoints" / "epoch_01", weights, {})
+    checkpoint.write_checkpoint(tmp_path / "checkpoints" / "step_1", weights | {"optimizer": moments}, {})
+    epoch, step = (
+        sum(file.stat().st_size for file in (tmp_path / "checkpoints" / name).iterdir())
+        for name in ("epoch_01", "step_1")
+    )
+    need = 3 * epoch + 2 * step
+    said = {}
+    for share in (0.99, 1.01):
+        usage = shutil._ntuple_diskusage(0, 0, round(share * need))
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, usage=usage: usage)
+        said[share] = checkpoint.disk_warning(tmp_path, weights, 100_000, 3, 2, "give fewer --epochs")
+    assert said[1.01] == ""
+    assert re.search(r"3 of epochs, 800,000 bytes .*2 of steps, 1,600,000 .*are free: give fewer --epochs", said[0.99])
 
 
 def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):
