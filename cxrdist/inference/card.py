@@ -165,7 +165,7 @@ def licence_lines(ensemble: Ensemble) -> Iterator[str]:
         return
     for name in started:
         official = architecture_of(name).official
-        where = "ask the authors of the weights that training started from" if official is None else official.source
+        where = "ask the authors of the weights that training started from" if official is None else official.terms
         yield f"- {_escaped(name)}: {where}"
     yield "- What was trained on top of them is under the terms of who trained it, and of the data."
 

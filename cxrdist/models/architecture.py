@@ -42,7 +42,8 @@ class OfficialFiles:
     """The published files that training starts from; the first holds the backbone."""
 
     names: tuple[str, ...]
-    source: str  # where to get them, and on which terms
+    source: str  # where to get them
+    terms: str  # on which they may be used and passed on
     beside: dict[str, str] = field(default_factory=dict)  # another file that one of them needs in its folder
 
 

@@ -172,8 +172,8 @@ ARCHITECTURE = Architecture(
     hold=hold,
     official=base.OfficialFiles(
         (TEACHER_FILE, GLORI_FILE),
-        "the Google Drive folder linked from https://github.com/RPIDIAL/CheXFound (which has no licence file: ask its "
-        "authors before you pass weights on)",
+        "the Google Drive folder linked from https://github.com/RPIDIAL/CheXFound (no licence file)",
+        "https://github.com/RPIDIAL/CheXFound has no licence file: ask its authors before you pass weights on",
         beside={GLORI_FILE: RESULTS_FILE},
     ),
     recognise=recognise,

@@ -113,8 +113,8 @@ ARCHITECTURES = tuple(
         multiple_of=16,
         official=base.OfficialFiles(
             (f"{variant}_merged520k_mim.pt",),
-            "https://huggingface.co/MapleF/eva_x (linked from https://github.com/hustvl/EVA-X, which has no licence "
-            "file: ask its authors before you pass weights on)",
+            "https://huggingface.co/MapleF/eva_x (no licence file)",
+            "https://github.com/hustvl/EVA-X has no licence file: ask its authors before you pass weights on",
         ),
         recognise=recognise,
         fit=_fit,

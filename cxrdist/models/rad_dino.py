@@ -99,8 +99,9 @@ ARCHITECTURE = Architecture(
     hold=hold,
     official=OfficialFiles(
         ("rad_dino.safetensors",),
-        "model.safetensors of https://huggingface.co/microsoft/rad-dino, saved under that name (its licence, MSRLA at "
-        "first and MIT later, is on that page: read it before you pass weights on)",
+        "model.safetensors of https://huggingface.co/microsoft/rad-dino, saved under that name",
+        "https://huggingface.co/microsoft/rad-dino has its licence, MSRLA at first and MIT later: read it before you "
+        "pass weights on",
     ),
     recognise=recognise,
     fit=_fit,

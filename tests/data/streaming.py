@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import os
 import shutil
 import ssl
 import stat
@@ -142,9 +143,11 @@ class Watch:
     def _look(self) -> None:
         while not self._stop.wait(0.002):
             total = 0
-            for path in self.folder.glob("*/**/*"):
-                with contextlib.suppress(FileNotFoundError):
-                    about = path.stat()
-                    counts = stat.S_ISREG(about.st_mode) and path.parent.name != "uses"
-                    total += about.st_size if counts else 0
+            for folder, _, names in os.walk(self.folder):  # leaves out a folder that goes meanwhile; glob would raise
+                if Path(folder) in (self.folder, self.folder / "uses"):
+                    continue
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        about = Path(folder, name).stat()
+                        total += about.st_size if stat.S_ISREG(about.st_mode) else 0
             self.most = max(self.most, total)

@@ -11,7 +11,7 @@ from cxrdist.models.architecture import Architecture, Tensors, found_misfits, li
 from cxrdist.models.weights.layouts import WeightFile, read_weights, size_of_file
 
 WEIGHTS_FOLDER = Path("weights")
-WITHOUT = "random none; without any, --model demo_eva_x --init random shows that all steps work"
+WITHOUT = "and --model demo_eva_x --init random needs none"
 
 
 def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...]:
@@ -37,7 +37,7 @@ def init_files(architecture: Architecture, init: Path | None) -> tuple[Path, ...
         first = folder / official.names[0]
         hint = f" (--init {first} starts with a fresh head)" if first.is_file() else ""
         needs = f"{architecture.name} needs {' and '.join(missing)} in {folder}/{beside}: get it from"
-        raise UserError(f"{needs} {official.source}{hint}; --init FILE takes other weights, {WITHOUT}")
+        raise UserError(f"{needs} {official.source}{hint}; --init FILE takes others, {WITHOUT}")
     return tuple(folder / name for name in official.names)
 
 
