@@ -231,6 +231,7 @@ def test_an_inference_with_fewer_members_does_not_leave_the_others_table_to_be_a
 
 def test_a_submission_of_an_earlier_inference_is_named(world, tmp_path, capsys):
     world.run(tmp_path)
+    shutil.move(tmp_path / "scores", tmp_path / "kept")  # an inference of another split would not replace them
     world.run(tmp_path, "--split", "train")
     assert "submission.csv is of an earlier inference; this one writes none" in capsys.readouterr().out
 
