@@ -4,8 +4,8 @@ Each process has one core and the same device batch, and accumulates gradients a
 there, and with fewer the exchange of gradients is dearer than in use. "two separate" are two trainings of one process
 each at the same time, which exchange nothing: what they lack against twice one process is what the cores share (memory,
 caches) and the optimizer and EMA that each runs for half as many images; what two processes lack against them is the
-exchange. Measured on two shared cores, EVA-X-S: two separate 0.93 of the ideal, two processes 0.89 with 16 images a
-step, 0.73-0.85 with 4.
+exchange. Measured on two shared cores, EVA-X-S: two separate 0.93 to 0.98 of the ideal, two processes 0.89 to 0.94 with
+16 images a step, 0.73 to 0.85 with 4.
 """
 
 import argparse
