@@ -228,7 +228,7 @@ def _label_table(result: Evaluation, points: Sequence[OperatingPoint]) -> str:
     for label, (name, few) in enumerate(zip(result.labels, result.few_cases(), strict=True)):
         some, seen = result.positives[label], result.observed[label]
         cells = [(score.auroc[label], score.auroc_interval[label]) for score in result.scores]
-        star = " *" if few else ""
+        star = "\N{NO-BREAK SPACE}*" if few else ""
         link = Html(f'<a href="#label-{label}">{html.escape(name)}</a>{star}') if label in shown else name + star
         bars = Html(forest_row([value for value, _ in cells], [ends for _, ends in cells], low))
         numbers = [(number_text(value), interval_text(ends)) for value, ends in cells]

@@ -96,7 +96,8 @@ def test_the_threshold_of_a_label_is_a_ring_on_its_curves_and_two_columns_of_the
 def test_labels_of_fewer_than_20_positives_or_negatives_are_marked_and_the_page_and_the_terminal_say_why():
     result = dataclasses.replace(evaluation(4), observed=[60] * 4, positives=[19, 20, 40, 41])
     body = figures.label_section(result).body
-    assert re.findall(r"(label \d)</a>( \*|)", body) == list(zip(result.labels, (" *", "", "", " *"), strict=True))
+    found = re.findall(r"(label \d)</a>(\s\*|)", body)
+    assert found == list(zip(result.labels, ("\N{NO-BREAK SPACE}*", "", "", "\N{NO-BREAK SPACE}*"), strict=True))
     assert "</div><p" in body
     assert "* fewer than 20 positives or negatives" in body
     lines = list(printed(dataclasses.replace(result, labels=["a", "b", "c", "d" * 50])))
