@@ -91,6 +91,7 @@ def test_every_default_stands_in_the_help(monkeypatch: pytest.MonkeyPatch, capsy
     for name in (name for name in NAMES if name != "bench"):
         parser = importlib.import_module(f"cxrdist.flags.{name}").parser()
         text = " ".join(parser.format_help().split())
+        assert "default []" not in text, name
         for action in parser._actions:
             if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
                 assert f"default {action.default}" in text or "default" in action.help, (name, action.dest)

@@ -23,7 +23,7 @@ def parser() -> Parser:
     form = "RUN|NAME=RUN@5,6[:tta]"
     flags.add_argument("members", nargs="*", metavar=form, help=about)
     flags.add_argument(
-        "--member", **flag(str, form, "the same, as other commands have it", action="append", default=[])
+        "--member", **flag(str, form, "the same, as other commands have it", action="append") | {"default": []}
     )
     add_flags(
         flags,
