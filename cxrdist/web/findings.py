@@ -73,7 +73,7 @@ def findings_html(model: Predictor, look: Look, compared: Sequence[str] = ()) ->
     more = f"<details><summary>and {len(rows) - SHOWN:,} more findings</summary>{_list(rows[SHOWN:])}</details>"
     calibration = look.found.calibrated is not None and model.calibration is not None
     legend = ["Bars are calibrated probabilities; the line is the threshold, the band its 95 % interval."]
-    legend = legend if calibration else [f"Bars are raw scores: {NOT_CALIBRATED}."]
+    legend = legend if calibration else [f"{NOT_CALIBRATED[0].upper()}{NOT_CALIBRATED[1:]}."]
     if compared:
         legend.append("The thin bars are raw scores, one for each member.")
         keys = (f'<li><span class="cx-key cx-{side}"></span>{text(name)}</li>' for side, name in _sides(compared))
