@@ -3,8 +3,11 @@
 import argparse
 import functools
 import os
+import pathlib
 import pickle
 import shutil
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,21 @@ def test_eva_x_containers_are_opened(containers, golden, tmp_path):
     tensors = read_weights(tmp_path / "mim.pt").tensors
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_among_the_arguments_is_read_from_any_python(module, golden, tmp_path, monkeypatch):
+    """Python 3.13 writes it as of pathlib._local, those before and after as of pathlib; any of them reads both."""
+    monkeypatch.setitem(sys.modules, module, pathlib)
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", module)
+    content = raw(golden / "evax" / "base_mim.pt") | {"args": argparse.Namespace(out=Path("x"))}
+    torch.save(content, tmp_path / "mim.pt")
+    monkeypatch.undo()
+    with zipfile.ZipFile(tmp_path / "mim.pt") as file:
+        assert f"c{module}\nPosixPath\n".encode() in file.read("mim/data.pkl")
+    assert (
+        read_weights(tmp_path / "mim.pt").tensors.keys() == read_weights(golden / "evax" / "base_mim.pt").tensors.keys()
+    )
 
 
 def test_official_fine_tuned_eva_x_keeps_its_norm_and_loses_its_foreign_head(golden, tmp_path, small_eva_x):

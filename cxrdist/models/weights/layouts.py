@@ -40,7 +40,7 @@ from cxrdist.models.weights.safetensors import check_readable, is_safetensors, r
 # What official files hold beside tensors, all of it data: the run's arguments, and numbers that numpy wrote.
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
-    pathlib.PosixPath,
+    *((pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),  # the second: of 3.13
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -49,7 +49,7 @@ _SAFE_GLOBALS: list[Any] = [
 _CALLED = re.compile(
     r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter \w+|"
     r"torch (\w+Storage|Size|device|[a-z]+[0-9]*|bool)|torch\.storage \w+Storage|torch\.serialization _get_layout|"
-    r"_codecs encode|(__builtin__|builtins) (set|complex)|argparse Namespace|pathlib (PosixPath|_local)|"
+    r"_codecs encode|(__builtin__|builtins) (set|complex)|argparse Namespace|pathlib(\._local)? PosixPath|"
     r"numpy(\.dtypes)? \w*[dD][tT]ype|numpy\._?core\.multiarray scalar"
 )
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, keys of its storages
