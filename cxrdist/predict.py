@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     shares += [f"{maps} maps {mapped_s:.1f} s"] if args.maps is not None else []
     total = started_s + time.monotonic() - begun
     if some:
-        print(f"{len(found)} images in {total:.1f} s on {model.device.type}, {model.precision}: {', '.join(shares)}")
+        took = f"{len(found):,} image{'s' * (len(found) != 1)} in {total:.1f} s"
+        print(f"{took} on {model.device.type}, {model.precision}: {', '.join(shares)}")
         print(WARNING)
     if found.unreadable:
         name, reason = next(iter(found.unreadable.items()))

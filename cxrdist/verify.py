@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.monotonic()
         index = verify(folder, split, args.task, args.hashes, partial(tqdm, unit=" shards", desc=split, delay=1))
         checked = "every byte" if args.hashes else "names, sizes and headers; the images' bytes only with --hashes"
-        found = f"{len(index):,} images in {len(index.shards):,} shards"
+        found = f"{len(index):,} images in {len(index.shards):,} shard{'s' * (len(index.shards) != 1)}"
         print(f"{split}: {found} are in order ({checked}; {time.monotonic() - started:.1f} s)")
         indexes.append(index)
     if args.report is not None:
