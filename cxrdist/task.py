@@ -8,6 +8,7 @@ from a TOML or JSON file.
 import dataclasses
 import difflib
 import json
+import os
 import re
 import tomllib
 import unicodedata
@@ -377,7 +378,7 @@ def load_task(text: str, of_shards: str = "--shards shards/") -> Task:
         return TASKS[text if text in TASKS else text.lower()]
     path = Path(text)
     if path.suffix not in (".toml", ".json"):
-        meant = f" (a shard set says its task: {of_shards}{text})" if Path("shards", text).is_dir() else ""
+        meant = f" (a shard set says its task: {of_shards}{text})" if os.path.isdir(f"shards/{text}") else ""
         raise UserError(f"--task {text}: no such task{meant}; one of {', '.join(TASKS)}, or a .toml or .json file")
     content = read_bounded(path)
     if path.suffix == ".toml":
