@@ -162,14 +162,17 @@ def contents(num_patients: int, num_masked: int) -> list[str]:
 
 def summary(job: SplitJob, records: Records) -> str:
     """The lines that account for every row: used, or named with the reason."""
-    sources = {source.key: source for source in job.sources}
-    stored = [(image, sources[image.key]) for record in records.values() for image in record.images]
-    patients = {image.patient for image, row in stored if image.patient != row.image_name}
-    num_masked = sum(sum(map(math.isnan, row.targets or ())) for _, row in stored)
+    patients: set[str] = set()
+    num_stored = num_masked = 0
+    for number, record in records.items():  # by shard, so that nothing is held for every image
+        rows = {row.key: row for row in job.groups[number]}
+        num_stored += len(record.images)
+        patients.update(image.patient for image in record.images if image.patient != rows[image.key].image_name)
+        num_masked += sum(sum(map(math.isnan, rows[image.key].targets or ())) for image in record.images)
     left_out = [entry for record in records.values() for entry in record.left_out]
-    lines = account(job.split, f"{len(job.sources):,} rows = {len(stored):,} images stored", left_out)
+    lines = account(job.split, f"{len(job.sources):,} rows = {num_stored:,} images stored", left_out)
     lines += contents(len(patients), num_masked)
-    if stored and not patients and stored[0][1].targets is not None:
+    if num_stored and not patients and job.sources[0].targets is not None:
         remedy = " (--patient-column says them)" if job.task.format == "table" else ""
         lines.append(f"  no patient is known: folds cannot keep the images of a patient apart{remedy}")
     return "\n".join(lines)

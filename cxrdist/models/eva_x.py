@@ -113,7 +113,7 @@ ARCHITECTURES = tuple(
         multiple_of=16,
         official=base.OfficialFiles(
             (f"{variant}_merged520k_mim.pt",),
-            "https://huggingface.co/MapleF/eva_x (no licence file)",
+            "https://huggingface.co/MapleF/eva_x (hustvl/EVA-X has no licence file)",
             "https://github.com/hustvl/EVA-X has no licence file: ask its authors before you pass weights on",
         ),
         recognise=recognise,

@@ -200,6 +200,7 @@ def _distributions(splits: Splits) -> Section:
     sizes, codes = np.unique(
         splits.column("widths").astype(np.int64) << 32 | splits.column("heights"), return_inverse=True
     )
+    # Padded, so that equally frequent sizes stand in the order of their numbers; a page shows no such spaces.
     size_texts = [f"{size >> 32:9,} x {size % 2**32:9,} px" if size else "" for size in sizes.tolist()]
     ages, age_texts = splits.texts("ages").codes()
     blocks = [
